@@ -1,0 +1,184 @@
+"""Masked-diffusion training batches for the bundled base model, generated as they are needed."""
+
+import itertools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from data.gym import GymTask, samples
+from data.prompts import Prompt, split_of
+from models.tokenizer import train_tokenizer
+
+_BLOCK = 32  # EoT tokens in one further block after the answer
+_CHUNK = 2048  # samples that are generated, sorted into lengths and shuffled together
+_SEED_STRIDE = 1_000_000  # between the reasoning-gym seeds of two chunks
+
+
+def mixture(tasks: list[GymTask], count: int, seed: int, split: str) -> list[Prompt]:
+    """``count`` prompts of one split, the tasks in proportion to their weights; each prompt text at most once a task."""
+    total = sum(task.weight for task in tasks)
+    prompts: list[Prompt] = []
+    for task in tasks:
+        unique: dict[str, Prompt] = {}
+        wanted = max(1, round(count * task.weight / total))
+        for prompt in samples(task, seed):
+            if split_of(prompt.prompt) == split:
+                unique.setdefault(prompt.prompt, prompt)
+            if len(unique) == wanted:
+                break
+        prompts.extend(unique.values())
+    return prompts
+
+
+class MaskedBatches(IterableDataset):
+    """An endless, addressable stream of batches: batch ``n`` is the same whoever asks for it and whenever.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        tasks: The mixture.
+        split: Split the prompts must belong to.
+        seed: Seed of the stream.
+        tokens: Tokens in a batch, padding included.
+        length_step: Sequence lengths are multiples of this, in tokens.
+        max_length: Longer samples are dropped, in tokens.
+        more_blocks: Probability of 0, 1, 2, ... further blocks of 32 EoT after the answer.
+        start: First batch.
+        stride: Every how many batches to yield one (the number of ranks).
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, tasks: list[GymTask], split: str, seed: int, tokens: int,
+        length_step: int, max_length: int, more_blocks: list[float], start: int = 0, stride: int = 1,
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.tasks, self.split, self.seed, self.tokens = tokenizer, tasks, split, seed, tokens
+        self.length_step, self.max_length, self.more_blocks = length_step, max_length, more_blocks
+        self.start, self.stride = start, stride
+        self.mask_id: int = tokenizer.convert_tokens_to_ids("<|mdm_mask|>")  # type: ignore[assignment]
+        self.eot_id: int = tokenizer.convert_tokens_to_ids("<|endoftext|>")  # type: ignore[assignment]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        skip = self.start
+        for chunk in itertools.count():
+            shapes = self._shapes(chunk)
+            if skip >= len(shapes):
+                skip -= len(shapes)
+                continue
+            for number in range(skip, len(shapes), self.stride):
+                yield self._noise(shapes[number], chunk * _CHUNK + number)
+            skip = (skip - len(shapes)) % self.stride
+
+    def _shapes(self, chunk: int) -> list[list[tuple[list[int], int, int]]]:
+        """The batches of one chunk: lists of (ids, prompt length, padded length)."""
+        rng = random.Random(f"{self.seed}-{chunk}")
+        prompts = mixture(self.tasks, _CHUNK, self.seed + chunk * _SEED_STRIDE, self.split)
+        heads = self.tokenizer.apply_chat_template(
+            [[{"role": "user", "content": prompt.prompt}] for prompt in prompts],
+            add_generation_prompt=True, tokenize=False,
+        )  # fmt: skip
+        head_ids = self.tokenizer(heads, add_special_tokens=False)["input_ids"]
+        tails = self.tokenizer([f"{prompt.response}<|eot_id|><|endoftext|>" for prompt in prompts],
+                               add_special_tokens=False)["input_ids"]  # fmt: skip
+        buckets: dict[int, list[tuple[list[int], int, int]]] = {}
+        for head, tail in zip(head_ids, tails, strict=True):
+            (more,) = rng.choices(range(len(self.more_blocks)), self.more_blocks)
+            length = -(-(len(head) + len(tail)) // self.length_step) * self.length_step
+            length = min(length + more * _BLOCK, self.max_length)
+            if len(head) + len(tail) <= length:
+                buckets.setdefault(length, []).append((head + tail, len(head), length))
+        batches = []
+        for length in range(self.length_step, self.max_length + 1, self.length_step):
+            rows = buckets.pop(length, [])
+            rng.shuffle(rows)
+            size = self.tokens // length
+            whole = len(rows) // size * size
+            batches += [rows[i : i + size] for i in range(0, whole, size)]
+            # What does not fill a batch is padded into the next length, so every batch holds as many tokens.
+            longer = [(ids, prompt, length + self.length_step) for ids, prompt, _ in rows[whole:]]
+            buckets.setdefault(length + self.length_step, []).extend(longer)
+        rng.shuffle(batches)
+        return batches
+
+    def _noise(self, rows: list[tuple[list[int], int, int]], number: int) -> dict[str, Tensor]:
+        """Masks each response at its own ratio t; the ratios of a batch are spread evenly over (0, 1]."""
+        generator = torch.Generator().manual_seed(hash((self.seed, number)) % 2**63)
+        batch, length = len(rows), rows[0][2]
+        ids = torch.full((batch, length), self.eot_id)
+        for row, (tokens, _, _) in enumerate(rows):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        prompt = torch.tensor([row[1] for row in rows])[:, None]
+        response = torch.arange(length)[None] >= prompt
+        count = response.sum(1)
+        ratio = (torch.randperm(batch, generator=generator) + torch.rand(1, generator=generator)) / batch
+        masked_count = (ratio * count).round().clamp(min=1)
+        noise = torch.rand(batch, length, generator=generator).masked_fill(~response, 2)
+        masked = noise.argsort(1).argsort(1) < masked_count[:, None]
+        weight = (count / masked_count)[:, None].expand(-1, length)[masked] / count.sum()
+        return {
+            "input_ids": ids.masked_fill(masked, self.mask_id),
+            "masked": masked.flatten().nonzero()[:, 0],
+            "labels": ids[masked],
+            "weight": weight,
+        }
+
+
+class BaseDataModule(LightningDataModule):
+    """Streams for ``train/base.py``; trains the tokenizer first where the folder does not hold one.
+
+    Args:
+        tasks: Tasks and their restrictions.
+        tokenizer: Folder of the tokenizer.
+        vocab_size: Size of a newly trained tokenizer.
+        seed: Seed of the training stream; validation uses ``seed - 1``.
+        tokens: Tokens in a batch on one device, padding included.
+        length_step: Sequence lengths are multiples of this, in tokens.
+        max_length: Longer samples are dropped, in tokens.
+        more_blocks: Probability of 0, 1, 2, ... further blocks of 32 EoT after the answer.
+        validation_batches: Batches in one validation pass.
+    """
+
+    def __init__(
+        self, tasks: list[GymTask], tokenizer: Path, vocab_size: int, seed: int, tokens: int, length_step: int,
+        max_length: int, more_blocks: list[float], validation_batches: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.tasks, self.folder, self.vocab_size, self.seed, self.tokens = tasks, tokenizer, vocab_size, seed, tokens
+        self.length_step, self.max_length, self.more_blocks = length_step, max_length, more_blocks
+        self.validation_batches = validation_batches
+        self.batches_done = 0
+
+    def prepare_data(self) -> None:
+        if not (self.folder / "tokenizer.json").is_file():
+            prompts = mixture(self.tasks, 20_000, self.seed, "train")
+            texts = [f"{prompt.prompt}\n\n{prompt.response}" for prompt in prompts]
+            train_tokenizer(texts + ["user\n\n", "assistant\n\n"] * 2000, self.vocab_size).save_pretrained(self.folder)
+
+    def setup(self, stage: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+
+    def _stream(self, split: str, seed: int, start: int, stride: int) -> MaskedBatches:
+        return MaskedBatches(
+            self.tokenizer, self.tasks, split, seed, self.tokens, self.length_step, self.max_length, self.more_blocks,
+            start, stride,
+        )  # fmt: skip
+
+    def train_dataloader(self) -> DataLoader:
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return DataLoader(self._stream("train", self.seed, self.batches_done + rank, ranks), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        stream = self._stream("validation", self.seed - 1, 0, 1)
+        return DataLoader(list(itertools.islice(stream, self.validation_batches)), batch_size=None)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        trainer = self.trainer
+        return {"batches_done": trainer.global_step * trainer.world_size if trainer else self.batches_done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batches_done = state_dict["batches_done"]

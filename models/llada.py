@@ -1,0 +1,334 @@
+"""LLaDA in plain PyTorch, reading and writing the official checkpoint format.
+
+A bidirectional Transformer whose logits at position ``i`` predict position ``i`` (no shift); Nie et al., "Large Language
+Diffusion Models", arXiv 2502.09992. Module names follow the official tensors (``model.transformer.blocks.N.q_proj.weight``),
+so ``from_pretrained`` and ``save_pretrained`` exchange checkpoints with it without any renaming.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+# Fields that change the computation and the one value this implementation computes. Anything else is refused by name.
+_ONLY = {
+    "block_type": "llama",
+    "activation_type": "silu",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "rope_full_precision": True,
+    "alibi": False,
+    "attention_layer_norm": False,
+    "scale_logits": False,
+    "input_emb_norm": False,
+    "clip_qkv": None,
+}
+
+
+class LLaDAConfig(PreTrainedConfig):
+    """The official ``config.json`` fields; unknown ones are kept and written back unchanged.
+
+    Args:
+        d_model: Width of the residual stream.
+        n_layers: Number of Transformer blocks.
+        n_heads: Number of query heads; ``d_model`` must be a multiple.
+        n_kv_heads: Number of key/value heads (grouped-query when below ``n_heads``); ``None`` means ``n_heads``.
+        mlp_ratio: Width of the MLP as a multiple of ``d_model`` where ``mlp_hidden_size`` is ``None``.
+        mlp_hidden_size: Width of the MLP's gated hidden layer.
+        rope_theta: Base of the rotary embedding.
+        rms_norm_eps: Epsilon of the RMS normalisation.
+        include_bias: Biases in the output and MLP projections.
+        include_qkv_bias: Biases in the query, key and value projections.
+        weight_tying: Use the embedding as the LM head; the checkpoint then has no ``ff_out`` tensor at the top.
+        vocab_size: Number of token ids.
+        embedding_size: Rows of the embedding and the head (``vocab_size`` rounded up; ``None`` means equal).
+        max_sequence_length: Longest sequence the model was trained for, in tokens.
+        mask_token_id: Id of ``<|mdm_mask|>``.
+        eos_token_id: Id of ``<|endoftext|>``, which also pads.
+        **kwargs: Further fields; see ``_ONLY`` for those whose value is checked.
+
+    Raises:
+        ValueError: A field asks for a computation this implementation does not do.
+    """
+
+    model_type = "llada"
+
+    def __init__(
+        self,
+        d_model: int = 4096,
+        n_layers: int = 32,
+        n_heads: int = 32,
+        n_kv_heads: int | None = None,
+        mlp_ratio: int = 4,
+        mlp_hidden_size: int | None = 12288,
+        rope_theta: float = 500000.0,
+        rms_norm_eps: float = 1e-5,
+        include_bias: bool = False,
+        include_qkv_bias: bool = False,
+        weight_tying: bool = False,
+        vocab_size: int = 126464,
+        embedding_size: int | None = None,
+        max_sequence_length: int = 4096,
+        mask_token_id: int | None = 126336,
+        eos_token_id: int | None = 126081,
+        pad_token_id: int | None = 126081,
+        use_cache: bool = False,
+        init_std: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        for name, value in _ONLY.items():
+            if kwargs.setdefault(name, value) != value:
+                raise ValueError(f"LLaDA config.json: {name} is {kwargs[name]!r}; only {value!r} is implemented")
+        kwargs.pop("tie_word_embeddings", None)  # transformers writes this copy of weight_tying beside it
+        if d_model % n_heads:
+            raise ValueError(f"LLaDA config.json: d_model {d_model} is not a multiple of n_heads {n_heads}")
+        if n_heads % (n_kv_heads or n_heads):
+            raise ValueError(f"LLaDA config.json: n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}")
+        self.d_model = d_model
+        self.n_layers = n_layers
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.mlp_ratio = mlp_ratio
+        self.mlp_hidden_size = mlp_hidden_size
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.include_bias = include_bias
+        self.include_qkv_bias = include_qkv_bias
+        self.weight_tying = weight_tying
+        self.vocab_size = vocab_size
+        self.embedding_size = embedding_size
+        self.max_sequence_length = max_sequence_length
+        self.mask_token_id = mask_token_id
+        self.use_cache = use_cache
+        self.init_std = init_std
+        super().__init__(
+            eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=weight_tying, **kwargs
+        )
+
+
+@dataclass
+class KVCache:
+    """Rotated keys and values of every layer, allocated once and written in place.
+
+    Attributes:
+        keys: ``(n_layers, B, n_kv_heads, S, head_dim)``, after the rotary embedding.
+        values: Same shape as ``keys``.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def allocate(cls, config: LLaDAConfig, batch: int, length: int, *, dtype: torch.dtype, device: Any) -> "KVCache":
+        """Zero-filled storage for ``batch`` rows of ``length`` positions."""
+        heads = config.n_kv_heads or config.n_heads
+        shape = (config.n_layers, batch, heads, length, config.d_model // config.n_heads)
+        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+    def update(self, layer: int, index: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes ``key`` and ``value`` ``(B, H, T, D)`` at columns ``index`` ``(B, T)``; returns the whole layer."""
+        where = index[:, None, :, None].expand_as(key)
+        keys, values = self.keys[layer], self.values[layer]
+        keys.scatter_(2, where, key.to(keys.dtype))
+        values.scatter_(2, where, value.to(values.dtype))
+        return keys, values
+
+
+class RMSNorm(nn.Module):
+    """Normalises in fp32, casts to the input's dtype, then multiplies by the weight (the official order)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the half-split rotary embedding, fp32.
+
+    Args:
+        positions: ``(B, T)`` integer positions.
+        head_dim: Width of one head.
+        theta: Base of the geometric frequencies.
+
+    Returns:
+        Two tensors ``(B, 1, T, head_dim)``.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None].float() * theta**-exponent
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies the rotary embedding to ``(B, H, T, D)`` in fp32 and casts back."""
+    wide = x.float()
+    left, right = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention, ``(B, H, T, D)``; ``key`` and ``value`` may have fewer heads."""
+    grouped = key.shape[1] != query.shape[1]
+    if query.device.type == "cpu" and query.requires_grad and query.dtype is torch.bfloat16:
+        # The backward of PyTorch's CPU kernel takes twice as long in bf16 as in fp32 (measured with torch 2.13).
+        with torch.autocast("cpu", enabled=False):
+            wide = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), mask, enable_gqa=grouped)
+        return wide.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
+
+
+class LLaDABlock(nn.Module):
+    """One pre-norm block: bidirectional attention, then a gated MLP."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        width, heads = config.d_model, config.n_heads
+        self.head_dim = width // heads
+        kv_width = self.head_dim * (config.n_kv_heads or heads)
+        hidden = config.mlp_hidden_size or config.mlp_ratio * width
+        self.attn_norm = RMSNorm(width, config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, width, bias=config.include_bias or config.include_qkv_bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=config.include_bias or config.include_qkv_bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=config.include_bias or config.include_qkv_bias)
+        self.attn_out = nn.Linear(width, width, bias=config.include_bias)
+        self.ff_norm = RMSNorm(width, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(width, hidden, bias=config.include_bias)
+        self.up_proj = nn.Linear(width, hidden, bias=config.include_bias)
+        self.ff_out = nn.Linear(hidden, width, bias=config.include_bias)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int,
+        index: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """``(B, T, d_model)`` to the same; ``mask`` is ``(B, 1, 1, S)`` bool, True where a key may be attended."""
+        normed = self.attn_norm(x)
+        query, key, value = (
+            proj(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if cache is not None and index is not None:
+            key, value = cache.update(layer, index, key, value)
+        mixed = attend(query, key, value, mask)
+        x = x + self.attn_out(mixed.transpose(1, 2).flatten(2))
+        normed = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
+
+
+class LLaDAModel(nn.Module):
+    """Embedding, blocks, final norm and head under the official names."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        rows = config.embedding_size or config.vocab_size
+        parts: dict[str, nn.Module] = {
+            "wte": nn.Embedding(rows, config.d_model),
+            "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
+            "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+        }
+        if not config.weight_tying:
+            parts["ff_out"] = nn.Linear(config.d_model, rows, bias=config.include_bias)
+        self.config = config
+        self.transformer = nn.ModuleDict(parts)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        cache: KVCache | None = None,
+        cache_index: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states before the final norm, ``(B, T, d_model)``."""
+        config = self.config
+        x = self.transformer["wte"](input_ids)
+        rotary = rotary_table(positions, config.d_model // config.n_heads, config.rope_theta)
+        for layer, block in enumerate(cast(nn.ModuleList, self.transformer["blocks"])):
+            x = block(x, rotary, mask, cache, layer, cache_index)
+        return x
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final norm and vocabulary projection: ``(..., d_model)`` to ``(..., vocab_size)``."""
+        hidden = self.transformer["ln_f"](hidden)
+        if self.config.weight_tying:
+            logits = F.linear(hidden, cast(Tensor, self.transformer["wte"].weight))
+        else:
+            logits = self.transformer["ff_out"](hidden)
+        return logits[..., : self.config.vocab_size]
+
+
+class LLaDAModelLM(PreTrainedModel):
+    """The mask predictor, named as in the official checkpoints' ``architectures``."""
+
+    config_class = LLaDAConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _no_split_modules = ["LLaDABlock"]
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__(config)
+        self.model = LLaDAModel(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.transformer["wte"]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        logits_at: Tensor | None = None,
+        cache: KVCache | None = None,
+        cache_index: Tensor | None = None,
+    ) -> MaskedLMOutput:
+        """Predicts the token at every position asked for.
+
+        Args:
+            input_ids: ``(B, T)`` int64.
+            attention_mask: ``(B, S)`` bool or 0/1, False on padding; ``S`` is ``T``, or the cache's length with a cache.
+                ``None`` attends everywhere.
+            position_ids: ``(B, T)`` int64; by default counted from each row's first attended position.
+            logits_at: ``(N,)`` int64 indices into the flattened ``(B * T)`` positions. The head is run on these only.
+                ``None`` runs it everywhere.
+            cache: Keys and values to attend to beside those of ``input_ids``.
+            cache_index: ``(B, T)`` int64, the cache columns that ``input_ids`` occupy; required with ``cache``, and
+                ``position_ids`` then too.
+
+        Returns:
+            ``logits`` ``(B, T, vocab_size)``, or ``(N, vocab_size)`` with ``logits_at``, in the weights' dtype.
+        """
+        mask = None if attention_mask is None else attention_mask.bool()
+        if cache is not None and (cache_index is None or position_ids is None):
+            raise ValueError("forward with cache needs cache_index (B, T) and position_ids (B, T)")
+        if position_ids is None and mask is not None:
+            position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        elif position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        keys_allowed = None if mask is None else mask[:, None, None, :]
+        hidden = self.model(input_ids, keys_allowed, position_ids, cache, cache_index)
+        if logits_at is not None:
+            hidden = hidden.flatten(0, 1)[logits_at]
+        return MaskedLMOutput(logits=self.model.head(hidden))
+
+
+AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig)
+AutoModel.register(LLaDAConfig, LLaDAModelLM)
