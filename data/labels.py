@@ -1,0 +1,176 @@
+"""Labels from decode traces: which guesses were already final, and where the text ends. Pure functions of tensors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from decoding.state import StepTrace
+from models.features import Evidence
+
+
+@dataclass
+class Records:
+    """Every step of many decodes, one row a (prompt, block, step); ``R`` rows of ``K`` positions.
+
+    Attributes:
+        evidence: What the predictor said about the active block, ``(R, K)`` fields; see :class:`models.features.Evidence`.
+        final: ``(R, K)`` bool, True where the guess equals the reference's token.
+        tail: ``(R, K)`` bool, True at and after the reference's first EoT.
+        prompt: ``(R,)`` int64, index of the prompt in ``prompt_ids``.
+        states: ``(R,)`` int64, index into ``STATES``: which decode the row was recorded in.
+        block: ``(R,)`` int64, number of the active block.
+        step: ``(R,)`` int64, forwards this row of the decode had before.
+        prompt_ids: Id of each prompt.
+        splits: Split of each prompt.
+    """
+
+    evidence: Evidence
+    final: Tensor
+    tail: Tensor
+    prompt: Tensor
+    states: Tensor
+    block: Tensor
+    step: Tensor
+    prompt_ids: list[str]
+    splits: list[str]
+
+
+STATES = ("full_step", "oracle", "filter")
+"""The decodes that records come from: the reference itself, the oracle's pass, and a trained filter's own pass."""
+
+
+def first_eot(sequences: Tensor, eot_id: int) -> Tensor:
+    """Index of the first EoT in each sequence: ``(..., G)`` int64 to ``(...)`` int64; ``G`` where there is none."""
+    found = torch.nn.functional.pad(sequences == eot_id, (0, 1), value=True)
+    return found.to(torch.uint8).argmax(dim=-1)
+
+
+def ended(sequences: Tensor, eot_id: int) -> Tensor:
+    """True at and after each sequence's first EoT: ``(..., G)`` int64 to ``(..., G)`` bool (algorithms.md section 4)."""
+    index = torch.arange(sequences.shape[-1], device=sequences.device)
+    return index >= first_eot(sequences, eot_id)[..., None]
+
+
+def of_block(region: Tensor, block: Tensor, block_length: int) -> Tensor:
+    """The columns of each row's active block.
+
+    Args:
+        region: ``(R, G)``, one value for each generated position.
+        block: ``(R,)`` int64, number of the active block.
+        block_length: ``K``.
+
+    Returns:
+        ``(R, K)``, of the dtype of ``region``.
+    """
+    return region.unflatten(1, (-1, block_length))[torch.arange(len(block), device=block.device), block]
+
+
+def labels(
+    steps: StepTrace, references: Tensor, eot_id: int
+) -> tuple[Tensor, Tensor]:
+    """Labels of recorded steps.
+
+    Args:
+        steps: Steps of ``R`` rows, as :func:`collect` gives them.
+        references: ``(P, G)`` int64, the reference sequence of each prompt that ``steps.rows`` counts.
+        eot_id: Id of EoT.
+
+    Returns:
+        ``final`` and ``tail``, ``(R, K)`` bool. ``final`` is False at decoded positions, which are no examples: counting
+        them as positives is how a filter looks better than it is.
+    """
+    evidence, length = steps.evidence, steps.evidence.masked.shape[1]
+    reference = of_block(references[steps.rows], steps.block, length)
+    tail = of_block(ended(references, eot_id)[steps.rows], steps.block, length)
+    return (evidence.token == reference) & evidence.masked, tail
+
+
+def collect(trace: Sequence[StepTrace]) -> StepTrace:
+    """All steps of one decode as a single ``StepTrace``, ordered by row, then by step.
+
+    Args:
+        trace: The batched steps, in the order they happened; at least one. EoT evidence is kept if all have it.
+    """
+    rows, step = torch.cat([part.rows for part in trace]), torch.cat([part.step for part in trace])
+    order = (rows * (int(step.max()) + 1) + step).argsort()
+
+    def join(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts)[order]
+
+    def join_if_recorded(parts: list[Tensor | None]) -> Tensor | None:
+        there = [part for part in parts if part is not None]
+        return join(there) if len(there) == len(parts) else None
+
+    return StepTrace(
+        rows=rows[order],
+        block=join([part.block for part in trace]),
+        step=step[order],
+        evidence=Evidence(**{f.name: join([getattr(p.evidence, f.name) for p in trace]) for f in fields(Evidence)}),
+        transfer=join([part.transfer for part in trace]),
+        committed=join([part.committed for part in trace]),
+        eot_probability=join_if_recorded([part.eot_probability for part in trace]),
+        eot_top=join_if_recorded([part.eot_top for part in trace]),
+    )
+
+
+def history(masked: Tensor, token: Tensor, confidence: Tensor, decode: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """Rebuilds ``Evidence.stable`` and ``Evidence.previous``, which follow from the steps before and are not stored.
+
+    Args:
+        masked: ``(R, K)`` bool.
+        token: ``(R, K)`` int64.
+        confidence: ``(R, K)`` float32.
+        decode: ``(R,)`` int64, a number shared by exactly the rows of one decode of one prompt. These stand together, in
+            the order of their steps, none missing.
+        block: ``(R,)`` int64, number of the active block.
+
+    Returns:
+        ``stable`` ``(R, K)`` int64 and ``previous`` ``(R, K)`` float32, zero at decoded positions.
+    """
+    follows = torch.zeros(len(masked), dtype=torch.bool, device=masked.device)  # the row above is the step before
+    follows[1:] = (decode[1:] == decode[:-1]) & (block[1:] == block[:-1])
+    # A position never becomes masked again, so where it is masked now it was masked, and had a guess, in the row above.
+    changed = torch.ones_like(masked)
+    changed[1:] = (token[1:] != token[:-1]) | ~follows[1:, None]
+    row = torch.arange(len(masked), device=masked.device)[:, None]
+    since = torch.where(changed, row, 0).cummax(dim=0).values if len(masked) else row
+    previous = torch.zeros_like(confidence)
+    previous[1:] = torch.where(follows[1:, None] & masked[1:], confidence[:-1], 0.0)
+    return torch.where(masked, row - since, 0), previous
+
+
+def records_of(
+    traces: Mapping[str, Sequence[StepTrace]], references: Tensor, prompt_ids: list[str], splits: list[str], eot_id: int
+) -> Records:
+    """Records of one batch straight from its traces, without the way through shards.
+
+    Args:
+        traces: For each of the ``STATES`` that was decoded, its trace; rows count the prompts.
+        references: ``(P, G)`` int64, the full-step sequences.
+        prompt_ids: Id of each prompt.
+        splits: Split of each prompt.
+        eot_id: Id of EoT.
+
+    Returns:
+        Records ordered by states, prompt and step.
+    """
+    parts = [(STATES.index(name), collect(trace)) for name, trace in traces.items()]
+    marks = [labels(steps, references, eot_id) for _, steps in parts]
+
+    def join(name: str) -> Tensor:
+        return torch.cat([getattr(steps, name) for _, steps in parts])
+
+    evidence = {f.name: torch.cat([getattr(s.evidence, f.name) for _, s in parts]) for f in fields(Evidence)}
+    return Records(
+        evidence=Evidence(**evidence),
+        final=torch.cat([final for final, _ in marks]),
+        tail=torch.cat([tail for _, tail in marks]),
+        prompt=join("rows"),
+        states=torch.cat([torch.full_like(steps.rows, number) for number, steps in parts]),
+        block=join("block"),
+        step=join("step"),
+        prompt_ids=prompt_ids,
+        splits=splits,
+    )

@@ -1,0 +1,171 @@
+"""Filter training data: every record in device memory, batches by index."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from data.labels import STATES, Records
+from models.errors import InputError
+from models.features import Evidence
+
+
+@dataclass
+class FilterBatch:
+    """Some records; ``(B, K)`` fields.
+
+    Attributes:
+        evidence: What the predictor said.
+        final: bool, True where the guess was already the reference's token.
+        tail: bool, True at and after the reference's first EoT.
+        weight: float32, share of each position in the loss: 0 where it is decoded, else 1 or the weight of the tail.
+    """
+
+    evidence: Evidence
+    final: Tensor
+    tail: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.final)
+
+    def take(self, rows: Tensor) -> "FilterBatch":
+        """The rows at ``rows`` ``(b,)`` int64."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device) -> "FilterBatch":
+        """The same records on a device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "FilterBatch":
+        evidence = Evidence(**{f.name: change(getattr(self.evidence, f.name)) for f in fields(Evidence)})
+        return FilterBatch(evidence, change(self.final), change(self.tail), change(self.weight))
+
+
+class Batches:
+    """Batches of one rank, drawn anew for each epoch; the same whatever the number of ranks drew before.
+
+    A plain iterable rather than a ``DataLoader``: there is nothing to load, workers or collation would only copy.
+
+    Args:
+        data: All records of a split.
+        batch_size: Records in a batch; ``None`` for all of the rank's records.
+        rank: This rank.
+        ranks: Number of ranks.
+        order: ``epoch -> (n,)`` permutation of the records, the same on every rank; ``None`` keeps their order.
+        epoch: Tells the current epoch.
+    """
+
+    def __init__(
+        self, data: FilterBatch, batch_size: int | None, rank: int, ranks: int,
+        order: Callable[[int], Tensor] | None = None, epoch: Callable[[], int] = lambda: 0,
+    ) -> None:  # fmt: skip
+        self.data, self.rank, self.ranks, self.order, self.epoch = data, rank, ranks, order, epoch
+        # In training every rank takes as many records, so that none waits for the others' last step.
+        self.count = math.ceil((len(data) - (0 if order else rank)) / ranks)
+        self.batch_size = batch_size or max(1, self.count)
+
+    def __len__(self) -> int:
+        return math.ceil(self.count / self.batch_size)
+
+    def __iter__(self) -> Iterator[FilterBatch]:
+        if len(self) == 1 and self.ranks == 1:
+            yield self.data
+            return
+        device = self.data.final.device
+        mine = self.rank + self.ranks * torch.arange(self.count, device=device)
+        if self.order:
+            mine = self.order(self.epoch()).to(device)[mine % len(self.data)]
+        for start in range(0, self.count, self.batch_size):
+            yield self.data.take(mine[start : start + self.batch_size])
+
+
+class FilterDataModule(LightningDataModule):
+    """Records of a rollout folder for ``train/filter.py``, split by prompt.
+
+    Args:
+        rollouts: Folder of the shards.
+        batch_size: Records in a training batch on one device; null for all of them (the published recipe).
+        states: Decodes whose records are used, of :data:`data.labels.STATES`.
+        tail_weight: Weight in the loss of positions at and after the reference's first EoT. They are up to nine tenths of
+            all positions and nearly all easy.
+        seed: Seed of the order of batches.
+    """
+
+    def __init__(
+        self,
+        rollouts: Path,
+        batch_size: int | None = 2048,
+        states: list[str] = ["full_step", "oracle"],  # noqa: B006  # never changed, and it shows in --help
+        tail_weight: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size is not None and batch_size < 1:
+            raise InputError("batch_size", batch_size, "a positive integer, or null for one batch of everything")
+        if not 0 <= tail_weight < math.inf:
+            raise InputError("tail_weight", tail_weight, "a number from 0")
+        for name in states:
+            if name not in STATES:
+                raise InputError("states", name, ", ".join(STATES))
+        self.rollouts, self.batch_size, self.states, self.tail_weight = Path(rollouts), batch_size, states, tail_weight
+        self.seed = seed
+        self.records: Records | None = None
+        self.parts: dict[str, FilterBatch] = {}
+
+    def setup(self, stage: str) -> None:
+        if self.parts:
+            return
+        if self.records is None:
+            from data.shards import load_records
+
+            self.records = load_records(self.rollouts)
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        for split in ("train", "validation", "test"):
+            part = self._part(self.records, split, device)
+            # A rollout of few prompts may well hold none of the test split, which only `test` reads.
+            if not len(part) and (split != "test" or stage == "test"):
+                raise InputError(
+                    f"{self.rollouts}: split", f"no {split} record in the states {', '.join(self.states)}",
+                    "rollouts of prompts of every split; roll out more prompts",
+                )  # fmt: skip
+            self.parts[split] = part
+        self.records = None  # the parts are copies
+
+    def _part(self, records: Records, split: str, device: torch.device) -> FilterBatch:
+        """All records of one split, on the device."""
+        wanted = torch.tensor([STATES.index(name) for name in self.states])
+        in_split = torch.tensor([name == split for name in records.splits], dtype=torch.bool)
+        rows = (in_split[records.prompt] & torch.isin(records.states, wanted)).nonzero()[:, 0]
+        weight = records.evidence.masked * torch.where(records.tail, self.tail_weight, 1.0)
+        return FilterBatch(records.evidence, records.final, records.tail, weight).take(rows).to(device)
+
+    def _batches(self, split: str) -> Batches:
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if split != "train":
+            return Batches(self.parts[split], 4 * self.batch_size if self.batch_size else None, rank, ranks)
+        return Batches(self.parts[split], self.batch_size, rank, ranks, self._order, self._epoch)
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.parts["train"]), generator=generator)
+
+    def _epoch(self) -> int:
+        return self.trainer.current_epoch if self.trainer else 0
+
+    def train_dataloader(self) -> Batches:
+        return self._batches("train")
+
+    def val_dataloader(self) -> Batches:
+        return self._batches("validation")
+
+    def test_dataloader(self) -> Batches:
+        return self._batches("test")
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # everything is there since setup

@@ -1,0 +1,73 @@
+"""Settings of one decode, validated before any work is done."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from models.errors import InputError
+
+EotRule = Literal["off", "published", "filter"]
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How a batch is decoded, whatever the strategy.
+
+    Args:
+        gen_length: Generated positions of every row, in tokens.
+        block_length: Positions of one block; blocks are decoded left to right from the end of the prompt.
+        steps: Denoising steps of the whole decode, which set the quota of strategies that have one; ``None`` means
+            ``gen_length``: one token a step.
+        temperature: 0 takes the argmax; above, tokens are drawn by Gumbel-max.
+        eot: What happens at the end of the text. ``off``: nothing, every position is decoded. ``filter``: a committed EoT
+            fills everything to its right. ``published``: Learn2PD's rule, which in addition cuts the row at the most
+            confident EoT guess anywhere, whatever its confidence.
+        seed: Seed of the noise; row ``i`` of a call draws from its own generator, seeded by ``(seed, i)``.
+
+    Raises:
+        InputError: A value out of range, or lengths and steps that do not divide.
+    """
+
+    gen_length: int = 128
+    block_length: int = 32
+    steps: int | None = None
+    temperature: float = 0.0
+    eot: EotRule = "filter"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("gen_length", "block_length"):
+            if getattr(self, name) < 1:
+                raise InputError(name, getattr(self, name), "a whole number of at least 1")
+        if self.gen_length % self.block_length:
+            divisors = [n for n in range(1, self.gen_length + 1) if self.gen_length % n == 0]
+            raise InputError(
+                "block_length", self.block_length, f"a divisor of gen_length {self.gen_length}: {_listed(divisors)}"
+            )
+        if self.steps is not None:
+            allowed = [self.blocks * n for n in range(1, self.block_length + 1)]
+            if self.steps not in allowed:
+                raise InputError(
+                    "steps", self.steps, f"a multiple of the {self.blocks} blocks, at most gen_length: {_listed(allowed)}"
+                )
+        if not self.temperature >= 0:
+            raise InputError("temperature", self.temperature, "a number of at least 0")
+        if self.eot not in ("off", "published", "filter"):
+            raise InputError("eot", repr(self.eot), "off | published | filter")
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.gen_length // self.block_length
+
+    @property
+    def steps_per_block(self) -> int:
+        """Denoising steps of one block."""
+        return (self.steps or self.gen_length) // self.blocks
+
+    def settings(self) -> dict[str, Any]:
+        """The complete settings, for result rows and manifests."""
+        return asdict(self) | {"steps": self.steps or self.gen_length}
+
+
+def _listed(values: list[int]) -> str:
+    return ", ".join(map(str, values if len(values) <= 12 else [*values[:6], "...", *values[-5:]]))

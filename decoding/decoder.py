@@ -1,0 +1,192 @@
+"""Text in, text out: a base model, a strategy and its exported component behind one object."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decoding.config import DecodeConfig, EotRule
+from decoding.eot import first_true
+from decoding.loop import DecodeOutput, check_prompts, decode, decode_steps, empty_output
+from decoding.state import StepResult, StepTrace
+from decoding.strategies import Strategy, make_strategy
+from decoding.text import PromptLike, encode
+from models.errors import InputError
+from models.predictor import MaskPredictor
+
+
+@dataclass
+class Generation:
+    """What ``generate`` returns; every list and tensor is in the order of the prompts.
+
+    Attributes:
+        text: Decoded text of each row, special tokens left out.
+        tokens: Generated ids of each row before its first EoT.
+        sequences: ``(B, gen_length)`` int64, the whole generated region.
+        nfe: ``(B,)`` int64, forwards in which the row still had masked positions.
+        forward_calls: Batched forwards launched.
+        counts: Name to ``(B,)`` int64 totals of the strategy's events.
+        trace: Steps in order (``rows`` index the prompts), or ``None`` where not asked for.
+        seconds: Wall time of the decode.
+        predictor_seconds: Part of it inside the predictor.
+        settings: The complete decode settings.
+    """
+
+    text: list[str]
+    tokens: list[list[int]]
+    sequences: Tensor
+    nfe: Tensor
+    forward_calls: int
+    counts: dict[str, Tensor]
+    trace: list[StepTrace] | None
+    seconds: float
+    predictor_seconds: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Decoder:
+    """Decodes prompts with one strategy.
+
+    Args:
+        predictor: The mask predictor.
+        strategy: The strategy.
+    """
+
+    def __init__(self, predictor: MaskPredictor, strategy: Strategy) -> None:
+        self.predictor, self.strategy = predictor, strategy
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path,
+        strategy: str = "full_step",
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        **options: Any,
+    ) -> "Decoder":
+        """Loads a base model and builds a strategy.
+
+        Args:
+            base: Folder or hub id of the base model.
+            strategy: Name of the strategy.
+            device: Device of the weights; a GPU where there is one.
+            dtype: Dtype of the weights.
+            **options: The strategy's settings, such as ``threshold=0.9`` or ``filter="folder"``.
+
+        Raises:
+            InputError: Anything that does not load or does not fit, by name.
+        """
+        chosen = make_strategy(strategy, **options)
+        return cls(MaskPredictor.from_pretrained(base, device=device, dtype=dtype), chosen)
+
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        *,
+        gen_length: int = 128,
+        block_length: int = 32,
+        steps: int | None = None,
+        temperature: float = 0.0,
+        eot: EotRule = "filter",
+        seed: int = 0,
+        batch_size: int = 32,
+        chat_template: bool = True,
+        references: Tensor | None = None,
+        trace: bool = False,
+    ) -> Generation:
+        """Decodes a list of prompts in batches of similar length.
+
+        Args:
+            prompts: Strings, chat messages or token ids, one entry a prompt.
+            gen_length: See :class:`decoding.config.DecodeConfig`, as for the next five.
+            block_length: Positions of a block.
+            steps: Denoising steps; sets the quota.
+            temperature: 0 for argmax.
+            eot: End-of-text rule.
+            seed: Seed of the noise.
+            batch_size: Prompts decoded together.
+            chat_template: Wrap text in the chat template.
+            references: ``(B, gen_length)`` int64, for the oracle.
+            trace: Keep every step.
+
+        Raises:
+            InputError: A setting, a prompt or a reference that cannot be used, by name.
+        """
+        config = DecodeConfig(gen_length, block_length, steps, temperature, eot, seed)
+        ids = self._encode(prompts, config, chat_template)
+        if batch_size < 1:
+            raise InputError("batch_size", batch_size, "a whole number of at least 1")
+        if references is not None and references.shape != (len(ids), gen_length):
+            raise InputError("references", tuple(references.shape), f"shape ({len(ids)}, {gen_length})")
+        whole = empty_output(len(ids), config)
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        for start in range(0, len(order), batch_size):
+            index = torch.tensor(order[start : start + batch_size])
+            part = decode(
+                self.predictor, [ids[i] for i in index.tolist()], config, self.strategy,
+                None if references is None else references[index], record=trace, seeds=index.tolist(),
+            )  # fmt: skip
+            _merge(whole, part, index)
+        return self._generation(whole, config, trace)
+
+    def stream(
+        self, prompt: PromptLike, *, chat_template: bool = True, output: DecodeOutput | None = None, **settings: Any
+    ) -> Iterator[StepResult]:
+        """Decodes one prompt, yielding what every forward changed; the settings are those of :class:`DecodeConfig`.
+
+        Pass ``output`` (from :func:`decoding.loop.empty_output`) to read NFE and counts as they grow.
+        """
+        config = DecodeConfig(**settings)
+        ids = self._encode([prompt], config, chat_template)
+        yield from decode_steps(self.predictor, ids, config, self.strategy, output or empty_output(1, config))
+
+    def decode_text(self, tokens: Sequence[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        if self.predictor.tokenizer is None:
+            return ""
+        return str(self.predictor.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _encode(self, prompts: Sequence[PromptLike], config: DecodeConfig, chat_template: bool) -> list[list[int]]:
+        if isinstance(prompts, str) or not len(prompts):
+            raise InputError("prompts", repr(prompts)[:60], "a list of at least one prompt")
+        if self.predictor.tokenizer is None and not all(isinstance(prompt[0], int) for prompt in prompts):
+            raise InputError("prompts", "text for a predictor without a tokenizer", "lists of token ids")
+        ids = [
+            list(prompt) if self.predictor.tokenizer is None else encode(self.predictor.tokenizer, prompt, chat_template)
+            for prompt in prompts
+        ]
+        check_prompts(self.predictor, ids, config)
+        return ids  # type: ignore[return-value]
+
+    def _generation(self, output: DecodeOutput, config: DecodeConfig, trace: bool) -> Generation:
+        ends = first_true(output.sequences == self.predictor.ids.eot).tolist()
+        tokens = [row[:end] for row, end in zip(output.sequences.tolist(), ends, strict=True)]
+        return Generation(
+            text=[self.decode_text(row) for row in tokens],
+            tokens=tokens,
+            sequences=output.sequences,
+            nfe=output.nfe,
+            forward_calls=output.forward_calls,
+            counts=output.counts,
+            trace=output.trace if trace else None,
+            seconds=output.seconds,
+            predictor_seconds=output.predictor_seconds,
+            settings=config.settings() | self.strategy.settings(),
+        )
+
+
+def _merge(whole: DecodeOutput, part: DecodeOutput, index: Tensor) -> None:
+    """Adds the decode of the prompts ``index`` ``(b,)`` to the whole list's."""
+    whole.sequences[index], whole.nfe[index] = part.sequences, part.nfe
+    for name, count in part.counts.items():
+        whole.counts.setdefault(name, torch.zeros_like(whole.nfe))[index] = count
+    for step in part.trace:
+        step.rows = index[step.rows]
+        whole.trace.append(step)
+    whole.forward_calls += part.forward_calls
+    whole.seconds += part.seconds
+    whole.predictor_seconds += part.predictor_seconds

@@ -1,0 +1,36 @@
+"""Strategies: one file each, behind one registry."""
+
+import inspect
+from typing import Any
+
+from decoding.strategies.base import Decision, Step, Strategy
+from decoding.strategies.full_step import FullStep
+from decoding.strategies.learn2pd import Learn2PD
+from decoding.strategies.oracle import Oracle
+from decoding.strategies.threshold import Threshold
+from models.errors import InputError
+
+STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (FullStep, Threshold, Oracle, Learn2PD)}
+"""Name to class. A new strategy is one file and one entry here."""
+
+
+def make_strategy(name: str, **options: Any) -> Strategy:
+    """Builds a strategy by name.
+
+    Args:
+        name: Key of :data:`STRATEGIES`.
+        **options: Its settings.
+
+    Raises:
+        InputError: Unknown name, unknown option, or an option out of range.
+    """
+    if name not in STRATEGIES:
+        raise InputError("strategy", repr(name), " | ".join(STRATEGIES))
+    accepted = [key for key in inspect.signature(STRATEGIES[name]).parameters if key not in ("args", "kwargs")]
+    for key in options:
+        if key not in accepted:
+            raise InputError(f"{name}.{key}", "an unknown setting", ", ".join(accepted) or "no settings")
+    return STRATEGIES[name](**options)
+
+
+__all__ = ["STRATEGIES", "Decision", "Step", "Strategy", "make_strategy"]

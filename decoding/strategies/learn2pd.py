@@ -1,0 +1,72 @@
+"""Learn2PD: a small trained filter says which guesses are already final."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from decoding.config import DecodeConfig
+from decoding.strategies.base import Decision, Step, Strategy, require_range, top_1
+from models.errors import InputError
+from models.filter import FilterConfig, check_compatible, load_filter
+from models.predictor import MaskPredictor
+
+
+@dataclass
+class Learn2PD(Strategy):
+    """Commits the positions whose filter probability exceeds the threshold, and always the most confident one.
+
+    Source: arXiv 2509.25188, section 3.
+
+    Args:
+        filter: Folder of an exported filter.
+        threshold: Probability above which a guess counts as final; the export's own by default.
+        network: A filter network to use instead of one loaded from ``filter``, with its ``config``.
+        config: Configuration of ``network``.
+    """
+
+    filter: str | Path | None = None
+    threshold: float | None = None
+    network: nn.Module | None = field(default=None, repr=False)
+    config: FilterConfig | None = field(default=None, repr=False)
+    name = "learn2pd"
+
+    def __post_init__(self) -> None:
+        if self.network is None:
+            if self.filter is None:
+                raise InputError("filter", None, "the folder of an exported filter")
+            self.network, self.config = load_filter(self.filter)
+        if self.config is None:
+            raise InputError("learn2pd.config", None, "the FilterConfig of the network")
+        if self.threshold is None:
+            self.threshold = self.config.threshold
+        require_range(self.name, "threshold", self.threshold, "a probability from 0 to 1", lambda value: 0 <= value <= 1)
+        self.needs = frozenset({"margin" if name == "log_margin" else name for name in self.config.features}) & {
+            "margin",
+            "entropy",
+        }
+        self.all_positions = bool(self.network.needs_all_positions)
+
+    def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
+        assert self.network is not None
+        assert self.config is not None
+        check_compatible(
+            self.config,
+            vocab_size=predictor.vocab_size,
+            mask_id=predictor.ids.mask,
+            fingerprint=predictor.fingerprint,
+            gen_length=config.gen_length,
+            block_length=config.block_length,
+        )
+        self.network.to(predictor.device)
+
+    def decide(self, step: Step) -> Decision:
+        assert self.network is not None
+        evidence = step.evidence
+        final = (self.network(evidence).sigmoid() > self.threshold) & evidence.masked
+        best = top_1(evidence.confidence, evidence.masked)
+        return Decision(final | best, counts={"filter_commits": (final & ~best).sum(1)})
+
+    def settings(self) -> dict[str, Any]:
+        return {"strategy": self.name, "threshold": self.threshold, "filter": str(self.filter) if self.filter else None}

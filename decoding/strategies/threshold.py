@@ -1,0 +1,29 @@
+"""Fixed confidence threshold (Fast-dLLM)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from decoding.strategies.base import Decision, Step, Strategy, require_range, top_1
+
+
+@dataclass(frozen=True)
+class Threshold(Strategy):
+    """Commits every position of at least ``threshold`` confidence, and always the best one (arXiv 2505.22618).
+
+    Args:
+        threshold: Confidence in probability; above 1 equals one token a step.
+    """
+
+    threshold: float = 0.9
+    name = "threshold"
+
+    def __post_init__(self) -> None:
+        require_range(self.name, "threshold", self.threshold, "a number of at least 0", lambda value: value >= 0)
+
+    def decide(self, step: Step) -> Decision:
+        evidence = step.evidence
+        sure = (evidence.confidence >= self.threshold) & evidence.masked
+        return Decision(sure | top_1(evidence.confidence, evidence.masked))
+
+    def settings(self) -> dict[str, Any]:
+        return {"strategy": self.name, "threshold": self.threshold}

@@ -1,0 +1,170 @@
+"""Trained components on disk: a folder of config.json, model.safetensors and README.md, checked whenever it is read."""
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.errors import InputError
+
+CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+def save_component(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
+    """Writes a component aside and renames it into place, replacing an older component of the same kind.
+
+    Whatever interrupts the writing, ``folder`` holds the old component or the new one. A folder cannot be replaced in a
+    single system call, so a kill between the two renames leaves the old one beside it as ``.<name>.<pid>.old``.
+
+    Args:
+        folder: Where to; parents are created.
+        config: What ``config.json`` holds; ``kind`` and ``schema_version`` must be among it.
+        tensors: What ``model.safetensors`` holds.
+        card: Text of the model card.
+
+    Raises:
+        InputError: ``folder`` exists and is not an empty folder or a component of this kind, a value of ``config`` cannot
+            be written as JSON, or a tensor is not finite.
+    """
+    folder = Path(folder).absolute()
+    _check_replaceable(folder, config["kind"])
+    try:
+        text = json.dumps(dict(config), indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG}", error, "values that JSON can hold") from None
+    _check_finite(folder / TENSORS, tensors)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    old = aside.with_suffix(".old")
+    try:
+        aside.mkdir(parents=True)
+        (aside / CONFIG).write_text(text + "\n", encoding="utf-8")
+        (aside / CARD).write_text(card, encoding="utf-8")
+        # Copies: safetensors refuses tensors that share storage.
+        save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
+                  aside / TENSORS)  # fmt: skip
+        if folder.exists():
+            folder.rename(old)
+        try:
+            aside.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_component(
+    folder: str | Path, kind: str, schema_version: int, fields: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads a component; its tensors still have to be checked against the network, see :func:`load_tensors`.
+
+    Args:
+        folder: Where from.
+        kind: What the component has to be.
+        schema_version: The version of ``config.json`` that the caller reads.
+        fields: The keys ``config.json`` must hold besides ``kind``, no more and no less.
+
+    Returns:
+        The config without ``kind``, and the tensors by name, on the CPU.
+
+    Raises:
+        InputError: Something is missing, unreadable, of another kind or schema, or a key is unknown or missing.
+    """
+    folder = Path(folder)
+    file = folder / CONFIG
+    if not folder.is_dir():
+        raise InputError(f"{kind} folder", f"no folder {folder}", f"a folder with {CONFIG} and {TENSORS}")
+    if not file.is_file():
+        raise InputError(str(file), "no such file", f"an exported {kind}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(str(file), error, "JSON") from None
+    if not isinstance(config, dict):
+        raise InputError(str(file), f"a JSON {type(config).__name__}", "a JSON object")
+    for key, wanted in (("kind", kind), ("schema_version", schema_version)):
+        if key not in config:
+            raise InputError(f"{file}: {key}", "nothing", repr(wanted))
+        if config[key] != wanted:
+            raise InputError(f"{file}: {key}", repr(config[key]), repr(wanted))
+    del config["kind"]
+    for key in config:
+        if key not in fields:
+            raise InputError(f"{file}: {key}", "an unknown key", ", ".join(sorted(fields)))
+    for key in fields:
+        if key not in config:
+            raise InputError(f"{file}: {key}", "nothing", "a value; every key is required")
+    return config, _read_tensors(folder / TENSORS)
+
+
+def load_tensors(net: nn.Module, tensors: Mapping[str, Tensor], file: str | Path) -> None:
+    """Fills a network after checking names, shapes, dtypes and values against it.
+
+    Args:
+        net: The network; every entry of its state dict is set.
+        tensors: What was read.
+        file: Where it was read from, for the messages.
+
+    Raises:
+        InputError: A tensor is missing, unexpected, of another shape or dtype, or not finite.
+    """
+    expected = net.state_dict()
+    for name, wanted in expected.items():
+        if name not in tensors:
+            raise InputError(f"{file}: {name}", "no such tensor", f"{wanted.dtype} of shape {tuple(wanted.shape)}")
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise InputError(f"{file}: {name}", "an unexpected tensor", ", ".join(expected))
+        wanted = expected[name]
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            raise InputError(
+                f"{file}: {name}",
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}",
+                f"{wanted.dtype} of shape {tuple(wanted.shape)}",
+            )
+    _check_finite(file, tensors)
+    net.load_state_dict(dict(tensors))
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise InputError(str(file), "no such file", "safetensors") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(str(file), f"unreadable ({error})", "safetensors") from None
+
+
+def _check_finite(file: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    # A filter with a NaN would load, never fire and say nothing.
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{file}: {name}", "values that are not finite", "finite values")
+
+
+def _check_replaceable(folder: Path, kind: str) -> None:
+    """Replacing means deleting, so only what an earlier export of the same kind wrote may be there."""
+    if not folder.exists():
+        return
+    accepted = f"a new folder, or one that an earlier export of a {kind} wrote"
+    if not folder.is_dir() or folder.is_symlink():
+        raise InputError(f"{kind} folder", f"{folder}, not a plain folder", accepted)
+    names = {entry.name for entry in folder.iterdir()}
+    if foreign := sorted(names - {CONFIG, TENSORS, CARD}):
+        raise InputError(f"{kind} folder", f"{folder} with {foreign[0]} in it", accepted)
+    if names:
+        try:
+            found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["kind"]
+        except (OSError, ValueError, KeyError, TypeError):
+            found = None
+        if found != kind:
+            raise InputError(f"{kind} folder", f"{folder}, which does not hold a {kind}", accepted)

@@ -1,0 +1,318 @@
+"""Filters: small networks that tell which of the predictor's guesses are already final (Learn2PD, arXiv 2509.25188)."""
+
+import math
+import pickle
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.checkpoint import TENSORS, load_component, load_tensors, save_component
+from models.errors import InputError
+from models.features import FEATURES, Evidence, feature_columns
+
+KIND = "filter"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Everything an exported filter says about itself. What describes the base model starts unset and is needed to save.
+
+    Attributes:
+        architecture: ``conv`` or ``block_mlp``.
+        features: Columns of :data:`models.features.FEATURES` the network reads, in order.
+        block_length: Positions in a block: the only one that ``block_mlp`` can serve (shorter ones are padded), the one
+            that ``conv`` was trained with.
+        channels: Width of each convolution (``conv`` only).
+        kernel: Positions each convolution sees (``conv`` only), odd.
+        layers: Number of convolutions (``conv`` only).
+        needs_all_positions: The network reads confidences of decoded positions too, as the published one does, so the
+            decoder has to compute them. False where the training records held masked positions only.
+        threshold: A guess is committed where its probability of being final is above this.
+        gen_length: Tokens generated in the training rollouts.
+        eot_rule: How those rollouts ended rows.
+        vocab_size: Token ids of the base model.
+        mask_id: Its MASK id.
+        base_fingerprint: Its fingerprint.
+        block_alignment: Where blocks are counted from; ``generation`` is the end of the prompt.
+        confidence_dtype: What confidences were computed in.
+        metrics: Figures measured before the export, by name; ``None`` where one is undefined.
+        schema_version: Version of these fields.
+    """
+
+    architecture: str = "conv"
+    features: tuple[str, ...] = tuple(FEATURES)
+    block_length: int = 32
+    channels: int = 32
+    kernel: int = 5
+    layers: int = 2
+    needs_all_positions: bool = False
+    threshold: float = 0.9
+    gen_length: int = 0
+    eot_rule: str = "off"
+    vocab_size: int = 0
+    mask_id: int = -1
+    base_fingerprint: str = ""
+    block_alignment: str = "generation"
+    confidence_dtype: str = "float32"
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+
+class Filter(nn.Module):
+    """What all filters share: ``forward(Evidence) -> (B, K)`` float32 logits of "this guess is final"."""
+
+    needs_all_positions = False
+
+    def probability(self, evidence: Evidence) -> Tensor:
+        """Probability that each guess is final, ``(B, K)`` float32; meaningless at decoded positions."""
+        return self(evidence).sigmoid()
+
+    def fit_normalisation(self, evidence: Evidence) -> None:
+        """Fits whatever the network standardises its input with; nothing by default."""
+
+
+class BlockMLP(Filter):
+    """The published network: confidences of a whole block through two linear layers; 2,112 parameters at K = 32."""
+
+    def __init__(self, config: FilterConfig) -> None:
+        super().__init__()
+        self.needs_all_positions = config.needs_all_positions
+        self.linear1 = nn.Linear(config.block_length, config.block_length)
+        self.linear2 = nn.Linear(config.block_length, config.block_length)
+
+    def forward(self, evidence: Evidence) -> Tensor:
+        confidence, room = evidence.confidence, self.linear1.in_features
+        if not self.needs_all_positions:
+            confidence = confidence.where(evidence.masked, 0.0)
+        length = confidence.shape[1]
+        if length > room:
+            raise InputError("block_length", length, f"at most {room}, which this block_mlp filter is built for")
+        padded = F.pad(confidence, (0, room - length))
+        return self.linear2(self.linear1(padded).relu())[:, :length]
+
+
+class ConvFilter(Filter):
+    """Convolutions over the positions of a block; the same weights serve any block length.
+
+    The input columns are standardised with the buffers ``mean`` and ``std``. Both sides of the block are padded with
+    zeros, which after the standardisation is the average column and so differs from a decoded position.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: FilterConfig) -> None:
+        super().__init__()
+        self.features = tuple(config.features)
+        self.register_buffer("mean", torch.zeros(len(self.features)))
+        self.register_buffer("std", torch.ones(len(self.features)))
+        sizes = [len(self.features)] + [config.channels] * config.layers
+        self.convs = nn.ModuleList(
+            nn.Conv1d(before, after, config.kernel, padding=config.kernel // 2)
+            for before, after in zip(sizes, sizes[1:], strict=False)
+        )
+        self.head = nn.Conv1d(config.channels, 1, 1)
+
+    def forward(self, evidence: Evidence) -> Tensor:
+        hidden = ((feature_columns(evidence, self.features) - self.mean) / self.std).transpose(1, 2)
+        for conv in self.convs:
+            hidden = conv(hidden).relu()
+        return self.head(hidden)[:, 0]
+
+    @torch.no_grad()
+    def fit_normalisation(self, evidence: Evidence) -> None:
+        """Sets mean and standard deviation of each column over all positions of (at most 65,536 evenly spread) rows."""
+        every = -(-evidence.masked.shape[0] // 65_536)
+        sample = Evidence(**{f.name: getattr(evidence, f.name)[::every] for f in fields(evidence)})
+        columns = feature_columns(sample, self.features).flatten(0, 1)
+        std = columns.std(0)
+        self.mean.copy_(columns.mean(0))
+        self.std.copy_(std.where(std > 1e-6, 1.0))  # a constant column stays 0 and teaches nothing
+
+
+_NETWORKS: dict[str, type[BlockMLP] | type[ConvFilter]] = {"block_mlp": BlockMLP, "conv": ConvFilter}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_NETWORK_RULES: dict[str, tuple[Any, str]] = {
+    "architecture": (lambda v: isinstance(v, str) and v in _NETWORKS, " or ".join(_NETWORKS)),
+    "features": (
+        lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(isinstance(n, str) and n in FEATURES for n in v),
+        f"a list of {', '.join(FEATURES)}",
+    ),
+    "block_length": (_is_count, "a positive integer"),
+    "channels": (_is_count, "a positive integer"),
+    "kernel": (lambda v: _is_count(v) and v % 2 == 1, "an odd positive integer"),
+    "layers": (_is_count, "a positive integer"),
+    "needs_all_positions": (lambda v: isinstance(v, bool), "true or false"),
+}
+_EXPORT_RULES: dict[str, tuple[Any, str]] = _NETWORK_RULES | {
+    "threshold": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "gen_length": (_is_count, "a positive integer"),
+    "eot_rule": (lambda v: isinstance(v, str), "a string"),
+    "vocab_size": (_is_count, "a positive integer"),
+    "mask_id": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0, "a token id"),
+    "base_fingerprint": (lambda v: isinstance(v, str) and v != "", "the base model's fingerprint, a string"),
+    # Engines that let the first block hold prompt tokens would show the network blocks it has never seen.
+    "block_alignment": (lambda v: v == "generation", "generation"),
+    "confidence_dtype": (lambda v: v == "float32", "float32"),
+    "metrics": (
+        lambda v: isinstance(v, dict) and all(n is None or _is_number(n) for n in v.values()),
+        "an object of finite numbers or nulls",
+    ),
+    "schema_version": (lambda v: v == SCHEMA_VERSION, str(SCHEMA_VERSION)),
+}
+
+
+def _check(values: dict[str, Any], rules: dict[str, tuple[Any, str]], where: str) -> None:
+    for name, (accepts, accepted) in rules.items():
+        if not accepts(values[name]):
+            raise InputError(f"{where}: {name}", repr(values[name]), accepted)
+    if values["architecture"] == "conv" and values["needs_all_positions"]:
+        raise InputError(f"{where}: needs_all_positions", True, "false; conv reads masked positions only")
+
+
+def build_filter(config: FilterConfig) -> BlockMLP | ConvFilter:
+    """A network with fresh weights.
+
+    Raises:
+        InputError: The architecture, a feature or a size is not possible.
+    """
+    _check(asdict(config), _NETWORK_RULES, KIND)
+    return _NETWORKS[config.architecture](config)
+
+
+def save_filter(folder: str | Path, net: Filter, config: FilterConfig, card: str) -> None:
+    """Exports a filter; metrics that are not finite are written as null.
+
+    Args:
+        folder: Where to; an earlier export there is replaced.
+        net: The network that ``config`` describes.
+        config: Its description, complete.
+        card: Text of the model card.
+
+    Raises:
+        InputError: A field is unset or impossible, ``folder`` holds something else, or weights are not finite.
+    """
+    metrics = {name: value if _is_number(value) else None for name, value in config.metrics.items()}
+    values = asdict(replace(config, metrics=metrics))
+    _check(values, _EXPORT_RULES, KIND)
+    # Into a fresh network first: what cannot be loaded again is not written.
+    tensors = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
+    load_tensors(build_filter(config), tensors, Path(folder) / TENSORS)
+    save_component(folder, {"kind": KIND} | values, tensors, card)
+
+
+def load_filter(folder: str | Path) -> tuple[BlockMLP | ConvFilter, FilterConfig]:
+    """Reads an exported filter.
+
+    Returns:
+        The network in evaluation mode on the CPU, and its description.
+
+    Raises:
+        InputError: Anything is missing, unknown or impossible; names the file and the field.
+    """
+    folder = Path(folder)
+    values, tensors = load_component(folder, KIND, SCHEMA_VERSION, [f.name for f in fields(FilterConfig)])
+    _check(values, _EXPORT_RULES, str(folder / "config.json"))
+    config = FilterConfig(**values | {"features": tuple(values["features"])})
+    net = build_filter(config)
+    load_tensors(net, tensors, folder / TENSORS)
+    return net.eval(), config
+
+
+def import_official(
+    path: str | Path,
+    *,
+    vocab_size: int,
+    mask_id: int,
+    fingerprint: str,
+    gen_length: int,
+    threshold: float = 0.96,
+) -> tuple[BlockMLP, FilterConfig]:
+    """Reads the ``.pth`` of the official Learn2PD code, which says nothing about itself: the caller says it.
+
+    Args:
+        path: The file; a state dict of ``linear1`` and ``linear2``, which tell the block length.
+        vocab_size: Token ids of the base model the filter was trained for.
+        mask_id: Its MASK id.
+        fingerprint: Its fingerprint.
+        gen_length: Tokens generated in the training rollouts.
+        threshold: The authors' value for LLaDA is 0.96, for Dream 0.9.
+
+    Returns:
+        The network in evaluation mode on the CPU, and its description, ready for :func:`save_filter`.
+
+    Raises:
+        InputError: The file cannot be read without running code from it, or is not such a state dict.
+    """
+    accepted = "a state dict of linear1.weight, linear1.bias, linear2.weight, linear2.bias"
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(str(path), "no such file", accepted) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(str(path), f"unreadable ({str(error).splitlines()[0]})", accepted) from None
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise InputError(str(path), f"a {type(found).__name__} that is not a state dict", accepted)
+    weight = found.get("linear1.weight")
+    if weight is None or weight.ndim != 2:
+        shape = "no such tensor" if weight is None else f"shape {tuple(weight.shape)}"
+        raise InputError(f"{path}: linear1.weight", shape, "a matrix (block_length, block_length)")
+    config = FilterConfig(
+        architecture="block_mlp", features=("confidence",), block_length=weight.shape[0], needs_all_positions=True,
+        threshold=threshold, gen_length=gen_length, vocab_size=vocab_size, mask_id=mask_id,
+        base_fingerprint=fingerprint,
+    )  # fmt: skip
+    _check(asdict(config), _EXPORT_RULES, str(path))
+    net = BlockMLP(config)
+    load_tensors(net, found, path)
+    return net.eval(), config
+
+
+def check_compatible(
+    config: FilterConfig, *, vocab_size: int, mask_id: int, fingerprint: str, gen_length: int, block_length: int
+) -> list[str]:
+    """Refuses a filter that was made for another base model or block; call it before decoding.
+
+    Args:
+        config: The filter's description.
+        vocab_size: Token ids of the model that will be decoded.
+        mask_id: Its MASK id.
+        fingerprint: Its fingerprint.
+        gen_length: Tokens to generate.
+        block_length: Positions in a block of the decode.
+
+    Returns:
+        Warnings: differences under which the filter works, but its threshold was not picked.
+
+    Raises:
+        InputError: Another vocabulary, MASK id, base model or schema, or a block that the network cannot take.
+    """
+    for name, ours in (
+        ("schema_version", SCHEMA_VERSION),
+        ("vocab_size", vocab_size),
+        ("mask_id", mask_id),
+        ("base_fingerprint", fingerprint),
+    ):
+        if getattr(config, name) != ours:
+            raise InputError(f"{KIND}: {name}", repr(getattr(config, name)), f"{ours!r}, that of the loaded model")
+    if config.architecture == "block_mlp" and block_length > config.block_length:
+        raise InputError("block_length", block_length, f"at most {config.block_length}, which this filter is built for")
+    return [
+        f"filter: trained with {name} {getattr(config, name)}, used with {ours}; its threshold was picked for the former"
+        for name, ours in (("gen_length", gen_length), ("block_length", block_length))
+        if getattr(config, name) != ours
+    ]

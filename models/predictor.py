@@ -1,0 +1,219 @@
+"""The mask predictor that decoders talk to: token ids in, logits at the wanted positions out."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from models.errors import InputError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model family names its special tokens and its limit.
+
+    Attributes:
+        mask: Text of the mask token.
+        eot: Text of the token that ends and pads the generated text.
+        end_of_turn: Text of the token that may close a turn before ``eot``.
+        bos: Text of the token that opens a prompt.
+        max_length: Field of ``config.json`` with the longest sequence, in tokens.
+    """
+
+    mask: str
+    eot: str
+    end_of_turn: str
+    bos: str
+    max_length: str
+
+
+FAMILIES = {
+    "llada": Family(
+        mask="<|mdm_mask|>",
+        eot="<|endoftext|>",
+        end_of_turn="<|eot_id|>",
+        bos="<|startoftext|>",
+        max_length="max_sequence_length",
+    )
+}
+"""``model_type`` to its description."""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids a decoder needs, read from the checkpoint.
+
+    Attributes:
+        mask: Id of an undecoded position.
+        eot: Id that ends the generated text and fills the region after it.
+        end_of_turn: Id that may precede ``eot``.
+        pad: Id under the attention mask left of a shorter prompt.
+        bos: Id that opens a prompt.
+    """
+
+    mask: int
+    eot: int
+    end_of_turn: int
+    pad: int
+    bos: int
+
+
+class MaskPredictor:
+    """A frozen mask predictor with everything a decoder must know about it.
+
+    Args:
+        model: Module with the forward of :class:`models.llada.LLaDAModelLM`.
+        ids: Special token ids.
+        vocab_size: Number of ids the logits cover.
+        max_length: Longest sequence the model was trained for, in tokens.
+        fingerprint: Identity of the weights; components trained for other weights are refused.
+        tokenizer: Tokenizer, where text goes in or out.
+    """
+
+    def __init__(
+        self, model: nn.Module, ids: TokenIds, vocab_size: int, max_length: int, fingerprint: str = "unsaved",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:  # fmt: skip
+        self.model = model.eval().requires_grad_(False)
+        self.ids, self.vocab_size, self.max_length = ids, vocab_size, max_length
+        self.fingerprint, self.tokenizer = fingerprint, tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, logits_at: Tensor) -> Tensor:
+        """One forward.
+
+        Args:
+            input_ids: ``(B, L)`` int64.
+            attention_mask: ``(B, L)`` bool, False on padding.
+            position_ids: ``(B, L)`` int64, counted from each row's first real token.
+            logits_at: ``(N,)`` int64 indices into the flattened ``(B * L)`` positions.
+
+        Returns:
+            ``(N, vocab_size)`` logits in the weights' dtype; row ``n`` predicts position ``logits_at[n]``.
+        """
+        return self.model(input_ids, attention_mask, position_ids, logits_at).logits
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None
+    ) -> "MaskPredictor":
+        """Loads a checkpoint folder, or a hub id whose files are downloaded first; never runs code from it.
+
+        Args:
+            path: Folder or hub id.
+            device: Where to put the weights; a GPU where there is one.
+            dtype: Weights' dtype; the checkpoint's on a GPU, fp32 on a CPU.
+
+        Raises:
+            InputError: Not a checkpoint, an unknown family, a tensor missing, unexpected or of another shape, a special
+                token missing, or logits that ignore the attention mask.
+        """
+        folder = _folder(path)
+        config_file = folder / "config.json"
+        try:
+            raw = json.loads(config_file.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(str(config_file), str(error), "a readable config.json of a mask predictor") from error
+        family = FAMILIES.get(raw.get("model_type"))
+        if family is None:
+            raise InputError(f"{config_file}: model_type", repr(raw.get("model_type")), " | ".join(FAMILIES))
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else "auto"
+        model = _load_model(folder, dtype).to(device)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder}: tokenizer", str(error).splitlines()[0], "tokenizer.json") from error
+        ids = _token_ids(folder, raw, family, tokenizer)
+        predictor = cls(
+            model, ids, model.config.vocab_size, getattr(model.config, family.max_length), fingerprint(folder), tokenizer
+        )
+        predictor._probe(str(folder))
+        return predictor
+
+    def _probe(self, name: str) -> None:
+        """Refuses a model whose logits do not change when a position is masked out (old public code did that)."""
+        ids = torch.full((2, 4), self.ids.mask, device=self.device)
+        ids[:, 0], ids[:, 1] = self.ids.bos, self.ids.end_of_turn
+        mask = torch.ones(2, 4, dtype=torch.bool, device=self.device)
+        mask[1, :2] = False
+        positions = torch.arange(4, device=self.device).expand(2, 4)
+        first, second = self(ids, mask, positions, torch.tensor([3, 7], device=self.device)).float()
+        if torch.equal(first, second):
+            raise InputError(f"{name}: attention_mask", "logits that ignore it", "a model that attends through the mask")
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or str(path).count("/") != 1:
+        raise InputError("base checkpoint", repr(str(path)), "a folder with config.json and safetensors, or a hub id")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
+    except Exception as error:
+        first = str(error).splitlines()[0]
+        raise InputError("base checkpoint", f"{path!r} ({first})", "an existing folder or a reachable hub id") from error
+
+
+def _load_model(folder: Path, dtype: torch.dtype | str) -> nn.Module:
+    try:
+        model, info = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(str(folder), str(error).splitlines()[0], "a config.json and safetensors that fit it") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in info[kind]):
+            problem = f"{kind.replace('_keys', '')} tensors {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            raise InputError(f"{folder}: safetensors", problem, "exactly the tensors config.json asks for")
+    return model
+
+
+def _token_ids(folder: Path, raw: dict, family: Family, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
+    vocabulary = tokenizer.get_vocab()
+    for text in (family.mask, family.eot, family.end_of_turn, family.bos):
+        if text not in vocabulary:
+            raise InputError(f"{folder}: tokenizer", f"no token {text!r}", f"the special tokens of {family}")
+    ids = TokenIds(
+        mask=vocabulary[family.mask],
+        eot=vocabulary[family.eot],
+        end_of_turn=vocabulary[family.end_of_turn],
+        pad=vocabulary[family.eot],
+        bos=vocabulary[family.bos],
+    )
+    for name, value in (("mask_token_id", ids.mask), ("eos_token_id", ids.eot)):
+        if raw.get(name) not in (None, value):
+            raise InputError(f"{folder}/config.json: {name}", raw[name], f"{value}, the tokenizer's id of that token")
+    return ids
+
+
+def fingerprint(folder: Path) -> str:
+    """Identity of a checkpoint's weights: 16 hex digits of a SHA-256 over its safetensors files.
+
+    Up to 64 MiB of a file are read whole; of a larger one, the first MiB of every 64 (names, shapes and a sample of every
+    few layers), so that an 8B checkpoint takes well under a second.
+    """
+    digest = hashlib.sha256()
+    mebi = 1 << 20
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        step, length = (64 * mebi, mebi) if size > 64 * mebi else (mebi, mebi)
+        with file.open("rb") as stream:
+            for offset in range(0, size, step):
+                stream.seek(offset)
+                digest.update(stream.read(length))
+    return digest.hexdigest()[:16]
