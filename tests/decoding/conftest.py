@@ -1,0 +1,71 @@
+"""Predictors for the decode tests: a scripted one, and a small random LLaDA."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import LLaDAConfig, LLaDAModelLM
+from models.predictor import MaskPredictor, TokenIds
+
+VOCAB, MASK, EOT = 64, 63, 62
+
+
+class ScriptedModel(nn.Module):
+    """Logits from a function of ``(ids, attention, positions)``; counts its calls."""
+
+    def __init__(self, script: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+        self.script, self.calls, self.asked = script, 0, []
+
+    def forward(self, ids: Tensor, attention: Tensor, positions: Tensor, logits_at: Tensor):
+        self.calls += 1
+        self.asked.append(logits_at.clone())
+        logits = self.script(ids, attention, positions)
+        return type("Output", (), {"logits": logits.flatten(0, 1)[logits_at]})
+
+
+def wrap(model: nn.Module, max_length: int = 512) -> MaskPredictor:
+    return MaskPredictor(model, TokenIds(mask=MASK, eot=EOT, end_of_turn=61, pad=EOT, bos=60), VOCAB, max_length)
+
+
+@pytest.fixture
+def scripted() -> Callable[..., MaskPredictor]:
+    """A predictor from a script; ``predictor.model.calls`` counts forwards."""
+    return lambda script: wrap(ScriptedModel(script))
+
+
+@pytest.fixture
+def table() -> Callable[..., MaskPredictor]:
+    """A predictor that says ``tokens[position]`` with ``logit[position]`` in the generated region, whatever is decoded."""
+
+    def make(tokens: list[int], logits: list[float], prompt: int) -> MaskPredictor:
+        def script(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+            out = torch.zeros(*ids.shape, VOCAB)
+            where = (positions - prompt).clamp(0, len(tokens) - 1)
+            out.scatter_(2, torch.tensor(tokens)[where][..., None], torch.tensor(logits)[where][..., None])
+            return out
+
+        return wrap(ScriptedModel(script))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_llada() -> MaskPredictor:
+    """Two random layers whose guesses depend on the context, sharp enough to be confident now and then."""
+    torch.manual_seed(0)
+    config = LLaDAConfig(
+        d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, mlp_hidden_size=64, vocab_size=VOCAB, mask_token_id=MASK,
+        eos_token_id=EOT, pad_token_id=EOT, max_sequence_length=512, init_std=0.3,
+    )  # fmt: skip
+    return wrap(LLaDAModelLM(config))
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Ragged prompts."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 60, (length,), generator=generator).tolist() for length in (3, 11, 1, 7, 5)]

@@ -1,0 +1,188 @@
+"""Invariants of the decode loop."""
+
+import pytest
+import torch
+
+from decoding.config import DecodeConfig
+from decoding.loop import decode
+from decoding.strategies import make_strategy
+from models.errors import InputError
+from models.filter import FilterConfig, build_filter
+
+MASK, EOT = 63, 62
+CONFIG = DecodeConfig(gen_length=32, block_length=8, eot="off")
+
+
+def filter_strategy(architecture: str = "conv"):
+    torch.manual_seed(3)
+    config = FilterConfig(
+        architecture=architecture, block_length=8, gen_length=32, threshold=0.5, base_fingerprint="unsaved", vocab_size=64,
+        mask_id=MASK,
+    )  # fmt: skip
+    return make_strategy("learn2pd", network=build_filter(config).eval(), config=config)
+
+
+def strategies():
+    yield make_strategy("full_step")
+    yield make_strategy("threshold", threshold=0.5)
+    yield filter_strategy("conv")
+    yield filter_strategy("block_mlp")
+
+
+def test_threshold_above_one_is_full_step(random_llada, prompts):
+    full = decode(random_llada, prompts, CONFIG, make_strategy("full_step"), record=True)
+    never = decode(random_llada, prompts, CONFIG, make_strategy("threshold", threshold=1.01), record=True)
+    assert torch.equal(full.sequences, never.sequences)
+    assert all(torch.equal(a.transfer, b.transfer) for a, b in zip(full.trace, never.trace, strict=True))
+    assert (full.nfe == 32).all()
+
+
+@pytest.mark.parametrize("eot", ["off", "filter", "published"])
+def test_oracle_reproduces_the_reference_in_no_more_forwards(random_llada, prompts, eot):
+    config = DecodeConfig(gen_length=32, block_length=8, eot=eot)
+    full = decode(random_llada, prompts, DecodeConfig(gen_length=32, block_length=8, eot="filter"), make_strategy("full_step"))
+    oracle = decode(random_llada, prompts, config, make_strategy("oracle"), references=full.sequences)
+    if eot != "published":  # the published rule may cut where the reference goes on
+        assert torch.equal(oracle.sequences, full.sequences)
+    assert (oracle.nfe <= 32).all()
+    assert oracle.nfe.sum() < 32 * len(prompts)
+    assert "stalls" in oracle.counts
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("eot", ["off", "filter", "published"])
+def test_a_row_decodes_as_it_does_alone(random_llada, prompts, temperature, eot):
+    for strategy in strategies():
+        config = DecodeConfig(gen_length=32, block_length=8, eot=eot, temperature=temperature)
+        together = decode(random_llada, prompts, config, strategy, seeds=range(5))
+        for row, prompt in enumerate(prompts):
+            alone = decode(random_llada, [prompt], config, strategy, seeds=[row])
+            assert torch.equal(together.sequences[row], alone.sequences[0]), strategy.name
+            assert together.nfe[row] == alone.nfe[0]
+
+
+def test_nfe_counts_predictor_calls(scripted, prompts):
+    def script(ids, attention, positions):
+        torch.manual_seed(int(ids.sum()))
+        return torch.randn(*ids.shape, 64) * 3
+
+    predictor = scripted(script)
+    out = decode(predictor, prompts[:1], CONFIG, make_strategy("threshold", threshold=0.3))
+    assert out.nfe.tolist() == [predictor.model.calls] == [out.forward_calls]
+    assert out.forward_calls < 32
+
+
+def test_rows_that_finished_cost_nothing(scripted):
+    # Row 0's text ends at once, row 1 never sees EoT.
+    def script(ids, attention, positions):
+        out = torch.zeros(*ids.shape, 64)
+        out[..., 5] = 1.0
+        out[ids[:, -33] == 7, :, EOT] = 9.0
+        return out
+
+    predictor = scripted(script)
+    out = decode(predictor, [[7], [8]], DecodeConfig(32, 8, eot="filter"), make_strategy("full_step"))
+    assert out.nfe.tolist() == [1, 32]
+    assert (out.sequences[0] == EOT).all()
+    assert (out.sequences[1] == 5).all()
+    assert len(predictor.model.asked[-1]) == 1  # the head ran on the one masked position of the one row left
+
+
+def test_mask_never_leaves_even_if_it_is_the_favourite(scripted, prompts):
+    def script(ids, attention, positions):
+        out = torch.zeros(*ids.shape, 64)
+        out[..., MASK] = 50.0
+        return out
+
+    for strategy in strategies():
+        out = decode(scripted(script), prompts, CONFIG, strategy)
+        assert (out.sequences != MASK).all()
+
+
+def test_mask_id_inside_a_prompt_is_no_masked_position(random_llada):
+    out = decode(random_llada, [[MASK, 1, MASK]], CONFIG, make_strategy("full_step"))
+    assert out.nfe.tolist() == [32]
+
+
+def test_quota_spreads_the_remainder_over_the_first_steps(random_llada, prompts):
+    config = DecodeConfig(gen_length=32, block_length=8, steps=12, eot="off")  # 3 steps a block of 8: 3, 3, 2
+    out = decode(random_llada, prompts[:1], config, make_strategy("full_step"), record=True)
+    assert [int(step.transfer.sum()) for step in out.trace] == [3, 3, 2] * 4
+    assert out.nfe.tolist() == [12]
+
+
+def test_blocks_are_decoded_left_to_right(random_llada, prompts):
+    out = decode(random_llada, prompts, CONFIG, make_strategy("threshold", threshold=0.4), record=True)
+    for row in range(len(prompts)):
+        blocks = [int(s.block[s.rows == row]) for s in out.trace if (s.rows == row).any()]
+        assert blocks == sorted(blocks)
+        assert set(blocks) == {0, 1, 2, 3}
+
+
+def test_evidence_is_fp32_and_matches_the_logits(scripted):
+    logits = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 4
+    predictor = scripted(lambda ids, attention, positions: logits.expand(*ids.shape, 64).bfloat16())
+    out = decode(predictor, [[1, 2]], CONFIG, make_strategy("full_step"), record=True)
+    seen = out.trace[0].evidence
+    exact = logits.bfloat16().double()
+    probability = exact.softmax(-1)
+    assert seen.confidence.dtype is torch.float32
+    assert seen.confidence[0, 0].item() == pytest.approx(probability[:MASK].max().item(), abs=1e-6)
+    best = exact[:MASK].sort(descending=True).values
+    assert seen.margin[0, 0].item() == pytest.approx((best[0] - best[1]).item(), abs=1e-5)
+    assert seen.entropy[0, 0].item() == pytest.approx(-(probability * probability.log()).sum().item(), abs=1e-5)
+
+
+def test_history_counts_steady_guesses_within_a_block(table):
+    predictor = table(list(range(32)), [float(n) for n in range(32, 0, -1)], prompt=2)
+    out = decode(predictor, [[1, 2]], CONFIG, make_strategy("full_step"), record=True)
+    for number, step in enumerate(out.trace):
+        seen = step.evidence
+        assert (seen.stable[seen.masked] == number % 8).all()
+        assert ((seen.previous[seen.masked] > 0) == bool(number % 8)).all()
+        assert (seen.stable[~seen.masked] == 0).all()
+
+
+def test_greedy_limit_of_temperature(random_llada, prompts):
+    cold = DecodeConfig(32, 8, temperature=1e-4, eot="off")
+    greedy = decode(random_llada, prompts, CONFIG, make_strategy("full_step"))
+    assert torch.equal(decode(random_llada, prompts, cold, make_strategy("full_step")).sequences, greedy.sequences)
+    warm = DecodeConfig(32, 8, temperature=2.0, eot="off")
+    assert not torch.equal(decode(random_llada, prompts, warm, make_strategy("full_step")).sequences, greedy.sequences)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"gen_length": 32, "block_length": 5}, "block_length"),
+        ({"gen_length": 32, "block_length": 8, "steps": 30}, "steps"),
+        ({"gen_length": 32, "block_length": 8, "steps": 64}, "steps"),
+        ({"gen_length": 0}, "gen_length"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"eot": "never"}, "eot"),
+    ],
+)
+def test_settings_are_refused_by_name(settings, field):
+    with pytest.raises(InputError, match=f"^{field}: found .*accepted"):
+        DecodeConfig(**settings)
+
+
+@pytest.mark.parametrize(("prompt", "found"), [([], "no tokens"), ([1] * 481, "481 tokens")])
+def test_prompts_are_refused_by_name(random_llada, prompt, found):
+    with pytest.raises(InputError, match=f"prompt 1: found {found}"):
+        decode(random_llada, [[1], prompt], CONFIG, make_strategy("full_step"))
+
+
+def test_strategies_are_refused_by_name():
+    with pytest.raises(InputError, match="strategy: found 'thresholds'; accepted: .*threshold"):
+        make_strategy("thresholds")
+    with pytest.raises(InputError, match="threshold.tau: found an unknown setting; accepted: threshold"):
+        make_strategy("threshold", tau=0.9)
+    with pytest.raises(InputError, match="threshold.threshold: found -1"):
+        make_strategy("threshold", threshold=-1)
+
+
+def test_oracle_without_references_says_so(random_llada, prompts):
+    with pytest.raises(InputError, match="references: found none"):
+        decode(random_llada, prompts, CONFIG, make_strategy("oracle"))
