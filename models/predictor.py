@@ -170,13 +170,15 @@ def _folder(path: str | Path) -> Path:
 
 def _load_model(folder: Path, dtype: torch.dtype | str) -> nn.Module:
     try:
-        model, info = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
+        model, info = AutoModel.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
+        )
     except InputError:
         raise
     except Exception as error:
         raise InputError(str(folder), str(error).splitlines()[0], "a config.json and safetensors that fit it") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in info[kind]):
+        if names := sorted(name if isinstance(name, str) else name[0] for name in info[kind]):
             problem = f"{kind.replace('_keys', '')} tensors {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
             raise InputError(f"{folder}: safetensors", problem, "exactly the tensors config.json asks for")
     return model

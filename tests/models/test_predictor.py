@@ -1,0 +1,111 @@
+"""Loading a mask predictor: ids from the checkpoint, refusals by name."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import LLaDAConfig, LLaDAModelLM
+from models.errors import InputError
+from models.predictor import MaskPredictor, fingerprint
+from models.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokenizer = train_tokenizer(["the cat sat on 12 mats", "user\n\nassistant\n\n"] * 3, 300)
+    tokenizer.save_pretrained(tmp_path)
+    ids = tokenizer.get_vocab()
+    torch.manual_seed(0)
+    LLaDAModelLM(
+        LLaDAConfig(
+            d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16, vocab_size=len(tokenizer), init_std=0.3,
+            mask_token_id=ids["<|mdm_mask|>"], eos_token_id=ids["<|endoftext|>"], pad_token_id=ids["<|endoftext|>"],
+            max_sequence_length=77,
+        )
+    ).save_pretrained(tmp_path)  # fmt: skip
+    return tmp_path
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_ids_and_limits_come_from_the_checkpoint(folder):
+    predictor = MaskPredictor.from_pretrained(folder)
+    vocabulary = predictor.tokenizer.get_vocab()
+    assert predictor.ids.mask == vocabulary["<|mdm_mask|>"]
+    assert predictor.ids.eot == predictor.ids.pad == vocabulary["<|endoftext|>"]
+    assert predictor.ids.end_of_turn == vocabulary["<|eot_id|>"]
+    assert predictor.max_length == 77
+    assert not predictor.model.training
+    assert not any(parameter.requires_grad for parameter in predictor.model.parameters())
+
+
+def test_digits_are_single_tokens(folder):
+    tokenizer = MaskPredictor.from_pretrained(folder).tokenizer
+    assert tokenizer.tokenize("mats 1234")[-4:] == ["Ġ1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched"])
+def test_tensors_that_do_not_fit_are_named(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.transformer.blocks.0.up_proj.weight"
+    if change == "missing":
+        del tensors[name]
+    elif change == "unexpected":
+        name = "model.transformer.blocks.7.up_proj.weight"
+        tensors[name] = torch.zeros(3)
+    else:
+        tensors[name] = torch.zeros(3, 3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        MaskPredictor.from_pretrained(folder)
+
+
+def test_truncated_weights_are_refused(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(InputError, match="safetensors"):
+        MaskPredictor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "bert"}, "model_type: found 'bert'; accepted: llada"),
+        ({"mask_token_id": 5}, "mask_token_id: found 5"),
+        ({"activation_type": "relu"}, "activation_type"),
+    ],
+)
+def test_config_is_refused_by_field(folder, changes, message):
+    change_config(folder, **changes)
+    with pytest.raises(InputError, match=message):
+        MaskPredictor.from_pretrained(folder)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(InputError, match="base checkpoint: found .*nowhere"):
+        MaskPredictor.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_model_that_ignores_the_mask_is_refused(folder, monkeypatch):
+    forward = LLaDAModelLM.forward
+
+    def deaf(self, input_ids, attention_mask=None, position_ids=None, logits_at=None):
+        return forward(self, input_ids, None, position_ids, logits_at)
+
+    monkeypatch.setattr(LLaDAModelLM, "forward", deaf)
+    with pytest.raises(InputError, match="attention_mask"):
+        MaskPredictor.from_pretrained(folder)
+
+
+def test_fingerprint_follows_the_weights(folder):
+    before = fingerprint(folder)
+    assert before == fingerprint(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.transformer.ln_f.weight"][0] += 1e-3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(folder) != before
