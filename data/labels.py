@@ -15,7 +15,7 @@ class Records:
     """Every step of many decodes, one row a (prompt, block, step); ``R`` rows of ``K`` positions.
 
     Attributes:
-        evidence: What the predictor said about the active block, ``(R, K)`` fields; see :class:`models.features.Evidence`.
+        evidence: What the predictor said about the active block, ``(R, K)`` fields.
         final: ``(R, K)`` bool, True where the guess equals the reference's token.
         tail: ``(R, K)`` bool, True at and after the reference's first EoT.
         prompt: ``(R,)`` int64, index of the prompt in ``prompt_ids``.
@@ -48,7 +48,7 @@ def first_eot(sequences: Tensor, eot_id: int) -> Tensor:
 
 
 def ended(sequences: Tensor, eot_id: int) -> Tensor:
-    """True at and after each sequence's first EoT: ``(..., G)`` int64 to ``(..., G)`` bool (algorithms.md section 4)."""
+    """True at and after each sequence's first EoT: ``(..., G)`` int64 to ``(..., G)`` bool."""
     index = torch.arange(sequences.shape[-1], device=sequences.device)
     return index >= first_eot(sequences, eot_id)[..., None]
 
@@ -67,9 +67,7 @@ def of_block(region: Tensor, block: Tensor, block_length: int) -> Tensor:
     return region.unflatten(1, (-1, block_length))[torch.arange(len(block), device=block.device), block]
 
 
-def labels(
-    steps: StepTrace, references: Tensor, eot_id: int
-) -> tuple[Tensor, Tensor]:
+def labels(steps: StepTrace, references: Tensor, eot_id: int) -> tuple[Tensor, Tensor]:
     """Labels of recorded steps.
 
     Args:
@@ -78,8 +76,8 @@ def labels(
         eot_id: Id of EoT.
 
     Returns:
-        ``final`` and ``tail``, ``(R, K)`` bool. ``final`` is False at decoded positions, which are no examples: counting
-        them as positives is how a filter looks better than it is.
+        ``final`` and ``tail``, ``(R, K)`` bool. ``final`` is False at decoded positions: they are no examples, and
+        counting them as positives makes a filter look better than it is.
     """
     evidence, length = steps.evidence, steps.evidence.masked.shape[1]
     reference = of_block(references[steps.rows], steps.block, length)
@@ -122,8 +120,8 @@ def history(masked: Tensor, token: Tensor, confidence: Tensor, decode: Tensor, b
         masked: ``(R, K)`` bool.
         token: ``(R, K)`` int64.
         confidence: ``(R, K)`` float32.
-        decode: ``(R,)`` int64, a number shared by exactly the rows of one decode of one prompt. These stand together, in
-            the order of their steps, none missing.
+        decode: ``(R,)`` int64, a number that the rows of one decode of one prompt share. These stand together, in the
+            order of their steps, none missing.
         block: ``(R,)`` int64, number of the active block.
 
     Returns:

@@ -92,8 +92,8 @@ class FilterDataModule(LightningDataModule):
         rollouts: Folder of the shards.
         batch_size: Records in a training batch on one device; null for all of them (the published recipe).
         states: Decodes whose records are used, of :data:`data.labels.STATES`.
-        tail_weight: Weight in the loss of positions at and after the reference's first EoT. They are up to nine tenths of
-            all positions and nearly all easy.
+        tail_weight: Weight in the loss of positions at and after the reference's first EoT, which are up to nine tenths
+            of all positions and nearly all easy.
         seed: Seed of the order of batches.
     """
 
@@ -119,12 +119,17 @@ class FilterDataModule(LightningDataModule):
         self.parts: dict[str, FilterBatch] = {}
 
     def setup(self, stage: str) -> None:
+        """Reads the rollouts, or takes ``records`` where they are set, and puts each split on the device.
+
+        Raises:
+            InputError: The rollouts do not verify or lack a state, or a split that is needed has no record.
+        """
         if self.parts:
             return
         if self.records is None:
             from data.shards import load_records
 
-            self.records = load_records(self.rollouts)
+            self.records = load_records(self.rollouts, self.states)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         for split in ("train", "validation", "test"):
             part = self._part(self.records, split, device)
@@ -159,13 +164,17 @@ class FilterDataModule(LightningDataModule):
         return self.trainer.current_epoch if self.trainer else 0
 
     def train_dataloader(self) -> Batches:
+        """Batches in an order that the seed and the epoch give."""
         return self._batches("train")
 
     def val_dataloader(self) -> Batches:
+        """Batches of the validation split, larger since there is no backward."""
         return self._batches("validation")
 
     def test_dataloader(self) -> Batches:
+        """Batches of the test split."""
         return self._batches("test")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch  # everything is there since setup
+        """Returns the batch: everything has been on the device since ``setup``."""
+        return batch

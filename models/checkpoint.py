@@ -30,8 +30,8 @@ def save_component(folder: str | Path, config: Mapping[str, Any], tensors: Mappi
         card: Text of the model card.
 
     Raises:
-        InputError: ``folder`` exists and is not an empty folder or a component of this kind, a value of ``config`` cannot
-            be written as JSON, or a tensor is not finite.
+        InputError: ``folder`` exists and is neither empty nor a component of this kind, a value of ``config`` cannot be
+            written as JSON, or a tensor is not finite.
     """
     folder = Path(folder).absolute()
     _check_replaceable(folder, config["kind"])

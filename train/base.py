@@ -1,14 +1,74 @@
-"""Trains the bundled base model."""
+"""Trains the bundled base model: ``python train/base.py fit``; ``export`` writes the official checkpoint format."""
+
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from data.base_module import BaseDataModule
-from lightning.pytorch.cli import LightningCLI
+from models import LLaDAConfig, LLaDAModelLM
+from models.errors import InputError
 from train.base_module import BaseModule
+from train.cli import load_checkpoint, run
+
+
+def export(checkpoint: Path, tokenizer: Path, out: Path) -> None:
+    """Writes a trained base model as ``config.json``, ``model.safetensors`` and tokenizer files.
+
+    The folder appears in full or not at all; an older export under the same name is replaced.
+
+    Args:
+        checkpoint: Checkpoint written by ``fit``.
+        tokenizer: Folder of the tokenizer it was trained with.
+        out: Folder to write.
+
+    Raises:
+        InputError: The checkpoint or tokenizer cannot be read, they do not belong together, or ``out`` holds something
+            else.
+    """
+    content = load_checkpoint(checkpoint)
+    try:
+        words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError("tokenizer", f"{tokenizer} ({str(error).splitlines()[0]})", "a tokenizer's folder") from error
+    settings = content["hyper_parameters"]
+    if len(words) != settings["vocab_size"]:
+        raise InputError(
+            f"tokenizer {tokenizer}", f"{len(words)} tokens", f"{settings['vocab_size']}, as in {checkpoint}"
+        )
+    if out.exists() and not (out / "config.json").is_file():
+        raise InputError("out", f"{out}, which is no exported model", "a new folder or an earlier export")
+    fields = ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "max_sequence_length", "vocab_size", "rope_theta")
+    model = LLaDAModelLM(
+        LLaDAConfig(
+            **{name: settings[name] for name in fields},
+            n_kv_heads=settings["n_heads"],
+            embedding_size=settings["vocab_size"],
+            mask_token_id=words.mask_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+    )
+    prefix = "model."  # the attribute of BaseModule that holds the network
+    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in content["state_dict"].items()})
+    aside = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    disable_progress_bar()
+    model.save_pretrained(aside)
+    words.save_pretrained(aside)
+    if out.exists():
+        shutil.rmtree(out)
+    aside.replace(out)
+    print(f"step {content['global_step']} of {checkpoint} is in {out}")
+
 
 if __name__ == "__main__":
-    import torch
-    from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-    from lightning.pytorch.loggers import CSVLogger
-    LightningCLI(BaseModule, BaseDataModule, auto_configure_optimizers=False, save_config_callback=None,
-        parser_kwargs={"fit": {"default_config_files": ["configs/base/default.yaml"]}},
-        trainer_defaults=dict(callbacks=[ModelCheckpoint(dirpath="runs/base/checkpoints", save_last=True, every_n_train_steps=250, save_top_k=1, monitor=None), TQDMProgressBar(refresh_rate=50)],
-        logger={"class_path":"lightning.pytorch.loggers.CSVLogger","init_args":{"save_dir":"runs/base","name":"","version":"csv"}}, log_every_n_steps=50))
+    run(
+        "base",
+        BaseModule,
+        BaseDataModule,
+        subcommands=("fit", "validate"),
+        verbs={"export": export},
+        checkpoint={"every_n_train_steps": 250},
+    )

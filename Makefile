@@ -1,0 +1,46 @@
+# On a machine with Python 3.11+ and make: `make demo` or `make test`; both do all set-up. PYTHON picks the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt -e
+
+.PHONY: demo test check lint bundle
+.DEFAULT_GOAL := demo
+
+# One stamp file for each set of dependencies, so that further runs start at once.
+.venv/pyvenv.cfg:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+
+.venv/.runtime: pyproject.toml constraints.txt | .venv/pyvenv.cfg
+	@echo "installing the runtime dependencies into .venv (some minutes the first time)"
+	$(INSTALL) '.'
+	@touch $@
+
+.venv/.dev: .venv/.runtime
+	@echo "installing the development tools into .venv"
+	$(INSTALL) '.[dev]'
+	@touch $@
+
+.venv/.gym: .venv/.runtime
+	@echo "installing reasoning-gym into .venv (needs a C compiler)"
+	$(INSTALL) '.[gym]'
+	@touch $@
+
+demo: .venv/.runtime
+	$(BIN)/python train/filter.py fit
+	$(BIN)/python eval/compare.py
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -m "not slow and not gpu and not network"
+
+lint: .venv/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+check: lint test
+
+# Everything that ships: the base model, the prompts and the filter. Hours on two cores, minutes on a GPU.
+bundle: .venv/.gym
+	$(BIN)/python train/base.py fit

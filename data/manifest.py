@@ -1,0 +1,171 @@
+"""``manifest.json`` of a rollout set: what the set must have in common, and whether its files are what they were."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import transformers
+
+from data.tables import SEQUENCE_COLUMNS, STEP_COLUMNS
+from models.errors import InputError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+COLUMNS = {"steps": STEP_COLUMNS, "sequences": SEQUENCE_COLUMNS}
+"""The two kinds of files of a shard and their columns."""
+
+
+@dataclass(frozen=True)
+class RolloutKey:
+    """What all rollouts of one folder have in common; a folder with another key is refused.
+
+    Attributes:
+        fingerprint: Fingerprint of the base model's weights.
+        tokenizer_hash: Hash of the tokenizer and its chat template.
+        settings: Decode settings, the states recorded, and ``eot_id``, on which the labels depend; JSON values only.
+    """
+
+    fingerprint: str
+    tokenizer_hash: str
+    settings: dict[str, Any]
+
+
+@dataclass
+class Rollouts:
+    """A finished rollout set: its folder and its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any] = field(repr=False)
+
+    def tables(self, kind: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The ``"steps"`` or ``"sequences"`` tables, in the order of the shards."""
+        for shard in self.manifest["shards"]:
+            yield pq.read_table(self.folder / shard[kind]["file"], columns=list(columns or COLUMNS[kind]))
+
+
+def open_rollouts(
+    folder: str | Path, fingerprint: str | None = None, settings: Mapping[str, Any] | None = None
+) -> Rollouts:
+    """Verifies a finished rollout set, every byte of it.
+
+    Args:
+        folder: The set's folder.
+        fingerprint: Fingerprint of the base model it must come from; ``None`` accepts any.
+        settings: Settings it must have; those not named may have any value.
+
+    Raises:
+        InputError: No manifest, an unfinished set, another schema, model or setting, a missing or damaged shard, or a
+            shard without one of its columns.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_key(folder, manifest, fingerprint, settings=settings)
+    if not manifest["complete"]:
+        raise InputError(f"{folder / MANIFEST}: complete", False, "a finished set; run the rollout again, it continues")
+    for shard in manifest["shards"]:
+        for kind, columns in COLUMNS.items():
+            _check_file(folder / shard[kind]["file"], shard[kind], columns)
+    return Rollouts(folder, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a set, finished or not.
+
+    Raises:
+        InputError: There is none, it cannot be read, or it has another schema version.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), error, "the manifest of a rollout set") from error
+    found = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if found != SCHEMA_VERSION:
+        raise InputError(f"{path}: schema_version", found, str(SCHEMA_VERSION))
+    required = ("complete", "model_fingerprint", "tokenizer_hash", "settings", "sources", "shards")
+    if missing := [name for name in required if name not in manifest]:
+        raise InputError(f"{path}: {missing[0]}", "no such field", f"the fields {', '.join(required)}")
+    return manifest
+
+
+def check_key(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    fingerprint: str | None = None,
+    tokenizer_hash: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises an InputError naming the first field in which a manifest differs from what is given."""
+    path = folder / MANIFEST
+    for name, wanted in (("model_fingerprint", fingerprint), ("tokenizer_hash", tokenizer_hash)):
+        if wanted is not None and manifest[name] != wanted:
+            raise InputError(f"{path}: {name}", manifest[name], f"{wanted}, this model's; or another folder")
+    for name, wanted in (settings or {}).items():
+        found = manifest["settings"].get(name)
+        if found != wanted:
+            raise InputError(f"{path}: settings.{name}", repr(found), f"{wanted!r}; or another folder")
+
+
+def _check_file(path: Path, described: Mapping[str, Any], columns: Sequence[str]) -> None:
+    if not path.is_file():
+        raise InputError(str(path), "no such file", f"the shard of {described['rows']} rows that {MANIFEST} lists")
+    try:
+        there = pq.read_schema(path).names
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(str(path), f"a corrupt or truncated file ({error})", "an intact Parquet shard") from error
+    if missing := [column for column in columns if column not in there]:
+        raise InputError(f"{path}: column {missing[0]!r}", f"columns {', '.join(there)}", ", ".join(columns))
+    if not intact(path, described):
+        raise InputError(f"{path}: sha256", f"{sha256(path)} (corrupt or truncated)", described["sha256"])
+
+
+def describe(path: Path, rows: int) -> dict[str, Any]:
+    """What the manifest says about a file: name, rows, bytes and checksum."""
+    return {"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def intact(path: Path, described: Mapping[str, Any]) -> bool:
+    """Whether a file is there and has the size and checksum it was described with."""
+    return path.is_file() and path.stat().st_size == described["bytes"] and sha256(path) == described["sha256"]
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON aside and renames it, so that no reader ever sees half a file."""
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions that a decode may depend on; ``git`` is ``None`` outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        sha = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        sha = None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "git": sha,
+    }

@@ -1,0 +1,141 @@
+"""Arrow tables of a rollout set: tensors in, tensors out. No files here; see ``data/shards.py``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from data.labels import STATES, collect, first_eot, labels
+from data.prompts import Prompt, prompt_hash, split_of
+from decoding.state import StepTrace
+
+STEP_COLUMNS = (
+    "prompt_id", "split", "states", "block", "step",
+    "masked", "token", "confidence",  # K values each, for every position of the active block
+    "margin", "entropy",  # one value for each True in masked
+    "final", "tail",  # K values each
+    "open",  # G values: True where the generated region was not decoded yet
+    "eot_probability", "eot_top",  # one value for each True in open
+)  # fmt: skip
+SEQUENCE_COLUMNS = (
+    "index", "prompt_id", "prompt_hash", "split", "task", "prompt", "response", "answer", "metadata",
+    "prompt_tokens", "reference", "first_eot", *(f"nfe_{states}" for states in STATES),
+)  # fmt: skip
+
+
+@dataclass
+class RolloutBatch:
+    """One decoded batch of ``b`` prompts, ready to be written.
+
+    Attributes:
+        index: Place of each prompt in the run's list, which orders the finished set.
+        prompts: The prompts.
+        tokens: Prompt token ids of each.
+        references: ``(b, G)`` int64, the full-step sequences.
+        nfe: For each of the states decoded, ``(b,)`` int64 forwards.
+        traces: For each of the states decoded, its trace with EoT evidence; rows count the prompts of the batch.
+    """
+
+    index: list[int]
+    prompts: list[Prompt]
+    tokens: list[list[int]]
+    references: Tensor
+    nfe: Mapping[str, Tensor]
+    traces: Mapping[str, Sequence[StepTrace]]
+
+    @property
+    def hashes(self) -> list[str]:
+        """Hash of each prompt's text, by which the set knows it again."""
+        return [prompt_hash(prompt.prompt) for prompt in self.prompts]
+
+    @property
+    def splits(self) -> list[str]:
+        """Split of each prompt."""
+        return [split_of(prompt.prompt) for prompt in self.prompts]
+
+
+def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
+    """One row a forward, with ``STEP_COLUMNS``; ordered by states, prompt and step.
+
+    Raises:
+        ValueError: A trace was decoded without ``record_eot``.
+    """
+    ids = np.array([prompt.id for prompt in batch.prompts], dtype=object)
+    splits = np.array(batch.splits, dtype=object)
+    tables = []
+    for states, trace in batch.traces.items():
+        steps = collect(trace)
+        if steps.eot_probability is None or steps.eot_top is None:
+            raise ValueError("the trace has no EoT evidence: decode with record_eot=True")
+        evidence, rows = steps.evidence, steps.rows.numpy()
+        final, tail = labels(steps, batch.references, eot_id)
+        still_open = (steps.eot_probability > 0) | steps.eot_top  # the trace has zeros where a position is decoded
+        columns = {
+            "prompt_id": pa.array(ids[rows], pa.string()),
+            "split": pa.array(splits[rows], pa.string()),
+            "states": pa.array([states] * len(rows), pa.string()),
+            "block": pa.array(steps.block.numpy().astype(np.int16)),
+            "step": pa.array(steps.step.numpy().astype(np.int16)),
+            "masked": _fixed(evidence.masked),
+            "token": _fixed(evidence.token.int()),
+            "confidence": _fixed(evidence.confidence),
+            "margin": _ragged(evidence.margin, evidence.masked),
+            "entropy": _ragged(evidence.entropy, evidence.masked),
+            "final": _fixed(final),
+            "tail": _fixed(tail),
+            "open": _fixed(still_open),
+            "eot_probability": _ragged(steps.eot_probability.half(), still_open),
+            "eot_top": _ragged(steps.eot_top, still_open),
+        }
+        tables.append(pa.table([columns[name] for name in STEP_COLUMNS], names=list(STEP_COLUMNS)))
+    return pa.concat_tables(tables)
+
+
+def sequences_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
+    """One row a prompt, with ``SEQUENCE_COLUMNS``; ``nfe`` is null for states that were not decoded."""
+    prompts = batch.prompts
+    columns = {
+        "index": pa.array(batch.index, pa.int64()),
+        "prompt_id": pa.array([prompt.id for prompt in prompts], pa.string()),
+        "prompt_hash": pa.array(batch.hashes, pa.string()),
+        "split": pa.array(batch.splits, pa.string()),
+        **{
+            name: pa.array([getattr(prompt, name) for prompt in prompts], pa.string())
+            for name in ("task", "prompt", "response", "answer", "metadata")
+        },
+        "prompt_tokens": pa.array(batch.tokens, pa.list_(pa.int32())),
+        "reference": _fixed(batch.references.int()),
+        "first_eot": pa.array(first_eot(batch.references, eot_id).numpy().astype(np.int32)),
+    }
+    for states in STATES:
+        nfe = batch.nfe[states].tolist() if states in batch.nfe else [None] * len(prompts)
+        columns[f"nfe_{states}"] = pa.array(nfe, pa.int32())
+    return pa.table([columns[name] for name in SEQUENCE_COLUMNS], names=list(SEQUENCE_COLUMNS))
+
+
+def fixed(table: pa.Table, name: str) -> np.ndarray:
+    """A column of equally long lists, ``(R, N)``."""
+    column = table[name].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+
+
+def ragged(table: pa.Table, name: str, where: np.ndarray) -> np.ndarray:
+    """A column with one value for each True in ``where`` ``(R, N)`` bool, laid out so, with zeros elsewhere."""
+    values = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    laid = np.zeros(where.shape, dtype=values.dtype)
+    laid[where] = values
+    return laid
+
+
+def _fixed(values: Tensor) -> pa.Array:
+    """``(R, N)`` as a column of lists of length ``N``."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.contiguous().numpy().ravel()), values.shape[1])
+
+
+def _ragged(values: Tensor, where: Tensor) -> pa.Array:
+    """The values of ``(R, N)`` at ``where`` ``(R, N)`` bool, as a column of lists of differing length."""
+    offsets = torch.nn.functional.pad(where.sum(1).cumsum(0), (1, 0)).int()
+    return pa.ListArray.from_arrays(pa.array(offsets.numpy()), pa.array(values[where].numpy()))

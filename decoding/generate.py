@@ -1,0 +1,98 @@
+"""Prints a decode as it happens: ``python decoding/generate.py --prompt "..."``."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from decoding.config import DecodeConfig, EotRule
+from decoding.decoder import Decoder
+from decoding.entry import command
+from decoding.eot import first_true
+from decoding.loop import empty_output
+from decoding.strategies import STRATEGIES
+from models.errors import InputError
+
+BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
+COLOURS = ["bright_yellow", "bright_green", "bright_cyan", "bright_blue", "bright_magenta", "bright_red"]
+
+
+def generate(
+    prompt: str,
+    base: str = str(BUNDLED / "llada-tiny"),
+    strategy: str = "learn2pd",
+    filter: str = str(BUNDLED / "filter-llada-tiny"),
+    options: dict[str, Any] | None = None,
+    gen_length: int = 128,
+    block_length: int = 32,
+    temperature: float = 0.0,
+    eot: EotRule = "filter",
+    seed: int = 0,
+    chat_template: bool = True,
+    compare: bool = True,
+    pause: float = 0.0,
+) -> None:
+    """Decodes one prompt and prints the text live; each token has the colour of the step that committed it.
+
+    Args:
+        prompt: The user's message.
+        base: Folder or hub id of the base model.
+        strategy: Name of the strategy.
+        filter: Folder of the filter, for strategies that take one.
+        options: Further settings of the strategy, such as {"threshold": 0.9}.
+        gen_length: Generated positions, in tokens.
+        block_length: Positions of a block, in tokens.
+        temperature: 0 takes the most probable token.
+        eot: End-of-text rule.
+        seed: Seed of the noise.
+        chat_template: Wrap the prompt in the chat template.
+        compare: Also decode one token a step and report its NFE.
+        pause: Seconds to wait after each step, to watch it.
+    """
+    options = dict(options or {})
+    if strategy == "learn2pd":
+        options.setdefault("filter", filter)
+    if strategy == "oracle":
+        raise InputError("strategy", "'oracle'", f"{' | '.join(n for n in STRATEGIES if n != 'oracle')} (it needs a reference)")
+    decoder = Decoder.from_pretrained(base, strategy, **options)
+    settings: dict[str, Any] = {
+        "gen_length": gen_length, "block_length": block_length, "temperature": temperature, "eot": eot, "seed": seed,
+    }  # fmt: skip
+    output = empty_output(1, DecodeConfig(**settings))
+    console = Console()
+    committed: list[int] = [0] * gen_length
+    text = Text()
+    with Live(text, console=console, auto_refresh=False, transient=False) as live:
+        for step in decoder.stream(prompt, chat_template=chat_template, output=output, **settings):
+            for position in step.changed[0].nonzero()[:, 0].tolist():
+                committed[position] = step.forward_call
+            text = _coloured(decoder, step.sequences[0], committed)
+            live.update(text, refresh=True)
+            time.sleep(pause)
+    length = int(first_true(output.sequences == decoder.predictor.ids.eot)[0])
+    fired = f", the filter added {int(output.counts['filter_commits'].sum())}" if "filter_commits" in output.counts else ""
+    console.print(f"\n{length} tokens in {int(output.nfe[0])} forwards ({strategy}{fired})", style="bold", end="")
+    if compare:
+        full = Decoder.from_pretrained(base, "full_step").generate([prompt], chat_template=chat_template, **settings)
+        same = "the same text" if full.tokens[0] == output.sequences[0, :length].tolist() else "another text"
+        console.print(f"; full_step: {int(full.nfe[0])} forwards, {same}", style="bold", end="")
+    console.print()
+
+
+def _coloured(decoder: Decoder, sequence: Any, committed: list[int]) -> Text:
+    ids = decoder.predictor.ids
+    tokenizer = decoder.predictor.tokenizer
+    text = Text()
+    for token, step in zip(sequence.tolist(), committed, strict=True):
+        if step and token in (ids.eot, ids.end_of_turn):
+            break
+        piece = tokenizer.decode([token]) if step and tokenizer else "░"
+        text.append(piece, style=COLOURS[step % len(COLOURS)] if step else "dim")
+    return text
+
+
+if __name__ == "__main__":
+    command(generate)

@@ -1,0 +1,86 @@
+"""Labels are what the reference says, on masked positions only, and the history that is not stored comes back exactly."""
+
+import pytest
+import torch
+
+from data.labels import STATES, collect, ended, first_eot, history, labels, of_block, records_of
+
+EOT = 62
+
+
+def test_first_eot_is_its_index_or_the_length() -> None:
+    sequences = torch.tensor([[1, 2, EOT, EOT], [EOT, 1, EOT, 1], [1, 2, 3, 4]])
+    assert first_eot(sequences, EOT).tolist() == [2, 0, 4]
+    assert first_eot(sequences[2], EOT).item() == 4
+    assert ended(sequences, EOT).int().tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]
+
+
+def test_columns_of_the_active_block() -> None:
+    region = torch.arange(12).reshape(2, 6)
+    assert of_block(region, torch.tensor([2, 0]), 2).tolist() == [[4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("eot", ["off", "filter"])
+def test_final_is_the_match_with_the_reference_on_masked_positions(decoded, eot: str) -> None:
+    batch = decoded(5, eot=eot)
+    for trace in batch.traces.values():
+        for step in trace:
+            final, tail = labels(step, batch.references, EOT)
+            for n, row in enumerate(step.rows.tolist()):
+                start = int(step.block[n]) * 4
+                reference = batch.references[row, start : start + 4]
+                assert torch.equal(final[n], (step.evidence.token[n] == reference) & step.evidence.masked[n])
+                e = first_eot(batch.references[row], EOT)
+                assert torch.equal(tail[n], torch.arange(start, start + 4) >= e)
+
+
+def test_a_decoded_position_is_never_a_positive_example(decoded) -> None:
+    batch = decoded(5)
+    steps = collect(batch.traces["full_step"])
+    final, _ = labels(steps, batch.references, EOT)
+    assert final.any()
+    assert not (final & ~steps.evidence.masked).any()
+
+
+def test_what_full_step_commits_is_labelled_final(decoded) -> None:
+    """The reference's own commits are right by construction; a block or row mixed up shows here."""
+    batch = decoded(5)
+    steps = collect(batch.traces["full_step"])
+    final, _ = labels(steps, batch.references, EOT)
+    assert final[steps.transfer].all()
+
+
+def test_collect_orders_rows_that_finish_at_different_times(decoded) -> None:
+    batch = decoded(5)
+    steps = collect(batch.traces["oracle"])
+    assert torch.bincount(steps.rows).tolist() == batch.nfe["oracle"].tolist()
+    for row in range(5):
+        assert steps.step[steps.rows == row].tolist() == list(range(int(batch.nfe["oracle"][row])))
+
+
+@pytest.mark.parametrize("states", ["full_step", "oracle"])
+@pytest.mark.parametrize("eot", ["off", "filter"])
+def test_history_equals_what_the_decoder_saw(decoded, states: str, eot: str) -> None:
+    """A filter trained on another history than it is served decides differently without any error."""
+    steps = collect(decoded(6, gen_length=32, block_length=8, eot=eot).traces[states])
+    evidence = steps.evidence
+    stable, previous = history(evidence.masked, evidence.token, evidence.confidence, steps.rows, steps.block)
+    assert evidence.stable.max() > (0 if states == "oracle" else 1)
+    assert torch.equal(stable, evidence.stable)
+    assert torch.equal(previous, evidence.previous)
+
+
+def test_history_of_nothing() -> None:
+    empty = torch.zeros(0, 4)
+    none = torch.zeros(0, dtype=torch.long)
+    stable, previous = history(empty.bool(), empty.long(), empty, none, none)
+    assert stable.shape == previous.shape == (0, 4)
+
+
+def test_records_straight_from_traces(decoded) -> None:
+    batch = decoded(3)
+    records = records_of(batch.traces, batch.references, ["a", "b", "c"], batch.splits, EOT)
+    total = sum(int(nfe.sum()) for nfe in batch.nfe.values())
+    assert records.final.shape == records.evidence.token.shape == (total, 4)
+    assert records.states.unique().tolist() == [STATES.index("full_step"), STATES.index("oracle")]
+    assert records.prompt.unique().tolist() == [0, 1, 2]

@@ -1,0 +1,263 @@
+"""The rollout set: compact, exact, readable by others, and the same however often its run was killed."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from data.labels import collect, records_of
+from data.shards import RolloutKey, ShardWriter, load_records, load_sequences, open_rollouts
+from models.errors import InputError
+from models.features import Evidence
+
+EOT = 62
+
+
+def write_all(folder: Path, key: RolloutKey, batches: list) -> None:
+    """A run that decodes what is missing, as ``train/rollout.py`` does."""
+    writer = ShardWriter(folder, key, [{"path": "somewhere"}])
+    done = {prompt for record in writer.written() for prompt in record["prompts"]}
+    for batch in batches:
+        if not set(batch.hashes) <= done:
+            writer.write(batch)
+    writer.finish([prompt for batch in batches for prompt in batch.hashes])
+
+
+@pytest.fixture
+def batches(decoded) -> list:
+    return [decoded(3, 0), decoded(3, 3), decoded(2, 6)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, key, batches) -> Path:
+    write_all(tmp_path / "set", key, batches)
+    return tmp_path / "set"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file; of the manifest, all but its time stamps."""
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    manifest = json.loads(files.pop("manifest.json"))
+    assert manifest.pop("started") <= manifest.pop("finished")
+    return files | {"manifest.json": json.dumps(manifest).encode()}
+
+
+def test_records_come_back_exactly(folder: Path, batches) -> None:
+    records = load_records(folder)
+    start = 0
+    for batch in batches:
+        for row in range(len(batch.prompts)):
+            for number, states in enumerate(("full_step", "oracle")):
+                steps = collect(batch.traces[states])
+                mine = (steps.rows == row).nonzero()[:, 0]
+                there = slice(start, start + len(mine))
+                start += len(mine)
+                assert (records.states[there] == number).all()
+                assert (records.prompt[there] == batch.index[row]).all()
+                assert torch.equal(records.step[there], steps.step[mine])
+                assert torch.equal(records.block[there], steps.block[mine])
+                for field in fields(Evidence):
+                    expected = getattr(steps.evidence, field.name)[mine]
+                    found = getattr(records.evidence, field.name)[there]
+                    assert found.dtype == expected.dtype
+                    assert torch.equal(found, expected), field.name
+    assert start == len(records.prompt)
+    assert records.prompt_ids == [f"p{n}" for n in range(8)]
+
+
+def test_labels_come_back_exactly(folder: Path, batches) -> None:
+    records = load_records(folder, states=["oracle"])
+    expected = [records_of({"oracle": b.traces["oracle"]}, b.references, [], [], EOT) for b in batches]
+    assert torch.equal(records.final, torch.cat([part.final for part in expected]))
+    assert torch.equal(records.tail, torch.cat([part.tail for part in expected]))
+    assert records.splits == [split for batch in batches for split in batch.splits]
+
+
+def test_limit_takes_the_first_prompts(folder: Path) -> None:
+    whole, part = load_records(folder), load_records(folder, limit=4)
+    assert part.prompt_ids == whole.prompt_ids[:4]
+    assert torch.equal(part.final, whole.final[whole.prompt < 4])
+    assert torch.equal(part.evidence.stable, whole.evidence.stable[whole.prompt < 4])
+
+
+def test_sequences_come_back_exactly(folder: Path, batches) -> None:
+    sequences = load_sequences(folder)
+    assert sequences.prompts == [prompt for batch in batches for prompt in batch.prompts]
+    assert sequences.tokens == [tokens for batch in batches for tokens in batch.tokens]
+    assert torch.equal(sequences.references, torch.cat([batch.references for batch in batches]))
+    for states in ("full_step", "oracle"):
+        assert torch.equal(sequences.nfe[states], torch.cat([batch.nfe[states] for batch in batches]))
+
+
+def test_end_of_text_evidence_is_stored_for_every_open_position(folder: Path, batches) -> None:
+    table = pq.read_table(sorted(folder.glob("steps-*.parquet"))[0]).to_pylist()
+    steps = collect(batches[0].traces["full_step"])
+    for row, probability, top in zip(table, steps.eot_probability, steps.eot_top, strict=False):
+        where = torch.tensor(row["open"])
+        assert where.sum() == 16 - row["step"]
+        torch.testing.assert_close(torch.tensor(row["eot_probability"]), probability[where], atol=5e-4, rtol=1e-3)
+        assert row["eot_top"] == top[where].tolist()
+
+
+def test_datasets_reads_the_shards(folder: Path, tmp_path: Path) -> None:
+    import datasets
+
+    steps = datasets.load_dataset(
+        "parquet", data_files=str(folder / "steps-*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert len(steps) == len(load_records(folder).prompt)
+    assert len(steps[0]["confidence"]) == len(steps[0]["masked"]) == 4
+    assert len(steps[0]["margin"]) == sum(steps[0]["masked"])
+    sequences = datasets.load_dataset(
+        "parquet", data_files=str(folder / "sequences-*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert sorted(sequences["prompt_id"]) == [f"p{n}" for n in range(8)]
+
+
+def test_the_papers_rollouts_stay_under_a_gigabyte(tmp_path: Path, noise, key) -> None:
+    """2,640 prompts x 256 steps x block 32, both states, at the worst: random numbers and an oracle that saves nothing."""
+    batch = noise(4, 256, 32, 126_000)
+    settings = key.settings | {"gen_length": 256, "block_length": 32}
+    ShardWriter(tmp_path, replace(key, settings=settings)).write(batch)
+    bytes_a_prompt = sum(file.stat().st_size for file in tmp_path.glob("*.parquet")) / 4
+    assert 2 * bytes_a_prompt * 2640 < 1e9
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it and tidy up."""
+
+
+def test_killed_at_any_instant_the_finished_set_is_the_same(tmp_path: Path, key, batches, monkeypatch) -> None:
+    write_all(tmp_path / "whole", key, batches)
+    whole = contents(tmp_path / "whole")
+    rename, instant = Path.replace, 0
+    while True:
+        folder = tmp_path / f"killed-{instant}"
+        calls = 0
+
+        def stop(self: Path, target: Path, at: int = instant) -> Path:
+            nonlocal calls
+            calls += 1
+            if calls > at // 2:
+                if at % 2:  # killed right after the rename, else right before
+                    rename(self, target)
+                raise Killed
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "replace", stop)
+        try:
+            write_all(folder, key, batches)
+            break
+        except Killed:
+            pass
+        finally:
+            monkeypatch.setattr(Path, "replace", rename)
+        write_all(folder, key, batches)
+        assert contents(folder) == whole, instant
+        instant += 1
+    assert instant == 2 * (1 + 3 * 3 + 1)  # the manifest, three files a shard, the manifest
+
+
+def test_a_half_written_file_is_swept_away(tmp_path: Path, key, batches) -> None:
+    write_all(tmp_path / "whole", key, batches)
+    writer = ShardWriter(tmp_path / "set", key, [{"path": "somewhere"}])
+    writer.write(batches[0])
+    for name in ("steps-0000005-aaaaaaaa.parquet", "steps-0000003-bbbbbbbb.parquet.part", "manifest.json.part"):
+        (writer.folder / name).write_bytes(b"half a fi")
+    write_all(tmp_path / "set", key, batches)
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
+def test_a_set_can_be_extended_and_stays_readable_meanwhile(folder: Path, key, batches, decoded) -> None:
+    before = load_records(folder)
+    writer = ShardWriter(folder, key)
+    more = decoded(3, 8)
+    writer.write(more)
+    assert load_records(folder).prompt_ids == before.prompt_ids
+    writer.finish(more.hashes)
+    after = load_records(folder)
+    assert after.prompt_ids == [f"p{n}" for n in range(11)]
+    assert torch.equal(after.final[: len(before.final)], before.final)
+    assert open_rollouts(folder).manifest["counts"]["prompts"] == 11
+
+
+def test_a_missing_or_repeated_prompt_is_refused(tmp_path: Path, key, decoded) -> None:
+    writer = ShardWriter(tmp_path, key)
+    writer.write(decoded(3, 0))
+    with pytest.raises(InputError, match="1 not decoded, the first with hash 0123"):
+        writer.finish(["0123"])
+    writer.write(decoded(3, 2))
+    with pytest.raises(InputError, match="1 written twice"):
+        writer.finish([])
+
+
+def test_an_unfinished_set_is_refused(tmp_path: Path, key, decoded) -> None:
+    ShardWriter(tmp_path, key).write(decoded(3, 0))
+    with pytest.raises(InputError, match=r"manifest\.json: complete: found False; accepted: a finished set"):
+        load_records(tmp_path)
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"manifest\.json.*No such file.*accepted: the manifest of a rollout set"):
+        open_rollouts(tmp_path)
+
+
+def test_another_model_or_setting_is_refused_by_name(folder: Path, key) -> None:
+    with pytest.raises(InputError, match=rf"model_fingerprint: found {'f' * 16}; accepted: {'0' * 16}"):
+        open_rollouts(folder, fingerprint="0" * 16)
+    with pytest.raises(InputError, match=r"settings\.gen_length: found 16; accepted: 256"):
+        open_rollouts(folder, settings={"gen_length": 256})
+    with pytest.raises(InputError, match="tokenizer_hash"):
+        ShardWriter(folder, replace(key, tokenizer_hash="b"))
+    with pytest.raises(InputError, match=r"settings\.block_length: found 4; accepted: 8"):
+        ShardWriter(folder, replace(key, settings=key.settings | {"block_length": 8}))
+    assert open_rollouts(folder, key.fingerprint, key.settings).manifest["counts"]["prompts"] == 8
+
+
+def test_another_schema_is_refused(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    with pytest.raises(InputError, match="schema_version: found 99; accepted: 1"):
+        load_records(folder)
+
+
+def test_a_missing_column_is_named(folder: Path) -> None:
+    path = sorted(folder.glob("steps-*.parquet"))[1]
+    pq.write_table(pq.read_table(path).drop_columns(["margin"]), path)
+    with pytest.raises(InputError, match=rf"{path.name}: column 'margin': found columns .*; accepted: .*margin"):
+        load_records(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_truncated_shard_is_named(folder: Path, keep: int) -> None:
+    path = sorted(folder.glob("steps-*.parquet"))[1]
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=rf"{path.name}.*corrupt or truncated"):
+        load_records(folder)
+
+
+def test_a_flipped_bit_is_noticed(folder: Path) -> None:
+    path = sorted(folder.glob("sequences-*.parquet"))[0]
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{path.name}"):
+        load_sequences(folder)
+
+
+def test_a_missing_shard_is_named_and_a_rerun_repairs_it(folder: Path, key, batches) -> None:
+    before = contents(folder)
+    path = sorted(folder.glob("steps-*.parquet"))[1]
+    path.unlink()
+    with pytest.raises(InputError, match=rf"{path.name}: found no such file"):
+        load_records(folder)
+    write_all(folder, key, batches)
+    assert contents(folder) == before
+
+
+def test_states_that_were_not_recorded_are_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"states: found 'filter'; accepted: full_step \| oracle"):
+        load_records(folder, states=["filter"])

@@ -1,0 +1,110 @@
+"""Text in, text out."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from decoding import Decoder
+from decoding.text import encode
+from models.errors import InputError
+
+SETTINGS = {"gen_length": 16, "block_length": 8}
+
+
+@pytest.fixture
+def decoder(tiny_checkpoint):
+    return Decoder.from_pretrained(tiny_checkpoint, "threshold", threshold=0.5)
+
+
+def test_strings_messages_and_ids_decode_alike(decoder):
+    text = "the cat sat"
+    ids = encode(decoder.predictor.tokenizer, text)
+    messages = [{"role": "user", "content": text}]
+    out = decoder.generate([text, messages, ids], **SETTINGS)
+    assert out.sequences.shape == (3, 16)
+    assert torch.equal(out.sequences[0], out.sequences[1])
+    assert torch.equal(out.sequences[0], out.sequences[2])
+    assert out.nfe.shape == (3,)
+    assert out.settings["strategy"] == "threshold"
+    assert out.settings["steps"] == 16
+
+
+def test_tokens_stop_before_the_first_eot(decoder):
+    eot = decoder.predictor.ids.eot
+    out = decoder.generate(["the cat", "sat on 12 mats"], **SETTINGS)
+    for tokens, sequence in zip(out.tokens, out.sequences.tolist(), strict=True):
+        assert eot not in tokens
+        assert tokens == sequence[: len(tokens)]
+        assert len(tokens) == 16 or sequence[len(tokens)] == eot
+
+
+def test_more_prompts_than_the_batch_keep_their_order_and_traces(decoder):
+    prompts = ["the cat", "sat", "on 12 mats the cat", "mats", "the"]
+    whole = decoder.generate(prompts, batch_size=5, trace=True, **SETTINGS)
+    parts = decoder.generate(prompts, batch_size=2, trace=True, **SETTINGS)
+    assert torch.equal(whole.sequences, parts.sequences)
+    assert torch.equal(whole.nfe, parts.nfe)
+    assert parts.forward_calls > whole.forward_calls
+    for row in range(5):
+        assert sum(int((step.rows == row).sum()) for step in parts.trace) == parts.nfe[row]
+
+
+def test_stream_ends_where_generate_does(decoder):
+    prompt = "the cat sat on"
+    changed = torch.zeros(16, dtype=torch.long)
+    for step in decoder.stream(prompt, **SETTINGS):
+        changed += step.changed[0]
+        last = step.sequences[0].clone()
+    assert torch.equal(last, decoder.generate([prompt], **SETTINGS).sequences[0])
+    assert (changed == 1).all()  # every position is committed exactly once
+
+
+def test_text_of_special_tokens_stays_text(decoder):
+    tokenizer, ids = decoder.predictor.tokenizer, decoder.predictor.ids
+    encoded = encode(tokenizer, "a <|mdm_mask|> and <|endoftext|> b")
+    assert ids.mask not in encoded
+    assert ids.eot not in encoded
+    assert "<|mdm_mask|> and <|endoftext|>" in tokenizer.decode(encoded)
+    plain = encode(tokenizer, "the cat sat")
+    assert encoded[:2] == plain[:2]  # the template's own special tokens are still there
+    assert encoded[0] == ids.bos
+
+
+@pytest.mark.parametrize("prompts", [[], "one string", [""], ["  "], [[]], [[{"role": "user"}]]])
+def test_prompts_are_refused_by_name(decoder, prompts):
+    with pytest.raises(InputError, match=r"^(prompt|message)"):
+        decoder.generate(prompts, **SETTINGS)
+
+
+def test_references_must_fit(decoder):
+    with pytest.raises(InputError, match=r"references: found \(1, 8\); accepted: shape \(1, 16\)"):
+        decoder.generate(["the"], references=torch.zeros(1, 8, dtype=torch.long), **SETTINGS)
+
+
+def test_generate_command_prints_text_and_forwards(tiny_checkpoint):
+    command = [sys.executable, "decoding/generate.py", "--prompt", "the cat", "--base", str(tiny_checkpoint)]
+    done = subprocess.run([*command, "--strategy", "full_step"], capture_output=True, text=True, check=True)
+    assert "forwards (full_step); full_step: " in done.stdout
+    assert "the same text" in done.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "prompt: found no text"),
+        (["--prompt", "x", "--block_length", "7"], "block_length: found 7; accepted: a divisor of gen_length 128"),
+        (["--prompt", "x", "--strategy", "best"], "strategy: found 'best'"),
+        (["--prompt", "x", "--base", "/nowhere"], "base checkpoint: found '/nowhere'"),
+        (["--prompt", "x", "--blok_length", "7"], "block_length"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tiny_checkpoint, arguments, message):
+    base = ["--base", str(tiny_checkpoint), "--strategy", "full_step"]
+    command = [sys.executable, "decoding/generate.py", *base, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

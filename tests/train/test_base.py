@@ -1,0 +1,62 @@
+"""The bundled model's export."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from models.errors import InputError
+from models.predictor import MaskPredictor
+from train.base import export
+from train.base_module import BaseModule
+
+
+@pytest.fixture
+def trained(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> tuple[BaseModule, Path, Path]:
+    """A module, the checkpoint `fit` would have written of it, and its tokenizer's folder."""
+    settings = {
+        "d_model": 32, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 64, "max_sequence_length": 128,
+        "vocab_size": len(tiny_tokenizer), "rope_theta": 1e4, "learning_rate": 1e-3, "weight_decay": 0.1,
+        "warmup_steps": 1, "decay_steps": 1, "compile": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    module = BaseModule(**settings)
+    checkpoint = {"state_dict": module.state_dict(), "global_step": 5, "hyper_parameters": settings}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return module, tmp_path / "last.ckpt", tmp_path / "tokenizer"
+
+
+def test_export_gives_the_same_logits_and_the_right_ids(trained, tmp_path: Path):
+    module, checkpoint, tokenizer = trained
+    export(checkpoint, tokenizer, tmp_path / "out")
+    export(checkpoint, tokenizer, tmp_path / "out")  # replaces the first
+    predictor = MaskPredictor.from_pretrained(tmp_path / "out", device="cpu")
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(predictor.model(ids).logits, module.model.eval()(ids).logits, rtol=0, atol=0)
+    assert predictor.max_length == 128
+    assert predictor.tokenizer is not None
+    assert predictor.ids.mask == predictor.tokenizer.convert_tokens_to_ids("<|mdm_mask|>")
+    assert predictor.ids.eot == predictor.ids.pad == predictor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert "auto_map" not in (tmp_path / "out/config.json").read_text(), "would ask for remote code"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "out", "tokenizer"]
+
+
+def test_export_leaves_other_folders_alone(trained, tmp_path: Path):
+    _, checkpoint, tokenizer = trained
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="no exported model"):
+        export(checkpoint, tokenizer, tmp_path / "out")
+    assert (tmp_path / "out/thesis.tex").is_file()
+
+
+def test_export_names_what_it_cannot_read(trained, tmp_path: Path):
+    _, checkpoint, tokenizer = trained
+    with pytest.raises(InputError, match=r"gone\.ckpt"):
+        export(tmp_path / "gone.ckpt", tokenizer, tmp_path / "out")
+    with pytest.raises(InputError, match="tokenizer"):
+        export(checkpoint, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,237 @@
+"""The command line as its user meets it, on a toy module: messages, exit statuses, resuming, what is left on disk."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader
+
+from decoding.entry import wandb_mode
+from models.errors import InputError
+from train.callbacks import ProgressLines
+from train.cli import run
+
+
+class Toy(LightningModule):
+    """A straight line.
+
+    Args:
+        width: Inputs.
+        rate: Learning rate.
+    """
+
+    steps: list[int] = []  # noqa: RUF012
+
+    def __init__(self, width: int = 2, rate: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(width, 1)
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        if Path("stop").exists() and self.global_step == 6:
+            raise {"ctrl-c": KeyboardInterrupt, "sigterm": SIGTERMException}[Path("stop").read_text()]
+        Toy.steps.append(self.global_step)
+        return self.layer(batch).square().mean()
+
+    def validation_step(self, batch: torch.Tensor, index: int) -> None:
+        self.log("loss", self.layer(batch).square().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.hparams["rate"])
+
+
+class ToyData(LightningDataModule):
+    """Ones.
+
+    Args:
+        width: Inputs.
+        rows: Rows.
+    """
+
+    def __init__(self, width: int = 2, rows: int = 8) -> None:
+        super().__init__()
+        self.width, self.rows = width, rows
+
+    def setup(self, stage: str) -> None:
+        if self.rows < 1:
+            raise InputError("data.rows", self.rows, "1 or more")
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.ones(self.rows, self.width), batch_size=1)  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
+
+
+def double(number: int) -> None:
+    """Prints twice ``number``.
+
+    Args:
+        number: At least 0.
+    """
+    if number < 0:
+        raise InputError("number", number, "0 or more")
+    print(2 * number)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Runs a toy command in an empty folder; returns exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    Toy.steps.clear()
+
+    def call(words: str, **settings):
+        monkeypatch.setattr(sys, "argv", ["toy.py", *words.split()])
+        settings = {"checkpoint": {"every_n_train_steps": 2}, "verbs": {"double": double}} | settings
+        if words.startswith(("fit", "validate")):
+            sys.argv += ["--trainer.accelerator=cpu", "--trainer.enable_model_summary=false"]
+        status = 0
+        try:
+            run("toy", Toy, ToyData, **settings)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("fit --model.widht 3", ["model.widht", "model.width"]),
+        ("fit --config bad.yaml", ["rates", "toy.py fit"]),
+        ("fit --model.width abc", ["model.width", "abc", "int"]),
+        ("fit --trainer.accelerator foo", ["foo", "cpu"]),
+        ("fit --ckpt_path nowhere.ckpt", ["nowhere.ckpt"]),
+        ("fit --ckpt_path bad.yaml", ["bad.yaml"]),
+        ("fit --data.rows 0", ["data.rows", "0", "1 or more"]),
+        ("validate", ["last.ckpt", "fit"]),
+        ("fitt", ["fitt", "fit"]),
+        ("double --numbr 3", ["numbr", "number"]),
+        ("double --number -3", ["number", "-3", "0 or more"]),
+        ("double", ["number"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(toy, words: str, named: list[str]):
+    Path("bad.yaml").write_text("model:\n  rates: 3\n")
+    status, _, err = toy(words)
+    lines = [line for line in err.splitlines() if not line.startswith(("Seed", "GPU"))]
+    assert status == 2
+    assert len(lines) == 1, err
+    assert all(name in lines[0] for name in named)
+    assert not list(Path().rglob("run.yaml")), "a run that never started left a record"
+
+
+def test_a_verb_is_a_typed_function(toy):
+    assert toy("double --number 4")[:2] == (0, "8\n")
+
+
+def test_run_yaml_says_what_was_run(toy):
+    assert toy("fit --trainer.max_steps 2 --run out/mine")[0] == 0
+    record = yaml.safe_load(Path("out/mine/run.yaml").read_text())
+    assert record["argv"][:2] == ["toy.py", "fit"]
+    assert record["config"]["model"] == {"width": 2, "rate": 0.1}
+    assert record["config"]["trainer"]["max_steps"] == 2
+    assert set(record["versions"]) == {"python", "torch", "lightning", "transformers"}
+    assert not Path("runs").exists(), "something went to the default folder"
+
+
+@pytest.mark.parametrize(("how", "expected"), [("ctrl-c", 130), ("sigterm", 143)])
+def test_an_interrupted_fit_continues(toy, how: str, expected: int):
+    Path("stop").write_text(how)
+    status, _, err = toy("fit --trainer.max_steps 10")
+    assert status == expected, "make would go on as if the run had been finished"
+    if how == "ctrl-c":
+        assert "the same command continues" in err.splitlines()[-1]
+    Path("stop").unlink()
+    status, _, err = toy("fit --trainer.max_steps 10")
+    assert status == 0
+    assert "at step 6" in err
+    assert Toy.steps == list(range(10)), "steps were repeated or lost"
+    assert not list(Path("runs/toy/checkpoints").glob("last-v*")), "the next start would continue from an old file"
+
+
+def test_a_fit_with_other_settings_does_not_continue(toy):
+    toy("fit --trainer.max_steps 4")
+    before = Path("runs/toy/run.yaml").read_text()
+    status, _, err = toy("fit --trainer.max_steps 4 --data.rows 9")
+    assert status == 2
+    assert "data.rows" in err
+    assert "8" in err
+    assert Path("runs/toy/run.yaml").read_text() == before
+    Toy.steps.clear()
+    assert toy("fit --trainer.max_steps 4 --data.rows 9 --resume false")[0] == 0
+    assert Toy.steps == [0, 1, 2, 3]
+
+
+def test_without_run_yaml_the_checkpoint_itself_is_compared(toy):
+    toy("fit --trainer.max_steps 4")
+    Path("runs/toy/run.yaml").unlink()
+    assert toy("fit --trainer.max_steps 6 --model.rate 0.2")[0] == 2
+    assert toy("fit --trainer.max_steps 6")[0] == 0
+    assert Toy.steps == list(range(6))
+
+
+def test_validate_takes_the_trained_weights_and_keeps_run_yaml(toy):
+    toy("fit --trainer.max_steps 4 --model.width 3 --data.width 3", checkpoint={"monitor": "loss"})
+    assert Path("runs/toy/checkpoints/best.ckpt").is_file()
+    before = Path("runs/toy/run.yaml").read_text()
+    assert toy("validate --data.width 3")[0] == 0, "the model must take its width from the checkpoint"
+    assert Path("runs/toy/run.yaml").read_text() == before
+    assert Path("runs/toy/validate.yaml").is_file()
+
+
+def test_linked_arguments_reach_both_and_survive_resuming(toy):
+    links = [("data.width", "model.width")]
+    assert toy("fit --trainer.max_steps 4 --data.width 3", links=links)[0] == 0
+    assert toy("fit --trainer.max_steps 6 --data.width 3", links=links)[0] == 0
+    assert toy("validate --data.width 3", links=links)[0] == 0
+    assert Toy.steps == list(range(6))
+    assert toy("fit --model.width 3", links=links)[0] == 2
+
+
+def test_hooks_run_around_their_subcommand(toy):
+    seen = []
+    hooks = {
+        "before": {"fit": lambda command: seen.append(command.trainer.global_step)},
+        "after": {"fit": lambda command: seen.append((command.trainer.global_step, command.folder))},
+    }
+    toy("fit --trainer.max_steps 2", **hooks)
+    assert seen == [0, (2, Path("runs/toy"))]
+
+
+def test_progress_in_a_log_file_is_lines_with_the_time_left(toy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("train.callbacks.progress", lambda: ProgressLines())
+    _, _, err = toy("fit --trainer.max_steps 16")
+    lines = [line for line in err.splitlines() if line.startswith("step")]
+    assert lines[0].startswith("step 1/16")
+    assert lines[-1].startswith("step 16/16 (100%) | 0:00:00 left")
+    assert "\r" not in err
+
+
+def test_wandb_is_offline_without_a_key(toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a login prompt"))
+    status, _, err = toy("fit --trainer.max_steps 2")
+    assert status == 0
+    assert "wandb sync" in err
+    assert list(Path("runs/toy/wandb").glob("offline-run-*"))
+
+
+def test_wandb_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(InputError, match="WANDB_API_KEY"):
+        wandb_mode()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password none\n")
+    assert wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode() == "disabled"

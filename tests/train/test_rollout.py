@@ -1,0 +1,191 @@
+"""Rollouts by the commands a user runs: killed and continued, extended, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.prompts import PromptSource
+from data.rollout_module import plan
+from data.shards import load_records, load_sequences
+from models import LLaDAConfig, LLaDAModelLM
+from models.errors import InputError
+from models.tokenizer import train_tokenizer
+from train.rollout_module import rollout
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {"gen_length": 16, "block_length": 4}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer LLaDA with a tokenizer, saved as users have them."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer(["user\n\nWhat is 1 plus 2? It is 3.assistant\n\n"] * 20, 290)
+    torch.manual_seed(0)
+    config = LLaDAConfig(
+        d_model=32, n_layers=2, n_heads=4, mlp_hidden_size=64, vocab_size=len(tokenizer), max_sequence_length=96,
+        mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, init_std=0.3,
+    )  # fmt: skip
+    LLaDAModelLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "sums.jsonl"
+    rows = [{"prompt": f"What is {n} plus {'1' * (n % 5 + 1)}?"} for n in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def sources(file: Path) -> list[PromptSource]:
+    return [PromptSource(str(file))]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file; of the manifest, all but its time stamps."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = json.loads(files.pop("manifest.json"))
+    assert manifest.pop("started") <= manifest.pop("finished")
+    return files | {"manifest.json": json.dumps(manifest).encode()}
+
+
+def command(base: Path, file: Path, out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "train/rollout.py", "predict", "--run", str(out.parent / "run"), "--model.base", str(base),
+        "--model.out", str(out), "--model.gen_length", "16", "--model.block_length", "4", "--data.batch_size", "2",
+        "--data.sources", json.dumps([{"path": str(file)}]), "--trainer.accelerator", "cpu", *more,
+    ]  # fmt: skip
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+
+
+def test_killed_and_run_again_the_set_is_that_of_an_uninterrupted_run(base: Path, file: Path, sources, tmp_path: Path):
+    killed = tmp_path / "killed"
+    with subprocess.Popen(command(base, file, killed), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+        while not list(killed.glob("shard-*.json")) and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    written = {path: path.stat().st_mtime_ns for path in killed.glob("shard-*.json")}
+    assert 0 < len(written) < 20
+    done = subprocess.run(
+        command(base, file, killed), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True
+    )
+    assert f"decoded {40 - 2 * len(written)}," in done.stdout
+    assert all(path.stat().st_mtime_ns == when for path, when in written.items())  # nothing is decoded twice
+
+    rollout(base, tmp_path / "whole", sources=sources, batch_size=2, accelerator="cpu", **SETTINGS)
+    assert contents(killed) == contents(tmp_path / "whole")
+
+
+def test_records_of_a_rollout(base: Path, sources, tmp_path: Path) -> None:
+    found = rollout(base, tmp_path, sources=sources, limit=10, batch_size=4, accelerator="cpu", **SETTINGS)
+    records, sequences = load_records(found), load_sequences(found)
+    assert len(sequences.prompts) == len(records.prompt_ids) == 10
+    assert (sequences.nfe["full_step"] <= 16).all()
+    assert (sequences.nfe["oracle"] <= sequences.nfe["full_step"]).all()
+    assert len(records.final) == sum(int(nfe.sum()) for nfe in sequences.nfe.values())
+    # On the reference's own path, at least the guess that is committed is final.
+    on_path = records.states == 0
+    assert records.final[on_path].any(1).all()
+    manifest = found.manifest
+    assert manifest["counts"] == {
+        "prompts": 10,
+        "splits": manifest["counts"]["splits"],
+        "steps": manifest["counts"]["steps"],
+    }
+    assert manifest["settings"]["gen_length"] == 16
+    assert manifest["settings"]["dtype"] == "float32"
+    assert manifest["sources"][0]["sources"][0]["path"] == sources[0].path
+    assert set(manifest["versions"]) == {"python", "torch", "transformers", "git"}
+
+
+def test_the_batch_a_prompt_is_decoded_in_does_not_change_its_labels(base: Path, sources, tmp_path: Path) -> None:
+    one, many = (
+        load_sequences(rollout(base, tmp_path / str(size), sources=sources, limit=6, batch_size=size, **SETTINGS))
+        for size in (1, 6)
+    )
+    assert one.prompts == many.prompts
+    assert torch.equal(one.references, many.references)
+    assert torch.equal(one.nfe["oracle"], many.nfe["oracle"])
+
+
+def test_a_larger_limit_decodes_only_the_missing_prompts(base: Path, sources, tmp_path: Path) -> None:
+    few = rollout(base, tmp_path, sources=sources, limit=6, batch_size=4, **SETTINGS)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("s*")}
+    first = load_records(few).prompt_ids
+    more = rollout(base, tmp_path, sources=sources, limit=12, batch_size=4, **SETTINGS)
+    assert load_records(more).prompt_ids[:6] == first
+    assert more.manifest["counts"]["prompts"] == 12
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    again = rollout(base, tmp_path, sources=sources, limit=6, batch_size=4, **SETTINGS)
+    assert again.manifest["counts"]["prompts"] == 12
+
+
+def test_other_settings_or_another_model_are_refused_before_any_work(base: Path, sources, tmp_path: Path) -> None:
+    rollout(base, tmp_path / "set", sources=sources, limit=2, **SETTINGS)
+    before = contents(tmp_path / "set")
+    with pytest.raises(InputError, match=r"settings\.block_length: found 4; accepted: 8"):
+        rollout(base, tmp_path / "set", sources=sources, limit=2, gen_length=16, block_length=8)
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    LLaDAModelLM(LLaDAConfig.from_pretrained(base)).save_pretrained(other)
+    for path in base.glob("*token*"):
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "chat_template.jinja").write_bytes((base / "chat_template.jinja").read_bytes())
+    with pytest.raises(InputError, match=r"manifest\.json: model_fingerprint"):
+        rollout(other, tmp_path / "set", sources=sources, limit=2, **SETTINGS)
+    assert contents(tmp_path / "set") == before
+
+
+def test_a_prompt_too_long_for_the_model_is_named_before_any_is_decoded(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps([{"prompt": "Fine?"}, {"prompt": "1 " * 90}]))
+    with pytest.raises(InputError, match=r"prompt long-[0-9a-f]{16}: found \d+ tokens; accepted: at most 80"):
+        rollout(base, tmp_path / "set", sources=[PromptSource(str(path))], **SETTINGS)
+    assert not list((tmp_path / "set").glob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"states": ["full"]}, r"states: found 'full'; accepted: full_step \| oracle \| filter"),
+        ({"states": []}, "states: found none"),
+        ({"states": ["filter"]}, "filter: found None; accepted: the folder of an exported filter"),
+        ({"eot": "published"}, r"eot: found 'published'; accepted: filter \| off"),
+        ({"block_length": 5}, "block_length: found 5; accepted: a divisor of gen_length 16"),
+        ({"batch_size": 0}, "batch_size: found 0"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(base: Path, sources, tmp_path: Path, settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        rollout(base, tmp_path / "set", sources=sources, **SETTINGS | settings)
+    assert not (tmp_path / "set").exists()
+
+
+def test_the_command_refuses_bad_input_in_one_line(base: Path, file: Path, tmp_path: Path) -> None:
+    words = command(base, file, tmp_path / "set", "--data.limit", "0")
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "rollout.py: limit: found 0; accepted: a whole number of at least 1"
+    assert not (tmp_path / "set").exists()
+
+
+def test_batches_hold_prompts_of_similar_length_and_a_longer_list_keeps_them() -> None:
+    lengths = [(7 * n) % 50 for n in range(100)]
+    batches = plan(lengths, 2)
+    assert sorted(index for batch in batches for index in batch) == list(range(100))
+    assert sum(max(lengths[n] for n in batch) - min(lengths[n] for n in batch) for batch in batches) < 100
+    assert plan(lengths[:64], 2) == batches[:32]

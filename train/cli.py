@@ -1,0 +1,365 @@
+"""The one place for the command-line behaviour of everything that trains: configs, run folder, logging, resuming."""
+
+import logging
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from decoding.entry import CONFIGS, CommandParser, command, entry, wandb_mode
+from models.errors import InputError
+from train.callbacks import checkpoints, progress
+
+JOB_TYPES = {"fit": "fit", "validate": "eval", "test": "eval", "predict": "rollout"}
+"""W&B job type of each subcommand."""
+
+_CHECKPOINTS = {"best": ["best"], "last": ["last"], "trained": ["best", "last"]}
+
+
+@dataclass
+class WandbSettings:
+    """Where W&B files a run; ``WANDB_MODE`` says whether it does.
+
+    Args:
+        project: Project.
+        entity: User or team; null is the key's own.
+        tags: Tags of the run.
+    """
+
+    project: str = "dlm-accel"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one command is made of; the arguments of :func:`run`."""
+
+    name: str
+    module: type[LightningModule]
+    data: type[LightningDataModule]
+    subcommands: Sequence[str] = ("fit", "validate", "test")
+    links: Sequence[tuple[Any, ...]] = ()
+    checkpoint: Mapping[str, Any] | None = None
+    callbacks: Callable[[Path], list[Callback]] | None = None
+    before: Mapping[str, Callable[["Command"], None]] = field(default_factory=dict)
+    after: Mapping[str, Callable[["Command"], None]] = field(default_factory=dict)
+    verbs: Sequence[str] = ()
+
+
+class TrainParser(CommandParser, LightningArgumentParser):
+    """Lightning's parser with one-line errors."""
+
+
+class Command(LightningCLI):
+    """LightningCLI with a run folder, our loggers, and a ``fit`` that continues where it was interrupted.
+
+    Attributes:
+        folder: The run folder, ``runs/<name>`` unless ``--run`` says otherwise.
+        settings: The resolved config of the subcommand as plain data.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        for when in (
+            "before",
+            "after",
+        ):  # LightningCLI calls before_<subcommand> and after_<subcommand> where they exist
+            for subcommand, hook in getattr(spec, when).items():
+                setattr(self, f"{when}_{subcommand}", partial(hook, self))
+        defaults = {"default_config_files": [CONFIGS / spec.name / "default.yaml"]}
+        super().__init__(
+            spec.module,
+            spec.data,
+            save_config_callback=None,  # it refuses to start where a config exists; RunFile writes ours
+            parser_kwargs={name: dict(defaults) for name in spec.subcommands}
+            | {"description": spec.module.__doc__.splitlines()[0] if spec.module.__doc__ else spec.name}
+            | ({"epilog": f"Further first words: {', '.join(spec.verbs)}."} if spec.verbs else {}),
+            parser_class=TrainParser,
+            auto_configure_optimizers=False,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in self.spec.subcommands}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run", type=Path, default=Path("runs", self.spec.name), help="Folder of run.yaml, checkpoints and logs."
+        )
+        parser.add_argument(
+            "--resume", type=bool, default=True, help="Let fit continue from the last checkpoint in the run folder."
+        )
+        parser.add_class_arguments(WandbSettings, "wandb")
+        for link in self.spec.links:
+            parser.link_arguments(*link)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        subcommand = self.config["subcommand"]
+        config = self.config[subcommand]
+        self.folder: Path = config.run
+        # Evaluating a module that is trained here means evaluating what was trained, not random weights.
+        wanted = "trained" if self.spec.checkpoint is not None and subcommand != "fit" else None
+        if (config.ckpt_path or wanted) in _CHECKPOINTS:
+            config.ckpt_path = str(named_checkpoint(self.folder, config.ckpt_path or wanted))
+        if config.ckpt_path is not None:
+            load_checkpoint(Path(config.ckpt_path))
+        if config.weights_only is None:
+            config.weights_only = True  # our checkpoints are tensors and plain values, so no pickle is ever trusted
+
+    def before_instantiate_classes(self) -> None:
+        subcommand = str(self.subcommand)
+        dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml")
+        self.settings: dict[str, Any] = yaml.safe_load(dump)[subcommand]
+        config = self.config[subcommand]
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if subcommand == "fit" and config.ckpt_path is None and config.resume and last.is_file():
+            step = check_same_run(self.folder, last, self.settings)
+            rank_zero_only(print)(f"continuing {last} at step {step}; --resume false starts over", file=sys.stderr)
+            config.ckpt_path = str(last)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        subcommand = str(self.subcommand)
+        # run.yaml is what fit or predict made this folder with; evaluating must not overwrite it.
+        record = "run.yaml" if subcommand in ("fit", "predict") else f"{subcommand}.yaml"
+        callbacks: list[Callback] = [RunFile(self.folder / record, self.settings)]
+        configured = self._get(self.config_init, "trainer")
+        if configured["enable_progress_bar"] is not False:
+            callbacks.append(progress())
+        if self.spec.checkpoint is not None and configured["enable_checkpointing"] is not False:
+            callbacks.append(checkpoints(self.folder / "checkpoints", **self.spec.checkpoint))
+        elif configured["enable_checkpointing"] is None:
+            kwargs["enable_checkpointing"] = False
+        if self.spec.callbacks is not None:
+            callbacks += self.spec.callbacks(self.folder)
+        self.trainer_defaults["callbacks"] = callbacks
+        if configured["logger"] in (None, True):
+            kwargs["logger"] = loggers(self.folder, JOB_TYPES[subcommand], self.settings)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise InputError("trainer", str(error), "settings that Lightning's Trainer takes") from error
+
+
+def run(
+    name: str,
+    module: type[LightningModule],
+    data: type[LightningDataModule],
+    *,
+    subcommands: Sequence[str] = ("fit", "validate", "test"),
+    verbs: Mapping[str, Callable[..., object]] | None = None,
+    links: Sequence[tuple[Any, ...]] = (),
+    checkpoint: Mapping[str, Any] | None = None,
+    callbacks: Callable[[Path], list[Callback]] | None = None,
+    before: Mapping[str, Callable[[Command], None]] | None = None,
+    after: Mapping[str, Callable[[Command], None]] | None = None,
+) -> None:
+    """Runs a command of this package from the words it was started with.
+
+    Args:
+        name: Name of the command: settings come from ``configs/<name>/``, results go to ``runs/<name>/``.
+        module: What is trained or run; its constructor's signature becomes ``--model.*``.
+        data: Its data; likewise ``--data.*``.
+        subcommands: The Trainer's methods offered: fit, validate, test, predict.
+        verbs: Further first words, each a typed function run by its signature.
+        links: Arguments of ``link_arguments``: source key, target key and, where needed, a function.
+        checkpoint: Settings of Lightning's ``ModelCheckpoint``; ``None`` saves no checkpoints.
+        callbacks: Makes the command's own callbacks for a run folder.
+        before: Subcommand to a function called right before it, with trainer, model and data set up.
+        after: Subcommand to a function called when it is done.
+
+    Raises:
+        SystemExit: See :func:`decoding.entry.entry`.
+    """
+    quiet()
+    verbs = verbs or {}
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in verbs:
+        return command({word: verbs[word]}, f"{name}/{word}")
+    spec = Spec(name, module, data, subcommands, links, checkpoint, callbacks, before or {}, after or {}, tuple(verbs))
+    return entry(lambda: _lightning(spec))
+
+
+def _lightning(spec: Spec) -> None:
+    try:
+        Command(spec)
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None  # its own status is 0, as if the run had been finished
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into its own exit with status 1 once the loggers are closed.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt("interrupted; the same command continues from what is saved") from None
+        raise
+
+
+def quiet() -> None:
+    """Drops what Lightning says about its other products and about its own internals; our warnings stay."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
+    for expected in (
+        ".*does not have many workers",  # our batches are made or held in the main process: faster than handing over
+        "Checkpoint directory .* exists and is not empty",  # it does when a run continues
+        "Using ModelCheckpoint with manual optimization",  # says the checkpoint is taken after the step, as it should
+    ):
+        warnings.filterwarnings("ignore", message=expected)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(("💡", "TPU available")))
+
+
+def named_checkpoint(folder: Path, wanted: str) -> Path:
+    """The checkpoint ``best`` or ``last`` of a run folder; ``trained`` is the best, or else the last.
+
+    Raises:
+        InputError: There is none.
+    """
+    files = [folder / "checkpoints" / f"{name}.ckpt" for name in _CHECKPOINTS[wanted]]
+    for file in files:
+        if file.is_file():
+            return file
+    missing = " or ".join(file.name for file in files)
+    raise InputError("ckpt_path", f"no {missing} in {files[0].parent}", "a checkpoint that `fit` wrote")
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """A Lightning checkpoint as a dict, tensors left on disk until used; executes nothing stored in the file.
+
+    Raises:
+        InputError: The file is missing or not such a checkpoint.
+    """
+    try:
+        checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        if not {"state_dict", "global_step"} <= checkpoint.keys():
+            raise ValueError("no Lightning checkpoint")
+    except Exception as error:  # torch raises anything from OSError to UnpicklingError
+        found = "no such file" if not file.is_file() else str(error).splitlines()[0].split(". ")[0]
+        raise InputError(f"checkpoint {file}", found, "a checkpoint that `fit` wrote") from error
+    return checkpoint
+
+
+def check_same_run(folder: Path, checkpoint: Path, settings: Mapping[str, Any]) -> int:
+    """Checks that a checkpoint was made with the settings of this run, save for the trainer's.
+
+    Args:
+        folder: Run folder; its ``run.yaml`` is compared, or without one the hyperparameters in the checkpoint.
+        checkpoint: The checkpoint to continue from.
+        settings: Resolved config of this run.
+
+    Returns:
+        The optimizer step the checkpoint was saved at.
+
+    Raises:
+        InputError: A setting differs, or the checkpoint cannot be read.
+    """
+    content = load_checkpoint(checkpoint)
+    record = folder / "run.yaml"
+    if record.is_file():
+        made_with = yaml.safe_load(record.read_text())["config"]
+    else:
+        model = {key: value for key, value in content.get("hyper_parameters", {}).items() if key[0] != "_"}
+        made_with = {"model": model}
+    before, now = flatten(made_with), flatten(settings)
+    for key, value in before.items():
+        if key.split(".")[0] in ("model", "data", "seed_everything") and now.get(key) != value:
+            accepted = f"{value!r} as in {folder}; or --run with another folder; or --resume false"
+            raise InputError(key, repr(now.get(key)), accepted)
+    return content["global_step"]
+
+
+def flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts and lists by dotted key."""
+    if isinstance(nested, Mapping) and nested:
+        items = nested.items()
+    elif isinstance(nested, list) and nested:
+        items = enumerate(nested)
+    else:
+        return {prefix: nested}
+    return {k: v for key, value in items for k, v in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def loggers(folder: Path, job_type: str, settings: Mapping[str, Any]) -> list[Logger]:
+    """``csv/version_<n>/metrics.csv`` in the run folder, and W&B unless it is disabled.
+
+    Args:
+        folder: Run folder.
+        job_type: W&B job type: rollout, fit or eval.
+        settings: Resolved config, logged whole.
+    """
+    found: list[Logger] = [CSVLogger(folder, name="csv")]
+    mode = wandb_mode()
+    if mode != "disabled":
+        folder.mkdir(parents=True, exist_ok=True)
+        if mode == "offline":
+            rank_zero_only(print)(
+                f"W&B is offline; `wandb sync {folder}/wandb/offline-*` uploads the run", file=sys.stderr
+            )
+        logger = WandbLogger(
+            save_dir=folder,
+            mode=mode,
+            job_type=job_type,
+            group=folder.name,  # the parts of an interrupted run stay together
+            config=dict(settings),
+            log_model=False,  # stages hand over by local path
+            settings=wandb.Settings(silent=mode == "offline"),
+            **settings["wandb"],
+        )
+        logger._wandb_init.pop("anonymous", None)  # Lightning sets this retired argument, and W&B warns about it
+        found.insert(0, logger)
+    return found
+
+
+class RunFile(Callback):
+    """Writes what a run was started with, once it has got past checking its input.
+
+    Args:
+        file: The file to write.
+        settings: Resolved config.
+    """
+
+    def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
+        self.file, self.settings = file, settings
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            record = {
+                "argv": sys.argv,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "git": git_version(),
+                "versions": {"python": sys.version.split()[0]}
+                | {name: version(name) for name in ("torch", "lightning", "transformers")},
+                "config": self.settings,
+            }
+            write_aside(self.file, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+
+
+def git_version() -> str | None:
+    """Commit of this code, with ``-dirty`` where files were changed; ``None`` outside a git checkout."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(describe, cwd=CONFIGS.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def write_aside(file: Path, text: str) -> None:
+    """Writes a text file so that it is there in full or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.tmp")
+    aside.write_text(text)
+    aside.replace(file)

@@ -1,0 +1,181 @@
+"""Training of a filter: loss, optimizer and metrics."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import (
+    BinaryAUROC,
+    BinaryAveragePrecision,
+    BinaryCalibrationError,
+    BinaryPrecision,
+    BinaryRecall,
+)
+
+from data.module import FilterBatch, FilterDataModule
+from models.errors import InputError
+from models.features import FEATURES
+from models.filter import FilterConfig, build_filter
+
+
+class FilterModule(LightningModule):
+    """Trains a filter by weighted binary cross-entropy on masked positions (Learn2PD, arXiv 2509.25188).
+
+    Logged for ``validation`` and ``test``: ``loss``, and over masked positions ``auroc``, ``average_precision``,
+    ``precision`` and ``recall`` at ``threshold``, ``calibration_error`` (expected, 15 bins), and ``confidence_auroc``,
+    which is that of the bare confidence: what learning has to beat. Each but the loss also as ``*_no_tail``, without
+    the positions at and after the reference's first EoT.
+
+    Args:
+        architecture: ``conv`` or ``block_mlp``.
+        block_length: Positions in a block of the rollouts.
+        features: Columns that ``conv`` reads; null for all.
+        channels: Width of each convolution.
+        kernel: Positions each convolution sees.
+        layers: Number of convolutions.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay.
+        schedule: ``cosine`` falls to zero over the whole run, ``constant`` stays.
+        threshold: Probability at which precision and recall are measured.
+    """
+
+    def __init__(
+        self,
+        architecture: Literal["conv", "block_mlp"] = "conv",
+        block_length: int = 32,
+        features: list[str] | None = None,
+        channels: int = 32,
+        kernel: int = 5,
+        layers: int = 2,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.01,
+        schedule: Literal["cosine", "constant"] = "cosine",
+        threshold: float = 0.9,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        names = ["confidence"] if architecture == "block_mlp" else list(FEATURES)
+        if architecture == "block_mlp" and features not in (None, names):
+            raise InputError("features", features, "null or [confidence] for block_mlp, which reads nothing else")
+        self.config = FilterConfig(
+            architecture=architecture, features=tuple(names if features is None else features),
+            block_length=block_length, channels=channels, kernel=kernel, layers=layers, threshold=threshold,
+        )  # fmt: skip
+        self.net = build_filter(self.config)
+        self.learning_rate, self.weight_decay, self.schedule = learning_rate, weight_decay, schedule
+        self.meters = nn.ModuleDict({stage: _meters(stage, threshold) for stage in ("validation", "test")})
+
+    def setup(self, stage: str) -> None:
+        """Looks at the training data once: input normalisation, and whether decoded positions hold confidences.
+
+        Raises:
+            InputError: The rollouts have another block length.
+        """
+        data: FilterDataModule | None = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return
+        evidence = data.parts["train"].evidence
+        length = evidence.masked.shape[1]
+        if length != self.config.block_length:
+            raise InputError("block_length", self.config.block_length, f"{length}, that of the rollouts")
+        if self.config.architecture == "block_mlp":
+            # At decode time it must see decoded positions as it does here: their confidence, or zero.
+            self._read_all_positions(bool((evidence.confidence[~evidence.masked] > 0).any()))
+        if stage == "fit":
+            self.net.fit_normalisation(evidence)
+
+    def _read_all_positions(self, flag: bool) -> None:
+        self.config = replace(self.config, needs_all_positions=flag)
+        self.net.needs_all_positions = flag
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["needs_all_positions"] = self.config.needs_all_positions
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._read_all_positions(checkpoint["needs_all_positions"])
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, with a cosine down to zero where that is asked for.
+
+        Raises:
+            InputError: A cosine over a run without an end.
+        """
+        optimizer = torch.optim.AdamW(self.net.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        if self.schedule == "constant":
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < float("inf"):
+            raise InputError("schedule", "cosine without an end", "constant, or a trainer with max_epochs or max_steps")
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+
+    def loss(self, logits: Tensor, batch: FilterBatch) -> Tensor:
+        """Mean of the cross-entropy of ``logits`` ``(B, K)`` under the batch's weights, in nats a position."""
+        each = F.binary_cross_entropy_with_logits(logits, batch.final.float(), reduction="none")
+        return (each * batch.weight).sum() / batch.weight.sum().clamp(min=1e-6)
+
+    def training_step(self, batch: FilterBatch, batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        loss = self.loss(self.net(batch.evidence), batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: FilterBatch, batch_idx: int) -> None:
+        """Adds one batch to the validation metrics."""
+        self._measure(batch, "validation")
+
+    def test_step(self, batch: FilterBatch, batch_idx: int) -> None:
+        """Adds one batch to the test metrics."""
+        self._measure(batch, "test")
+
+    def _measure(self, batch: FilterBatch, stage: str) -> None:
+        logits = self.net(batch.evidence)
+        meters: Any = self.meters[stage]
+        meters["loss"].update(self.loss(logits, batch), batch.weight.sum())
+        masked, probability = batch.evidence.masked, logits.sigmoid()
+        for part, where in (("all", masked), ("no_tail", masked & ~batch.tail)):
+            final = batch.final[where].long()
+            meters[part].update(probability[where], final)
+            meters[f"{part}_confidence"].update(batch.evidence.confidence[where], final)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation metrics."""
+        self._report("validation")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test metrics."""
+        self._report("test")
+
+    def _report(self, stage: str) -> None:
+        meters: Any = self.meters[stage]
+        # compute() joins the ranks; sync_dist then averages equal values and only keeps Lightning from warning.
+        values = {f"{stage}/loss": meters["loss"].compute()}
+        for part in ("all", "no_tail"):
+            values |= meters[part].compute() | meters[f"{part}_confidence"].compute()
+        self.log_dict(values, sync_dist=True)
+        for meter in meters.values():
+            meter.reset()
+
+
+def _meters(stage: str, threshold: float) -> nn.ModuleDict:
+    """Metrics of one stage; torchmetrics keeps sums or all values, so ranks reduce without error."""
+    meters: dict[str, nn.Module] = {"loss": MeanMetric()}
+    for part, postfix in (("all", ""), ("no_tail", "_no_tail")):
+        meters[part] = MetricCollection(
+            {
+                "auroc": BinaryAUROC(validate_args=False),
+                "average_precision": BinaryAveragePrecision(validate_args=False),
+                "precision": BinaryPrecision(threshold=threshold, validate_args=False),
+                "recall": BinaryRecall(threshold=threshold, validate_args=False),
+                "calibration_error": BinaryCalibrationError(n_bins=15, validate_args=False),
+            },
+            prefix=f"{stage}/",
+            postfix=postfix,
+        )
+        bare: dict[str, Metric | MetricCollection] = {"confidence_auroc": BinaryAUROC(validate_args=False)}
+        meters[f"{part}_confidence"] = MetricCollection(bare, prefix=f"{stage}/", postfix=postfix)
+    return nn.ModuleDict(meters)

@@ -1,0 +1,220 @@
+"""Rollouts: decodes prompts full-step, then with the oracle, and streams every step to shards."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from data.labels import STATES
+from data.manifest import read_manifest
+from data.prompts import Prompt, PromptSource, Split, encode_prompts, prompt_hash, tokenizer_hash
+from data.rollout_module import PromptBatch, RolloutData
+from data.shards import RolloutBatch, RolloutKey, Rollouts, ShardWriter
+from decoding.config import DecodeConfig
+from decoding.loop import DecodeOutput, decode
+from decoding.strategies import Strategy, make_strategy
+from models.errors import InputError
+from models.predictor import MaskPredictor, fingerprint
+from train.callbacks import progress
+
+
+class RolloutModule(LightningModule):
+    """Decodes prompts full-step and with the oracle (Learn2PD, arXiv 2509.25188), and records every step in shards.
+
+    A run that was interrupted continues when it is started again; a folder that holds rollouts of the same model with
+    the same settings is only extended by the prompts it lacks.
+
+    Args:
+        base: Folder or hub id of the base model.
+        out: Folder of the shards.
+        gen_length: Generated positions, in tokens.
+        block_length: Positions of one block.
+        steps: Denoising steps of the reference; null for one token a step.
+        eot: ``filter``: a committed EoT ends the row, as it does in use. ``off``: the padding is decoded too.
+        states: Decodes to record: full_step, oracle, filter. The reference is decoded in any case.
+        filter: Folder of an exported filter, for the states of that name.
+        chat_template: Wrap prompts in the chat template.
+        dtype: Dtype of the weights; null for the checkpoint's on a GPU and float32 on a CPU.
+    """
+
+    def __init__(
+        self,
+        base: str = "models/bundled/llada-tiny",
+        out: Path = Path("runs/rollout/shards"),
+        gen_length: int = 128,
+        block_length: int = 32,
+        steps: int | None = None,
+        eot: Literal["filter", "off"] = "filter",
+        states: list[str] = ["full_step", "oracle"],  # noqa: B006  # never changed, and it shows in --help
+        filter: Path | None = None,
+        chat_template: bool = True,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    ) -> None:
+        super().__init__()
+        if eot not in ("filter", "off"):
+            # The published rule may cut a row in one decode where it does not in another: no reference for the others.
+            raise InputError("eot", repr(eot), "filter | off")
+        for name in states:
+            if name not in STATES:
+                raise InputError("states", repr(name), " | ".join(STATES))
+        if not states:
+            raise InputError("states", "none", " | ".join(STATES))
+        if ("filter" in states) != (filter is not None):
+            raise InputError("filter", filter, "the folder of an exported filter if states has filter, else null")
+        # Temperature 0: a label says whether the guess was already what greedy decoding ends up with.
+        self.decoding = DecodeConfig(gen_length, block_length, steps, eot=eot)
+        self.base, self.out, self.filter, self.chat_template, self.dtype_name = base, out, filter, chat_template, dtype
+        self.states = [name for name in STATES if name in states]
+        self.predictor: MaskPredictor | None = None
+
+    def setup(self, stage: str) -> None:
+        """Loads the predictor and opens the folder, which refuses another model or other settings before any work."""
+        dtype = getattr(torch, self.dtype_name) if self.dtype_name else None
+        self.predictor = MaskPredictor.from_pretrained(self.base, device=self.trainer.strategy.root_device, dtype=dtype)
+        self.strategies: dict[str, Strategy] = {
+            name: make_strategy("learn2pd", filter=self.filter) if name == "filter" else make_strategy(name)
+            for name in self.states
+        }
+        key, request = self.key(), [self.trainer.datamodule.request()]  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero:
+            ShardWriter(self.out, key, request)  # begins the manifest, which the other ranks then find
+        self.trainer.strategy.barrier("rollout-folder")
+        self.shards = ShardWriter(self.out, key, request)
+        self.started, self.decoded = time.perf_counter(), 0
+
+    def key(self) -> RolloutKey:
+        """What makes rollouts reusable; ``setup`` must have run."""
+        assert self.predictor is not None
+        assert self.predictor.tokenizer is not None
+        settings = self.decoding.settings() | {
+            "states": self.states,
+            "filter": fingerprint(Path(self.filter)) if self.filter else None,
+            "chat_template": self.chat_template,
+            "dtype": str(next(self.predictor.model.parameters()).dtype).removeprefix("torch."),
+            "eot_id": self.predictor.ids.eot,
+        }
+        return RolloutKey(self.predictor.fingerprint, tokenizer_hash(self.predictor.tokenizer), settings)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of the prompts.
+
+        Raises:
+            InputError: A prompt leaves no room for ``gen_length``, found before any of them is decoded.
+        """
+        assert self.predictor is not None
+        assert self.predictor.tokenizer is not None
+        tokens = encode_prompts(prompts, self.predictor.tokenizer, self.chat_template)
+        room = self.predictor.max_length - self.decoding.gen_length
+        for prompt, ids in zip(prompts, tokens, strict=True):
+            if len(ids) > room:
+                accepted = f"at most {room}: the model's {self.predictor.max_length} less gen_length"
+                raise InputError(f"prompt {prompt.id}", f"{len(ids)} tokens", accepted)
+        return tokens
+
+    def on_predict_start(self) -> None:
+        # The writer has written them; Lightning would keep every trace of the run in memory.
+        self.trainer.predict_loop.return_predictions = False
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> RolloutBatch:
+        """The references of a batch, and the trace of each of the states."""
+        full = self._decode(batch, make_strategy("full_step"), None)
+        runs = {
+            name: full if name == "full_step" else self._decode(batch, strategy, full.sequences)
+            for name, strategy in self.strategies.items()
+        }
+        if "oracle" in runs and not torch.equal(runs["oracle"].sequences, full.sequences):
+            raise RuntimeError("the oracle did not reproduce its reference")
+        self.decoded += len(batch.index)
+        nfe, traces = {name: run.nfe for name, run in runs.items()}, {name: run.trace for name, run in runs.items()}
+        return RolloutBatch(batch.index, batch.prompts, batch.tokens, full.sequences, nfe, traces)
+
+    def _decode(self, batch: PromptBatch, strategy: Strategy, references: Tensor | None) -> DecodeOutput:
+        assert self.predictor is not None
+        return decode(self.predictor, batch.tokens, self.decoding, strategy, references, record=True, record_eot=True)
+
+    def teardown(self, stage: str) -> None:
+        """Merges what all ranks wrote; Lightning calls this when a run has come to its end, not when it was stopped.
+
+        Raises:
+            InputError: A prompt was left out, as ``limit_predict_batches`` does; the next run decodes it.
+        """
+        self.trainer.strategy.barrier("rollout-done")
+        if self.trainer.is_global_zero:
+            prompts = self.trainer.datamodule.prompts  # type: ignore[attr-defined]
+            self.shards.finish(prompt_hash(prompt.prompt) for prompt in prompts)
+        self.trainer.strategy.barrier("rollout-merged")
+        self.rollouts = Rollouts(self.out, read_manifest(self.out))
+        for logger in self.trainer.loggers:
+            logger.log_metrics(self.summary())
+
+    def summary(self) -> dict[str, float]:
+        """What there is to say about a finished run: sizes, mean NFE of each of the states, and this run's speed."""
+        counts = self.rollouts.manifest["counts"]
+        seconds = time.perf_counter() - self.started
+        return {
+            "rollout/prompts": counts["prompts"],
+            "rollout/decoded": self.decoded,
+            "rollout/prompts_per_second": self.decoded / seconds,
+            **{f"rollout/nfe_{name}": steps / counts["prompts"] for name, steps in counts["steps"].items()},
+        }
+
+
+class RolloutWriter(BasePredictionWriter):
+    """Writes each batch as a shard as soon as it is decoded."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+
+    def write_on_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, prediction: RolloutBatch, *_: Any
+    ) -> None:
+        assert isinstance(pl_module, RolloutModule)
+        pl_module.shards.write(prediction)
+
+
+def rollout(
+    base: str | Path,
+    out: str | Path,
+    *,
+    sources: list[PromptSource] | None = None,
+    split: Split | None = None,
+    limit: int | None = None,
+    per_task: int | None = None,
+    batch_size: int = 32,
+    accelerator: str = "auto",
+    devices: int = 1,
+    **decoding: Any,
+) -> Rollouts:
+    """Rolls out what is missing in a folder, without a command line.
+
+    Args:
+        base: Folder or hub id of the base model.
+        out: Folder of the shards.
+        sources: See :class:`RolloutData`, as for the next four.
+        split: Split to keep.
+        limit: Number of prompts.
+        per_task: Cap of each task.
+        batch_size: Prompts decoded together.
+        accelerator: Lightning's accelerator.
+        devices: Number of devices, each a rank with its own batches.
+        **decoding: Further arguments of :class:`RolloutModule`.
+
+    Returns:
+        The finished set, as :func:`data.shards.load_records` takes it.
+
+    Raises:
+        InputError: Bad settings or prompts, or a folder with rollouts of another model or other settings.
+    """
+    data = RolloutData(sources, split, limit, per_task, batch_size)
+    module = RolloutModule(str(base), Path(out), **decoding)
+    trainer = Trainer(
+        accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        callbacks=[RolloutWriter(), progress()],
+    )  # fmt: skip
+    trainer.predict(module, data, return_predictions=False)
+    return module.rollouts
