@@ -195,8 +195,7 @@ def _read(source: PromptSource) -> Iterator[Prompt]:
 
 
 def _bundled(source: PromptSource) -> Iterator[Prompt]:
-    names = get_args(Split) if source.split is None else (source.split,)
-    for name in names:
+    for name in get_args(Split) if source.split is None else (source.split,):
         if name not in get_args(Split):
             raise InputError("bundled prompts: split", repr(name), " | ".join(get_args(Split)))
         path = BUNDLED / f"{name}.parquet"

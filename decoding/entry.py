@@ -89,7 +89,7 @@ def command(
     Raises:
         SystemExit: See :func:`entry`.
     """
-    components = functions if callable(functions) else dict(functions)
+    components: Any = functions if callable(functions) else dict(functions)
     files = [] if config is None else [CONFIGS / f"{config}.yaml"]
     entry(
         lambda: auto_cli(

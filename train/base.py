@@ -10,7 +10,8 @@ from data.base_module import BaseDataModule
 from models import LLaDAConfig, LLaDAModelLM
 from models.errors import InputError
 from train.base_module import BaseModule
-from train.cli import load_checkpoint, run
+from train.cli import run
+from train.folder import load_checkpoint
 
 
 def export(checkpoint: Path, tokenizer: Path, out: Path) -> None:

@@ -2,18 +2,14 @@
 
 import logging
 import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import wandb
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -25,11 +21,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from decoding.entry import CONFIGS, CommandParser, command, entry, wandb_mode
 from models.errors import InputError
 from train.callbacks import checkpoints, progress
+from train.folder import CHECKPOINTS, RunFile, check_same_run, load_checkpoint, named_checkpoint
 
 JOB_TYPES = {"fit": "fit", "validate": "eval", "test": "eval", "predict": "rollout"}
 """W&B job type of each subcommand."""
 
-_CHECKPOINTS = {"best": ["best"], "last": ["last"], "trained": ["best", "last"]}
+_INTERRUPTED = "interrupted; the same command continues from what is saved"
 
 
 @dataclass
@@ -55,6 +52,7 @@ class Spec:
     module: type[LightningModule]
     data: type[LightningDataModule]
     subcommands: Sequence[str] = ("fit", "validate", "test")
+    settings: Mapping[str, type] = field(default_factory=dict)
     links: Sequence[tuple[Any, ...]] = ()
     checkpoint: Mapping[str, Any] | None = None
     callbacks: Callable[[Path], list[Callback]] | None = None
@@ -77,10 +75,8 @@ class Command(LightningCLI):
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        for when in (
-            "before",
-            "after",
-        ):  # LightningCLI calls before_<subcommand> and after_<subcommand> where they exist
+        # LightningCLI calls before_<subcommand> and after_<subcommand> where they exist.
+        for when in ("before", "after"):
             for subcommand, hook in getattr(spec, when).items():
                 setattr(self, f"{when}_{subcommand}", partial(hook, self))
         defaults = {"default_config_files": [CONFIGS / spec.name / "default.yaml"]}
@@ -106,18 +102,24 @@ class Command(LightningCLI):
             "--resume", type=bool, default=True, help="Let fit continue from the last checkpoint in the run folder."
         )
         parser.add_class_arguments(WandbSettings, "wandb")
+        for key, group in self.spec.settings.items():
+            parser.add_class_arguments(group, key)
         for link in self.spec.links:
             parser.link_arguments(*link)
+
+    def setting(self, key: str) -> Any:
+        """One of the command's own settings, an instance of the class given to :func:`run` under this key."""
+        return self.config_init[str(self.subcommand)][key]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
         subcommand = self.config["subcommand"]
         config = self.config[subcommand]
         self.folder: Path = config.run
-        # Evaluating a module that is trained here means evaluating what was trained, not random weights.
-        wanted = "trained" if self.spec.checkpoint is not None and subcommand != "fit" else None
-        if (config.ckpt_path or wanted) in _CHECKPOINTS:
-            config.ckpt_path = str(named_checkpoint(self.folder, config.ckpt_path or wanted))
+        if config.ckpt_path is None and self.spec.checkpoint is not None and subcommand != "fit":
+            config.ckpt_path = "trained"  # evaluating a module that is trained here is not about random weights
+        if config.ckpt_path in CHECKPOINTS:
+            config.ckpt_path = str(named_checkpoint(self.folder, config.ckpt_path))
         if config.ckpt_path is not None:
             load_checkpoint(Path(config.ckpt_path))
         if config.weights_only is None:
@@ -164,6 +166,7 @@ def run(
     *,
     subcommands: Sequence[str] = ("fit", "validate", "test"),
     verbs: Mapping[str, Callable[..., object]] | None = None,
+    settings: Mapping[str, type] | None = None,
     links: Sequence[tuple[Any, ...]] = (),
     checkpoint: Mapping[str, Any] | None = None,
     callbacks: Callable[[Path], list[Callback]] | None = None,
@@ -178,6 +181,7 @@ def run(
         data: Its data; likewise ``--data.*``.
         subcommands: The Trainer's methods offered: fit, validate, test, predict.
         verbs: Further first words, each a typed function run by its signature.
+        settings: Further settings, key to a dataclass; hooks read them by :meth:`Command.setting`.
         links: Arguments of ``link_arguments``: source key, target key and, where needed, a function.
         checkpoint: Settings of Lightning's ``ModelCheckpoint``; ``None`` saves no checkpoints.
         callbacks: Makes the command's own callbacks for a run folder.
@@ -192,7 +196,10 @@ def run(
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in verbs:
         return command({word: verbs[word]}, f"{name}/{word}")
-    spec = Spec(name, module, data, subcommands, links, checkpoint, callbacks, before or {}, after or {}, tuple(verbs))
+    spec = Spec(
+        name, module, data, subcommands, settings or {}, links, checkpoint, callbacks, before or {}, after or {},
+        tuple(verbs),
+    )  # fmt: skip
     return entry(lambda: _lightning(spec))
 
 
@@ -204,8 +211,10 @@ def _lightning(spec: Spec) -> None:
     except SystemExit as stop:
         # Lightning turns Ctrl-C into its own exit with status 1 once the loggers are closed.
         if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt("interrupted; the same command continues from what is saved") from None
+            raise KeyboardInterrupt(_INTERRUPTED) from None
         raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_INTERRUPTED) from None
 
 
 def quiet() -> None:
@@ -220,76 +229,6 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=expected)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(("💡", "TPU available")))
-
-
-def named_checkpoint(folder: Path, wanted: str) -> Path:
-    """The checkpoint ``best`` or ``last`` of a run folder; ``trained`` is the best, or else the last.
-
-    Raises:
-        InputError: There is none.
-    """
-    files = [folder / "checkpoints" / f"{name}.ckpt" for name in _CHECKPOINTS[wanted]]
-    for file in files:
-        if file.is_file():
-            return file
-    missing = " or ".join(file.name for file in files)
-    raise InputError("ckpt_path", f"no {missing} in {files[0].parent}", "a checkpoint that `fit` wrote")
-
-
-def load_checkpoint(file: Path) -> dict[str, Any]:
-    """A Lightning checkpoint as a dict, tensors left on disk until used; executes nothing stored in the file.
-
-    Raises:
-        InputError: The file is missing or not such a checkpoint.
-    """
-    try:
-        checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-        if not {"state_dict", "global_step"} <= checkpoint.keys():
-            raise ValueError("no Lightning checkpoint")
-    except Exception as error:  # torch raises anything from OSError to UnpicklingError
-        found = "no such file" if not file.is_file() else str(error).splitlines()[0].split(". ")[0]
-        raise InputError(f"checkpoint {file}", found, "a checkpoint that `fit` wrote") from error
-    return checkpoint
-
-
-def check_same_run(folder: Path, checkpoint: Path, settings: Mapping[str, Any]) -> int:
-    """Checks that a checkpoint was made with the settings of this run, save for the trainer's.
-
-    Args:
-        folder: Run folder; its ``run.yaml`` is compared, or without one the hyperparameters in the checkpoint.
-        checkpoint: The checkpoint to continue from.
-        settings: Resolved config of this run.
-
-    Returns:
-        The optimizer step the checkpoint was saved at.
-
-    Raises:
-        InputError: A setting differs, or the checkpoint cannot be read.
-    """
-    content = load_checkpoint(checkpoint)
-    record = folder / "run.yaml"
-    if record.is_file():
-        made_with = yaml.safe_load(record.read_text())["config"]
-    else:
-        model = {key: value for key, value in content.get("hyper_parameters", {}).items() if key[0] != "_"}
-        made_with = {"model": model}
-    before, now = flatten(made_with), flatten(settings)
-    for key, value in before.items():
-        if key.split(".")[0] in ("model", "data", "seed_everything") and now.get(key) != value:
-            accepted = f"{value!r} as in {folder}; or --run with another folder; or --resume false"
-            raise InputError(key, repr(now.get(key)), accepted)
-    return content["global_step"]
-
-
-def flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested dicts and lists by dotted key."""
-    if isinstance(nested, Mapping) and nested:
-        items = nested.items()
-    elif isinstance(nested, list) and nested:
-        items = enumerate(nested)
-    else:
-        return {prefix: nested}
-    return {k: v for key, value in items for k, v in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
 def loggers(folder: Path, job_type: str, settings: Mapping[str, Any]) -> list[Logger]:
@@ -321,45 +260,3 @@ def loggers(folder: Path, job_type: str, settings: Mapping[str, Any]) -> list[Lo
         logger._wandb_init.pop("anonymous", None)  # Lightning sets this retired argument, and W&B warns about it
         found.insert(0, logger)
     return found
-
-
-class RunFile(Callback):
-    """Writes what a run was started with, once it has got past checking its input.
-
-    Args:
-        file: The file to write.
-        settings: Resolved config.
-    """
-
-    def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
-        self.file, self.settings = file, settings
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.is_global_zero:
-            record = {
-                "argv": sys.argv,
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "git": git_version(),
-                "versions": {"python": sys.version.split()[0]}
-                | {name: version(name) for name in ("torch", "lightning", "transformers")},
-                "config": self.settings,
-            }
-            write_aside(self.file, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
-
-
-def git_version() -> str | None:
-    """Commit of this code, with ``-dirty`` where files were changed; ``None`` outside a git checkout."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(describe, cwd=CONFIGS.parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def write_aside(file: Path, text: str) -> None:
-    """Writes a text file so that it is there in full or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.write_text(text)
-    aside.replace(file)

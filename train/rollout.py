@@ -6,6 +6,8 @@ from train.rollout_module import RolloutData, RolloutModule, RolloutWriter
 
 def _report(command: Command) -> None:
     module = command.model
+    if not module.trainer.is_global_zero:
+        return
     numbers = ", ".join(f"{name.removeprefix('rollout/')} {value:.4g}" for name, value in module.summary().items())
     print(f"{module.out}: {numbers}")
 

@@ -1,6 +1,7 @@
 """Rollouts: decodes prompts full-step, then with the oracle, and streams every step to shards."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +75,10 @@ class RolloutModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Loads the predictor and opens the folder, which refuses another model or other settings before any work."""
+        # Lightning misses the sampler that it would read indices from (ours travel in the batch), and finds it strange
+        # when there is nothing left to decode.
+        for message in ("Couldn't infer the batch indices", "Total length of `PromptBatches`"):
+            warnings.filterwarnings("ignore", message=message)
         dtype = getattr(torch, self.dtype_name) if self.dtype_name else None
         self.predictor = MaskPredictor.from_pretrained(self.base, device=self.trainer.strategy.root_device, dtype=dtype)
         self.strategies: dict[str, Strategy] = {
@@ -149,6 +154,8 @@ class RolloutModule(LightningModule):
             self.shards.finish(prompt_hash(prompt.prompt) for prompt in prompts)
         self.trainer.strategy.barrier("rollout-merged")
         self.rollouts = Rollouts(self.out, read_manifest(self.out))
+        decoded = torch.tensor(float(self.decoded), device=self.trainer.strategy.root_device)
+        self.decoded = int(self.trainer.strategy.reduce(decoded, reduce_op="sum"))
         for logger in self.trainer.loggers:
             logger.log_metrics(self.summary())
 

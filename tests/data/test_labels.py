@@ -1,4 +1,4 @@
-"""Labels are what the reference says, on masked positions only, and the history that is not stored comes back exactly."""
+"""Labels are what the reference says, on masked positions only; the history that is not stored comes back exactly."""
 
 import pytest
 import torch

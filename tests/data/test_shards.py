@@ -118,7 +118,7 @@ def test_datasets_reads_the_shards(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_papers_rollouts_stay_under_a_gigabyte(tmp_path: Path, noise, key) -> None:
-    """2,640 prompts x 256 steps x block 32, both states, at the worst: random numbers and an oracle that saves nothing."""
+    """2,640 prompts x 256 steps x block 32, at the worst: random numbers, and an oracle that saves not one forward."""
     batch = noise(4, 256, 32, 126_000)
     settings = key.settings | {"gen_length": 256, "block_length": 32}
     ShardWriter(tmp_path, replace(key, settings=settings)).write(batch)

@@ -1,6 +1,7 @@
 """The command line as its user meets it, on a toy module: messages, exit statuses, resuming, what is left on disk."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,17 @@ class ToyData(LightningDataModule):
     val_dataloader = train_dataloader
 
 
+@dataclass
+class Around:
+    """What a hook needs.
+
+    Args:
+        out: A folder.
+    """
+
+    out: Path
+
+
 def double(number: int) -> None:
     """Prints twice ``number``.
 
@@ -84,10 +96,14 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     Toy.steps.clear()
 
     def call(words: str, **settings):
-        monkeypatch.setattr(sys, "argv", ["toy.py", *words.split()])
+        verb, *rest = words.split()
+        quick = (
+            ["--trainer.accelerator=cpu", "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1"]
+            if verb != "double"
+            else []
+        )
+        monkeypatch.setattr(sys, "argv", ["toy.py", verb, *quick, *rest])
         settings = {"checkpoint": {"every_n_train_steps": 2}, "verbs": {"double": double}} | settings
-        if words.startswith(("fit", "validate")):
-            sys.argv += ["--trainer.accelerator=cpu", "--trainer.enable_model_summary=false"]
         status = 0
         try:
             run("toy", Toy, ToyData, **settings)
@@ -176,7 +192,7 @@ def test_without_run_yaml_the_checkpoint_itself_is_compared(toy):
 
 
 def test_validate_takes_the_trained_weights_and_keeps_run_yaml(toy):
-    toy("fit --trainer.max_steps 4 --model.width 3 --data.width 3", checkpoint={"monitor": "loss"})
+    toy("fit --trainer.max_epochs 1 --model.width 3 --data.width 3", checkpoint={"monitor": "loss"})
     assert Path("runs/toy/checkpoints/best.ckpt").is_file()
     before = Path("runs/toy/run.yaml").read_text()
     assert toy("validate --data.width 3")[0] == 0, "the model must take its width from the checkpoint"
@@ -201,6 +217,14 @@ def test_hooks_run_around_their_subcommand(toy):
     }
     toy("fit --trainer.max_steps 2", **hooks)
     assert seen == [0, (2, Path("runs/toy"))]
+
+
+def test_a_command_has_settings_of_its_own(toy):
+    seen = []
+    more = {"settings": {"around": Around}, "after": {"fit": lambda command: seen.append(command.setting("around"))}}
+    assert toy("fit --trainer.max_steps 2 --around.out there", **more)[0] == 0
+    assert seen == [Around(Path("there"))]
+    assert yaml.safe_load(Path("runs/toy/run.yaml").read_text())["config"]["around"] == {"out": "there"}
 
 
 def test_progress_in_a_log_file_is_lines_with_the_time_left(toy, monkeypatch: pytest.MonkeyPatch):

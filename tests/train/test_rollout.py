@@ -52,6 +52,14 @@ def sources(file: Path) -> list[PromptSource]:
     return [PromptSource(str(file))]
 
 
+@pytest.fixture(scope="module")
+def whole(base: Path, file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one piece."""
+    folder = tmp_path_factory.mktemp("whole")
+    rollout(base, folder, sources=[PromptSource(str(file))], batch_size=2, accelerator="cpu", **SETTINGS)
+    return folder
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file; of the manifest, all but its time stamps."""
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -71,23 +79,31 @@ def command(base: Path, file: Path, out: Path, *more: str) -> list[str]:
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
 
-def test_killed_and_run_again_the_set_is_that_of_an_uninterrupted_run(base: Path, file: Path, sources, tmp_path: Path):
+@pytest.mark.slow  # starts the command
+def test_killed_and_run_again_the_set_is_that_of_an_uninterrupted_run(
+    base: Path, file: Path, whole: Path, tmp_path: Path
+):
     killed = tmp_path / "killed"
-    with subprocess.Popen(command(base, file, killed), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+    words = command(base, file, killed)
+    with subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
         while not list(killed.glob("shard-*.json")) and process.poll() is None:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     written = {path: path.stat().st_mtime_ns for path in killed.glob("shard-*.json")}
     assert 0 < len(written) < 20
-    done = subprocess.run(
-        command(base, file, killed), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True
-    )
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
     assert f"decoded {40 - 2 * len(written)}," in done.stdout
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())  # nothing is decoded twice
+    assert contents(killed) == contents(whole)
 
-    rollout(base, tmp_path / "whole", sources=sources, batch_size=2, accelerator="cpu", **SETTINGS)
-    assert contents(killed) == contents(tmp_path / "whole")
+
+@pytest.mark.slow  # starts the command
+def test_two_ranks_write_what_one_does(base: Path, file: Path, whole: Path, tmp_path: Path) -> None:
+    words = command(base, file, tmp_path / "set", "--trainer.devices", "2")
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    assert done.stdout.count("decoded 40,") == 1
+    assert contents(tmp_path / "set") == contents(whole)
 
 
 def test_records_of_a_rollout(base: Path, sources, tmp_path: Path) -> None:
@@ -175,6 +191,7 @@ def test_bad_settings_are_refused_by_name(base: Path, sources, tmp_path: Path, s
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.slow  # starts the command
 def test_the_command_refuses_bad_input_in_one_line(base: Path, file: Path, tmp_path: Path) -> None:
     words = command(base, file, tmp_path / "set", "--data.limit", "0")
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)

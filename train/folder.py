@@ -1,0 +1,130 @@
+"""The folder of a run: what it was started with, and the checkpoints that it or a later command continues from."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from models.errors import InputError
+
+CHECKPOINTS = {"best": ["best"], "last": ["last"], "trained": ["best", "last"]}
+"""Names a user may give instead of a checkpoint's path: the files that are looked for, in order."""
+
+
+def named_checkpoint(folder: Path, wanted: str) -> Path:
+    """The checkpoint ``best`` or ``last`` of a run folder; ``trained`` is the best, or else the last.
+
+    Raises:
+        InputError: There is none.
+    """
+    files = [folder / "checkpoints" / f"{name}.ckpt" for name in CHECKPOINTS[wanted]]
+    for file in files:
+        if file.is_file():
+            return file
+    missing = " or ".join(file.name for file in files)
+    raise InputError("ckpt_path", f"no {missing} in {files[0].parent}", "a checkpoint that `fit` wrote")
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """A Lightning checkpoint as a dict, tensors left on disk until used; executes nothing stored in the file.
+
+    Raises:
+        InputError: The file is missing or not such a checkpoint.
+    """
+    try:
+        checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        if not {"state_dict", "global_step"} <= checkpoint.keys():
+            raise ValueError("no Lightning checkpoint")
+    except Exception as error:  # torch raises anything from OSError to UnpicklingError
+        found = "no such file" if not file.is_file() else str(error).splitlines()[0].split(". ")[0]
+        raise InputError(f"checkpoint {file}", found, "a checkpoint that `fit` wrote") from error
+    return checkpoint
+
+
+def check_same_run(folder: Path, checkpoint: Path, settings: Mapping[str, Any]) -> int:
+    """Checks that a checkpoint was made with the settings of this run, save for the trainer's.
+
+    Args:
+        folder: Run folder; its ``run.yaml`` is compared, or without one the hyperparameters in the checkpoint.
+        checkpoint: The checkpoint to continue from.
+        settings: Resolved config of this run.
+
+    Returns:
+        The optimizer step the checkpoint was saved at.
+
+    Raises:
+        InputError: A setting differs, or the checkpoint cannot be read.
+    """
+    content = load_checkpoint(checkpoint)
+    record = folder / "run.yaml"
+    if record.is_file():
+        made_with = yaml.safe_load(record.read_text())["config"]
+    else:
+        model = {key: value for key, value in content.get("hyper_parameters", {}).items() if key[0] != "_"}
+        made_with = {"model": model}
+    before, now = flatten(made_with), flatten(settings)
+    for key, value in before.items():
+        if key.split(".")[0] in ("model", "data", "seed_everything") and now.get(key) != value:
+            accepted = f"{value!r} as in {folder}; or --run with another folder; or --resume false"
+            raise InputError(key, repr(now.get(key)), accepted)
+    return content["global_step"]
+
+
+def flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts and lists by dotted key."""
+    if isinstance(nested, Mapping) and nested:
+        items = nested.items()
+    elif isinstance(nested, list) and nested:
+        items = enumerate(nested)
+    else:
+        return {prefix: nested}
+    return {k: v for key, value in items for k, v in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+class RunFile(Callback):
+    """Writes what a run was started with, once it has got past checking its input.
+
+    Args:
+        file: The file to write.
+        settings: Resolved config.
+    """
+
+    def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
+        self.file, self.settings = file, settings
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            record = {
+                "argv": sys.argv,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "git": git_version(),
+                "versions": {"python": sys.version.split()[0]}
+                | {name: version(name) for name in ("torch", "lightning", "transformers")},
+                "config": self.settings,
+            }
+            write_aside(self.file, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+
+
+def git_version() -> str | None:
+    """Commit of this code, with ``-dirty`` where files were changed; ``None`` outside a git checkout."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def write_aside(file: Path, text: str) -> None:
+    """Writes a text file so that it is there in full or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.tmp")
+    aside.write_text(text)
+    aside.replace(file)
