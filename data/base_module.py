@@ -4,7 +4,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
@@ -22,13 +22,14 @@ _SEED_STRIDE = 1_000_000  # between the reasoning-gym seeds of two chunks
 
 
 def mixture(tasks: list[GymTask], count: int, seed: int, split: str) -> list[Prompt]:
-    """``count`` prompts of one split, the tasks in proportion to their weights; each prompt text at most once a task."""
+    """About ``count`` prompts of one split, the tasks in proportion to their weights; no prompt text twice."""
     total = sum(task.weight for task in tasks)
     prompts: list[Prompt] = []
     for task in tasks:
         unique: dict[str, Prompt] = {}
         wanted = max(1, round(count * task.weight / total))
-        for prompt in samples(task, seed):
+        # A task may have fewer different prompts than are wanted (1-digit sums have some 4,000 in all).
+        for prompt in itertools.islice(samples(task, seed), 40 * wanted):
             if split_of(prompt.prompt) == split:
                 unique.setdefault(prompt.prompt, prompt)
             if len(unique) == wanted:
@@ -82,7 +83,7 @@ class MaskedBatches(IterableDataset):
             [[{"role": "user", "content": prompt.prompt}] for prompt in prompts],
             add_generation_prompt=True, tokenize=False,
         )  # fmt: skip
-        head_ids = self.tokenizer(heads, add_special_tokens=False)["input_ids"]
+        head_ids = self.tokenizer(cast(list[str], heads), add_special_tokens=False)["input_ids"]
         tails = self.tokenizer([f"{prompt.response}<|eot_id|><|endoftext|>" for prompt in prompts],
                                add_special_tokens=False)["input_ids"]  # fmt: skip
         buckets: dict[int, list[tuple[list[int], int, int]]] = {}

@@ -146,7 +146,18 @@ def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
     from rich.table import Table
 
     table = Table(title=title)
-    for name in ("decode", "exact", "± vs first", "same text", "same tokens", "NFE", "p95", "tok/forward", "tok/s", "× fewer"):
+    for name in (
+        "decode",
+        "exact",
+        "± vs first",
+        "same text",
+        "same tokens",
+        "NFE",
+        "p95",
+        "tok/forward",
+        "tok/s",
+        "× fewer",
+    ):
         table.add_column(name, justify="left" if name == "decode" else "right")
     for row in rows:
         pair = row["paired_difference"]

@@ -6,11 +6,12 @@ question. Samples are addressed by ``(task, seed, index)``, so any part of a str
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.prompts import Prompt
+from data.prompts import Prompt, final_answer
+from models.errors import InputError
 
 
 @dataclass
@@ -40,13 +41,12 @@ def samples(task: GymTask, seed: int, start: int = 0) -> Iterator[Prompt]:
     The answer to be learned is ``answer_cot`` where the generator gives one (``gsm_symbolic``), else the answer itself.
 
     Raises:
-        ImportError: reasoning-gym is not installed; says how to get it.
-        ValueError: The restriction does not fit the task.
+        InputError: reasoning-gym is not installed, or has no such task.
     """
     try:
         import reasoning_gym
     except ImportError as error:
-        raise ImportError("making prompts needs reasoning-gym: pip install -e '.[gym]'") from error
+        raise InputError("reasoning-gym", "not installed", "pip install -e '.[gym]' (needs a C compiler)") from error
     chunk = 4096  # reasoning-gym draws gsm_symbolic's templates for a whole data set at once
     index = start
     while True:
@@ -92,7 +92,6 @@ def score(task: str, text: str, prompt: Prompt) -> float:
     """reasoning-gym's own score in ``[0, 1]`` of the final answer in ``text``."""
     import reasoning_gym
 
-    from data.prompts import final_answer
-
     entry = {"question": prompt.prompt, "answer": prompt.answer, "metadata": json.loads(prompt.metadata)}
-    return float(reasoning_gym.get_score_answer_fn(task)(final_answer(task, text), entry))
+    judge: Callable[[str, dict[str, Any]], float] = reasoning_gym.get_score_answer_fn(task)  # pyright: ignore
+    return float(judge(final_answer(task, text), entry))

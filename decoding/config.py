@@ -47,7 +47,9 @@ class DecodeConfig:
             allowed = [self.blocks * n for n in range(1, self.block_length + 1)]
             if self.steps not in allowed:
                 raise InputError(
-                    "steps", self.steps, f"a multiple of the {self.blocks} blocks, at most gen_length: {_listed(allowed)}"
+                    "steps",
+                    self.steps,
+                    f"a multiple of the {self.blocks} blocks, at most gen_length: {_listed(allowed)}",
                 )
         if not self.temperature >= 0:
             raise InputError("temperature", self.temperature, "a number of at least 0")

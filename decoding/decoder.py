@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -148,19 +148,23 @@ class Decoder:
         """Text of generated ids, special tokens left out."""
         if self.predictor.tokenizer is None:
             return ""
-        return str(self.predictor.tokenizer.decode(tokens, skip_special_tokens=True))
+        return str(self.predictor.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def _encode(self, prompts: Sequence[PromptLike], config: DecodeConfig, chat_template: bool) -> list[list[int]]:
         if isinstance(prompts, str) or not len(prompts):
             raise InputError("prompts", repr(prompts)[:60], "a list of at least one prompt")
-        if self.predictor.tokenizer is None and not all(isinstance(prompt[0], int) for prompt in prompts):
+        if self.predictor.tokenizer is None and not all(
+            isinstance(token, int) for prompt in prompts for token in prompt
+        ):
             raise InputError("prompts", "text for a predictor without a tokenizer", "lists of token ids")
         ids = [
-            list(prompt) if self.predictor.tokenizer is None else encode(self.predictor.tokenizer, prompt, chat_template)
+            cast(list[int], list(prompt))
+            if self.predictor.tokenizer is None
+            else encode(self.predictor.tokenizer, prompt, chat_template)
             for prompt in prompts
         ]
         check_prompts(self.predictor, ids, config)
-        return ids  # type: ignore[return-value]
+        return ids
 
     def _generation(self, output: DecodeOutput, config: DecodeConfig, trace: bool) -> Generation:
         ends = first_true(output.sequences == self.predictor.ids.eot).tolist()

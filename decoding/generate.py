@@ -56,7 +56,9 @@ def generate(
     if strategy == "learn2pd":
         options.setdefault("filter", filter)
     if strategy == "oracle":
-        raise InputError("strategy", "'oracle'", f"{' | '.join(n for n in STRATEGIES if n != 'oracle')} (it needs a reference)")
+        raise InputError(
+            "strategy", "'oracle'", f"{' | '.join(n for n in STRATEGIES if n != 'oracle')} (it needs a reference)"
+        )
     decoder = Decoder.from_pretrained(base, strategy, **options)
     settings: dict[str, Any] = {
         "gen_length": gen_length, "block_length": block_length, "temperature": temperature, "eot": eot, "seed": seed,
@@ -73,7 +75,9 @@ def generate(
             live.update(text, refresh=True)
             time.sleep(pause)
     length = int(first_true(output.sequences == decoder.predictor.ids.eot)[0])
-    fired = f", the filter added {int(output.counts['filter_commits'].sum())}" if "filter_commits" in output.counts else ""
+    fired = (
+        f", the filter added {int(output.counts['filter_commits'].sum())}" if "filter_commits" in output.counts else ""
+    )
     console.print(f"\n{length} tokens in {int(output.nfe[0])} forwards ({strategy}{fired})", style="bold", end="")
     if compare:
         full = Decoder.from_pretrained(base, "full_step").generate([prompt], chat_template=chat_template, **settings)
@@ -89,7 +93,7 @@ def _coloured(decoder: Decoder, sequence: Any, committed: list[int]) -> Text:
     for token, step in zip(sequence.tolist(), committed, strict=True):
         if step and token in (ids.eot, ids.end_of_turn):
             break
-        piece = tokenizer.decode([token]) if step and tokenizer else "░"
+        piece = str(tokenizer.decode([token])) if step and tokenizer else "░"
         text.append(piece, style=COLOURS[step % len(COLOURS)] if step else "dim")
     return text
 

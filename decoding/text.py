@@ -1,6 +1,7 @@
 """Text to token ids: the chat template, without letting a prompt's text become special tokens."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,8 +29,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, chat_template
         InputError: An empty prompt, a message without role or content, or no chat template where one is asked for.
     """
     if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-        return list(prompt)  # type: ignore[arg-type]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return cast(list[int], list(prompt))
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages = cast(list[Message], asked)
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise InputError(f"message {number}", repr(message)[:80], "a mapping with role and content")
@@ -47,7 +49,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, chat_template
     shell = tokenizer.apply_chat_template(holes, add_generation_prompt=True, tokenize=False)
     ids: list[int] = []
     for number, part in enumerate(str(shell).split(_HOLE)):
-        ids += _plain(tokenizer, texts[int(part)]) if number % 2 else tokenizer(part, add_special_tokens=False)["input_ids"]
+        ids += (
+            _plain(tokenizer, texts[int(part)])
+            if number % 2
+            else tokenizer(part, add_special_tokens=False)["input_ids"]
+        )
     return ids
 
 

@@ -38,7 +38,13 @@ def main(
         sys.stderr.write(f"decoding {len(chosen)} prompts: {label}\n")
 
     rows = compare(
-        predictor, chosen, runs, gen_length=gen_length, block_length=block_length, batch_size=batch_size, progress=progress
+        predictor,
+        chosen,
+        runs,
+        gen_length=gen_length,
+        block_length=block_length,
+        batch_size=batch_size,
+        progress=progress,
     )
     print_table(rows, f"{len(chosen)} held-out prompts")
     write_json(rows, predictor, out / "comparison.json")

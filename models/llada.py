@@ -105,9 +105,8 @@ class LLaDAConfig(PreTrainedConfig):
         self.mask_token_id = mask_token_id
         self.use_cache = use_cache
         self.init_std = init_std
-        super().__init__(
-            eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=weight_tying, **kwargs
-        )
+        ours: dict[str, Any] = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        super().__init__(**ours, tie_word_embeddings=weight_tying, **kwargs)  # pyright: ignore[reportCallIssue]
 
 
 @dataclass
@@ -273,7 +272,7 @@ class LLaDAModelLM(PreTrainedModel):
     config_class = LLaDAConfig
     base_model_prefix = "model"
     _supports_sdpa = True
-    _no_split_modules = ["LLaDABlock"]
+    _no_split_modules = ["LLaDABlock"]  # noqa: RUF012 - the base class declares it so
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)

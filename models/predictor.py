@@ -4,10 +4,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from models.errors import InputError
 
@@ -129,13 +131,19 @@ class MaskPredictor:
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else "auto"
         model = _load_model(folder, dtype).to(device)
+        config: Any = model.config
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise InputError(f"{folder}: tokenizer", str(error).splitlines()[0], "tokenizer.json") from error
         ids = _token_ids(folder, raw, family, tokenizer)
         predictor = cls(
-            model, ids, model.config.vocab_size, getattr(model.config, family.max_length), fingerprint(folder), tokenizer
+            model,
+            ids,
+            config.vocab_size,
+            getattr(config, family.max_length),
+            fingerprint(folder),
+            tokenizer,
         )
         predictor._probe(str(folder))
         return predictor
@@ -149,7 +157,9 @@ class MaskPredictor:
         positions = torch.arange(4, device=self.device).expand(2, 4)
         first, second = self(ids, mask, positions, torch.tensor([3, 7], device=self.device)).float()
         if torch.equal(first, second):
-            raise InputError(f"{name}: attention_mask", "logits that ignore it", "a model that attends through the mask")
+            raise InputError(
+                f"{name}: attention_mask", "logits that ignore it", "a model that attends through the mask"
+            )
 
 
 def _folder(path: str | Path) -> Path:
@@ -165,10 +175,13 @@ def _folder(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:
         first = str(error).splitlines()[0]
-        raise InputError("base checkpoint", f"{path!r} ({first})", "an existing folder or a reachable hub id") from error
+        raise InputError(
+            "base checkpoint", f"{path!r} ({first})", "an existing folder or a reachable hub id"
+        ) from error
 
 
 def _load_model(folder: Path, dtype: torch.dtype | str) -> nn.Module:
+    disable_progress_bar()  # a command prints its own progress, and errors are one line
     try:
         model, info = AutoModel.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
@@ -176,7 +189,9 @@ def _load_model(folder: Path, dtype: torch.dtype | str) -> nn.Module:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(str(folder), str(error).splitlines()[0], "a config.json and safetensors that fit it") from error
+        raise InputError(
+            str(folder), str(error).splitlines()[0], "a config.json and safetensors that fit it"
+        ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(name if isinstance(name, str) else name[0] for name in info[kind]):
             problem = f"{kind.replace('_keys', '')} tensors {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"

@@ -77,7 +77,7 @@ def finish(command: Command) -> None:
     trainer = command.trainer
     best = Path(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
     module.load_state_dict(load_checkpoint(best)["state_dict"])
-    metrics = {name: value for name, value in trainer.validate(module, command.datamodule, verbose=False)[0].items()}
+    metrics = dict(trainer.validate(module, command.datamodule, verbose=False)[0])
     predictor = MaskPredictor.from_pretrained(pipeline.base)
     config = describe(module.config, predictor, command.datamodule.rollouts, metrics)
     module.net.to(predictor.device).eval()
@@ -85,8 +85,10 @@ def finish(command: Command) -> None:
     save_filter(pipeline.out, module.net, config, card(config, rows, command.settings))
     print_table(rows, f"{rows[0]['prompts']} validation prompts; picked threshold {config.threshold:g}")
     print(f"exported {pipeline.out}")
+    # The run is over: started again, fit begins anew. An interrupted one still has its last.ckpt and continues.
+    (command.folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, WandbLogger):  # absent with WANDB_MODE=disabled
             names = ["label", "exact_match", "sequence_agreement", "token_agreement", "nfe_mean", "tokens_per_forward"]
             logger.log_table("comparison", columns=names, data=[[row[name] for name in names] for row in rows])
 
@@ -129,12 +131,12 @@ def pick_threshold(
     )  # fmt: skip
     wanted = rows[1]["sequence_agreement"]
     good = [row for row in rows[2:] if row["sequence_agreement"] >= wanted]
-    if good:
-        chosen = min(good, key=lambda row: row["nfe_mean"])
-    else:
-        chosen = max(rows[2:], key=lambda row: row["sequence_agreement"])
+    # Without a candidate as good as the baseline, the one that comes nearest to full_step.
+    best = sorted(rows[2:], key=lambda row: (-row["sequence_agreement"], row["nfe_mean"]))
+    chosen = min(good or best[:1], key=lambda row: row["nfe_mean"])
     figures = {
-        f"decode/{name}": chosen[name] for name in ("exact_match", "sequence_agreement", "nfe_mean", "tokens_per_forward")
+        f"decode/{name}": chosen[name]
+        for name in ("exact_match", "sequence_agreement", "nfe_mean", "tokens_per_forward")
     } | {"decode/prompts": len(prompts), "decode/baseline_nfe_mean": rows[1]["nfe_mean"]}
     threshold = chosen["settings"]["threshold"]
     return replace(config, threshold=threshold, metrics=config.metrics | figures), rows
@@ -187,7 +189,9 @@ def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: fl
     module.load_state_dict(content["state_dict"])
     predictor = MaskPredictor.from_pretrained(base)
     config = replace(describe(module.config, predictor, rollouts, {}), threshold=threshold)
-    save_filter(out, module.net, config, f"# Learn2PD filter ({config.architecture})\n\nExported from `{checkpoint.name}`.\n")
+    save_filter(
+        out, module.net, config, f"# Learn2PD filter ({config.architecture})\n\nExported from `{checkpoint.name}`.\n"
+    )
     print(f"exported {out}")
 
 

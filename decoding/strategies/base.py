@@ -84,7 +84,9 @@ def top_k(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
         ``(b, K)`` bool. Ties go to the leftmost position.
     """
     order = score.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return (rank < count[:, None]) & masked
 
 

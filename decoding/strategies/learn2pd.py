@@ -41,7 +41,9 @@ class Learn2PD(Strategy):
             raise InputError("learn2pd.config", None, "the FilterConfig of the network")
         if self.threshold is None:
             self.threshold = self.config.threshold
-        require_range(self.name, "threshold", self.threshold, "a probability from 0 to 1", lambda value: 0 <= value <= 1)
+        require_range(
+            self.name, "threshold", self.threshold, "a probability from 0 to 1", lambda value: 0 <= value <= 1
+        )
         self.needs = frozenset({"margin" if name == "log_margin" else name for name in self.config.features}) & {
             "margin",
             "entropy",

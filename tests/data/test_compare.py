@@ -11,7 +11,7 @@ EOT = 9
 
 def generation(sequences, nfe, text):
     sequences = torch.tensor(sequences)
-    tokens = [[t for t in row[: row.index(EOT) if EOT in row else None]] for row in sequences.tolist()]
+    tokens = [row[: row.index(EOT) if EOT in row else None] for row in sequences.tolist()]
     return Generation(text, tokens, sequences, torch.tensor(nfe), 5, {}, None, 2.0, 1.0, {"strategy": "x"})
 
 

@@ -42,7 +42,9 @@ def test_published_cut_takes_the_most_confident_masked_guess():
 def test_recorded_eot_evidence_covers_the_masked_region(table):
     tokens = [1] * 20 + [EOT] + [9] * 11
     predictor = table(tokens, [5.0] * 32, prompt=2)
-    out = decode(predictor, [[1, 2]], DecodeConfig(32, 8, eot="off"), make_strategy("full_step"), record=True, record_eot=True)
+    out = decode(
+        predictor, [[1, 2]], DecodeConfig(32, 8, eot="off"), make_strategy("full_step"), record=True, record_eot=True
+    )
     first, last = out.trace[0], out.trace[-1]
     assert first.eot_top.nonzero()[:, 1].tolist() == [20]
     assert (first.eot_probability > 0).all()

@@ -40,7 +40,9 @@ def test_threshold_above_one_is_full_step(random_llada, prompts):
 @pytest.mark.parametrize("eot", ["off", "filter", "published"])
 def test_oracle_reproduces_the_reference_in_no_more_forwards(random_llada, prompts, eot):
     config = DecodeConfig(gen_length=32, block_length=8, eot=eot)
-    full = decode(random_llada, prompts, DecodeConfig(gen_length=32, block_length=8, eot="filter"), make_strategy("full_step"))
+    full = decode(
+        random_llada, prompts, DecodeConfig(gen_length=32, block_length=8, eot="filter"), make_strategy("full_step")
+    )
     oracle = decode(random_llada, prompts, config, make_strategy("oracle"), references=full.sequences)
     if eot != "published":  # the published rule may cut where the reference goes on
         assert torch.equal(oracle.sequences, full.sequences)

@@ -13,7 +13,13 @@ from models.filter import FilterConfig, build_filter
 def learned():
     torch.manual_seed(0)
     config = FilterConfig(
-        architecture="conv", block_length=8, gen_length=32, threshold=0.5, base_fingerprint="x", vocab_size=64, mask_id=63
+        architecture="conv",
+        block_length=8,
+        gen_length=32,
+        threshold=0.5,
+        base_fingerprint="x",
+        vocab_size=64,
+        mask_id=63,
     )
     return make_strategy("learn2pd", network=build_filter(config).eval(), config=config)
 

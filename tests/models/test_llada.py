@@ -165,7 +165,13 @@ def test_the_8b_description_parses(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("block_type", "sequential"), ("activation_type", "gelu"), ("rope", False), ("scale_logits", True), ("alibi", True)],
+    [
+        ("block_type", "sequential"),
+        ("activation_type", "gelu"),
+        ("rope", False),
+        ("scale_logits", True),
+        ("alibi", True),
+    ],
 )
 def test_what_is_not_computed_is_refused(field, value):
     with pytest.raises(ValueError, match=field):
