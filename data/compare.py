@@ -2,7 +2,6 @@
 
 import json
 import math
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from data.prompts import Prompt, final_answer
 from decoding.config import EotRule
 from decoding.decoder import Decoder, Generation
 from decoding.eot import first_true
+from decoding.record import environment, write_aside
 from decoding.strategies import Strategy, make_strategy
 from models.predictor import MaskPredictor
 
@@ -170,32 +170,15 @@ def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
     Console(width=max(Console().width, 110)).print(table)
 
 
-def environment() -> dict[str, Any]:
-    """What a figure depends on besides the settings."""
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def write_json(rows: Sequence[dict[str, Any]], predictor: MaskPredictor, target: Path) -> None:
     """Writes the rows with their environment, aside first and then renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "schema_version": SCHEMA_VERSION,
         "base_fingerprint": predictor.fingerprint,
         "environment": environment(),
         "rows": list(rows),
     }
-    aside = target.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(target)
+    write_aside(target, json.dumps(content, indent=1) + "\n")
 
 
 def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:

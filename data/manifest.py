@@ -2,18 +2,13 @@
 
 import hashlib
 import json
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-import transformers
 
 from data.tables import SEQUENCE_COLUMNS, STEP_COLUMNS
 from models.errors import InputError
@@ -149,23 +144,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     aside = path.with_name(f"{path.name}.part")
     aside.write_text(json.dumps(content, indent=1) + "\n")
     aside.replace(path)
-
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions that a decode may depend on; ``git`` is ``None`` outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        sha = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        sha = None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "git": sha,
-    }

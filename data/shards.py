@@ -31,14 +31,13 @@ from data.manifest import (
     check_key,
     describe,
     intact,
-    now,
     open_rollouts,
     read_manifest,
-    versions,
     write_json,
 )
 from data.prompts import Prompt
 from data.tables import RolloutBatch, fixed, ragged, sequences_table, steps_table
+from decoding.record import now, versions
 from models.errors import InputError
 from models.features import Evidence
 

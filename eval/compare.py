@@ -1,11 +1,16 @@
 """Decodes held-out prompts with several strategies side by side: ``python eval/compare.py``."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import wandb
 
 from data.compare import Run, compare, draw, print_table, write_json
 from data.prompts import PromptSource, load_prompts
-from decoding.entry import command
+from decoding.entry import command, wandb_mode
+from decoding.record import write_run_file
 from models.predictor import MaskPredictor
 
 
@@ -19,7 +24,7 @@ def main(
     batch_size: int = 32,
     out: Path = Path("runs/compare"),
 ) -> None:
-    """Prints a table and writes ``comparison.json`` and ``comparison.png``.
+    """Prints a table and writes ``comparison.json``, ``comparison.png`` and ``run.yaml``; logs them to W&B too.
 
     Args:
         base: Folder or hub id of the base model.
@@ -31,6 +36,11 @@ def main(
         batch_size: Prompts decoded together.
         out: Folder of the results.
     """
+    settings = {
+        "base": base, "runs": [asdict(run) for run in runs], "prompts": [asdict(source) for source in prompts],
+        "limit": limit, "gen_length": gen_length, "block_length": block_length, "batch_size": batch_size,
+    }  # fmt: skip
+    mode = wandb_mode()
     predictor = MaskPredictor.from_pretrained(base)
     chosen = load_prompts(prompts, split="test", limit=limit)
 
@@ -49,7 +59,22 @@ def main(
     print_table(rows, f"{len(chosen)} held-out prompts")
     write_json(rows, predictor, out / "comparison.json")
     draw(rows, out / "comparison.png")
+    write_run_file(out / "run.yaml", settings)
+    if mode != "disabled":
+        log(rows, out, settings, mode)
     print(f"wrote {out / 'comparison.json'} and {out / 'comparison.png'}")
+
+
+def log(rows: list[dict[str, Any]], out: Path, settings: dict[str, Any], mode: Any) -> None:
+    """Logs the table, the picture and the settings to W&B."""
+    columns: list[Any] = ["label", "exact_match", "sequence_agreement", "token_agreement", "nfe_mean", "nfe_p95", "tokens_per_forward",
+               "tokens_per_second"]  # fmt: skip
+    run = wandb.init(
+        project="dlm-accel", job_type="eval", config=settings, mode=mode, dir=out, settings=wandb.Settings(silent=True)
+    )
+    table = wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
+    run.log({"comparison": table, "quality against NFE": wandb.Image(str(out / "comparison.png"))})
+    run.finish()
 
 
 if __name__ == "__main__":

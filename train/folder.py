@@ -1,10 +1,6 @@
 """The folder of a run: what it was started with, and the checkpoints that it or a later command continues from."""
 
-import subprocess
-import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +8,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from decoding.record import write_run_file
 from models.errors import InputError
 
 CHECKPOINTS = {"best": ["best"], "last": ["last"], "trained": ["best", "last"]}
@@ -101,30 +98,4 @@ class RunFile(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
-            record = {
-                "argv": sys.argv,
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "git": git_version(),
-                "versions": {"python": sys.version.split()[0]}
-                | {name: version(name) for name in ("torch", "lightning", "transformers")},
-                "config": self.settings,
-            }
-            write_aside(self.file, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
-
-
-def git_version() -> str | None:
-    """Commit of this code, with ``-dirty`` where files were changed; ``None`` outside a git checkout."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def write_aside(file: Path, text: str) -> None:
-    """Writes a text file so that it is there in full or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.write_text(text)
-    aside.replace(file)
+            write_run_file(self.file, self.settings)

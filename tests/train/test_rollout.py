@@ -125,7 +125,7 @@ def test_records_of_a_rollout(base: Path, sources, tmp_path: Path) -> None:
     assert manifest["settings"]["gen_length"] == 16
     assert manifest["settings"]["dtype"] == "float32"
     assert manifest["sources"][0]["sources"][0]["path"] == sources[0].path
-    assert set(manifest["versions"]) == {"python", "torch", "transformers", "git"}
+    assert {"python", "torch", "transformers", "git"} <= set(manifest["versions"])
 
 
 def test_the_batch_a_prompt_is_decoded_in_does_not_change_its_labels(base: Path, sources, tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""The main job as a user runs it: roll out, label, train, export, decode, compare; on a random model of two layers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data.prompts import split_of
+from decoding import Decoder
+from models.errors import InputError
+from models.filter import load_filter
+from models.predictor import MaskPredictor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts of every split, as local JSONL."""
+    file = tmp_path_factory.mktemp("prompts") / "sums.jsonl"
+    texts = [f"What is {a} + {b}?" for a in range(12) for b in range(12)]
+    assert {split_of(text) for text in texts} == {"train", "validation", "test"}
+    lines = [{"prompt": text, "answer": "#### 7", "task": "sums"} for text in texts]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, prompts: Path) -> tuple[Path, list[str]]:
+    """A finished ``train/filter.py fit`` and the words it was started with."""
+    folder = tmp_path_factory.mktemp("work")
+    sources = json.dumps([{"path": str(prompts), "answer_column": "answer"}])
+    words = [
+        ROOT / "train/filter.py", "fit", "--pipeline.base", tiny_checkpoint, "--pipeline.sources", sources,
+        "--pipeline.rollout_limit", 24, "--pipeline.gen_length", 16, "--pipeline.batch_size", 8,
+        "--pipeline.pick_prompts", 3, "--pipeline.pick_from", "[0.5, 0.9]", "--model.block_length", 8,
+        "--trainer.max_epochs", 3, "--trainer.accelerator", "cpu",
+    ]  # fmt: skip
+    done = run(*words, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "learn2pd 0.5" in done.stdout
+    return folder, [str(word) for word in words]
+
+
+def test_fit_leaves_everything_a_user_needs(fitted, tiny_checkpoint):
+    folder, _ = fitted
+    _, config = load_filter(folder / "exports/filter")
+    assert config.base_fingerprint == MaskPredictor.from_pretrained(tiny_checkpoint).fingerprint
+    assert (config.gen_length, config.block_length) == (16, 8)
+    assert config.threshold in (0.5, 0.9)
+    assert {"validation/auroc", "validation/auroc_no_tail", "decode/nfe_mean"} <= set(config.metrics)
+    assert json.loads((folder / "runs/rollout/shards/manifest.json").read_text())["complete"]
+    record = yaml.safe_load((folder / "runs/filter/run.yaml").read_text())
+    assert record["config"]["model"]["architecture"] == "conv"
+    assert "| learn2pd 0.9 |" in (folder / "exports/filter/README.md").read_text()
+
+
+def test_the_export_decodes(fitted, tiny_checkpoint):
+    folder, _ = fitted
+    decoder = Decoder.from_pretrained(tiny_checkpoint, "learn2pd", filter=folder / "exports/filter", threshold=0.3)
+    out = decoder.generate(["What is 3 + 4?", "What is 10 + 11?"], gen_length=16, block_length=8, eot="off")
+    assert (out.nfe <= 16).all()
+    assert (
+        out.counts["filter_commits"].sum() == 32 - out.nfe.sum()
+    )  # every forward commits one token without the filter
+    assert out.settings["threshold"] == 0.3
+
+
+def test_a_second_fit_does_not_roll_out_again(fitted):
+    folder, words = fitted
+    before = {file: file.stat().st_mtime_ns for file in (folder / "runs/rollout/shards").glob("*.parquet")}
+    done = run(*words, "--trainer.max_epochs", 1, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "step 1/" in done.stderr  # it trained anew
+    assert before == {file: file.stat().st_mtime_ns for file in (folder / "runs/rollout/shards").glob("*.parquet")}
+
+
+def test_the_command_refuses_what_does_not_fit(fitted):
+    folder, words = fitted
+    for arguments, message in (
+        (["--pipeline.gen_length", 32], "gen_length"),
+        (["--pipeline.base", "nowhere"], "base checkpoint: found 'nowhere'"),
+        (["--model.chanels", 8], "channels"),
+        (["--model.block_length", 7], "block_length: found 7; accepted: a divisor of gen_length 16"),
+    ):
+        done = run(*words, *arguments, folder=folder)
+        assert done.returncode == 2, arguments
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_compare_writes_table_picture_and_settings(fitted, tiny_checkpoint, prompts):
+    folder, _ = fitted
+    runs = [
+        {"strategy": "full_step", "eot": "off"},
+        {"strategy": "threshold", "options": {"threshold": 0.5}},
+        {"strategy": "oracle", "eot": "off"},
+        {"strategy": "learn2pd", "options": {"filter": str(folder / "exports/filter")}},
+    ]
+    sources = json.dumps([{"path": str(prompts), "answer_column": "answer"}])
+    done = run(
+        ROOT / "eval/compare.py", "--base", tiny_checkpoint, "--runs", json.dumps(runs), "--prompts", sources, "--limit", 4,
+        "--gen_length", 16, "--block_length", 8, folder=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = json.loads((folder / "runs/compare/comparison.json").read_text())
+    rows = content["rows"]
+    assert [row["settings"]["strategy"] for row in rows] == ["full_step", "threshold", "oracle", "learn2pd"]
+    assert rows[0]["nfe_mean"] == 16
+    assert rows[2]["sequence_agreement"] == 1.0  # the oracle reproduces its reference
+    assert rows[2]["nfe_mean"] < 16
+    assert all(
+        {"gen_length", "block_length", "steps", "temperature", "eot", "seed"} <= set(r["settings"]) for r in rows
+    )
+    assert {"device", "torch", "git"} <= set(content["environment"])
+    assert (folder / "runs/compare/comparison.png").stat().st_size > 10_000
+
+
+def test_a_filter_of_another_model_is_refused_by_name(fitted, tiny_checkpoint):
+    decoder = Decoder.from_pretrained(tiny_checkpoint, "learn2pd", filter=fitted[0] / "exports/filter")
+    decoder.predictor.fingerprint = "0123456789abcdef"
+    with pytest.raises(InputError, match="base_fingerprint: found .*accepted: '0123456789abcdef'"):
+        decoder.generate(["What is 3 + 4?"], gen_length=16, block_length=8)
