@@ -44,3 +44,8 @@ check: lint test
 # Everything that ships: the base model, the prompts and the filter. Hours on two cores, minutes on a GPU.
 bundle: .venv/.gym
 	$(BIN)/python train/base.py fit
+	$(BIN)/python train/base.py export --checkpoint runs/base/checkpoints/last.ckpt --tokenizer runs/base/tokenizer \
+		--out models/bundled/llada-tiny
+	$(BIN)/python data/make_bundle.py
+	$(BIN)/python eval/card.py
+	$(BIN)/python train/filter.py fit --config configs/filter/bundled.yaml

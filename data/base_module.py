@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.gym import GymTask, samples
 from data.prompts import Prompt, split_of
+from models.errors import InputError
 from models.tokenizer import train_tokenizer
 
 _BLOCK = 32  # EoT tokens in one further block after the answer
@@ -52,22 +53,29 @@ class MaskedBatches(IterableDataset):
         more_blocks: Probability of 0, 1, 2, ... further blocks of 32 EoT after the answer.
         start: First batch.
         stride: Every how many batches to yield one (the number of ranks).
+        counts: Batches of each chunk that was generated so far, which spares generating them again; grows in use.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, tasks: list[GymTask], split: str, seed: int, tokens: int,
         length_step: int, max_length: int, more_blocks: list[float], start: int = 0, stride: int = 1,
+        counts: list[int] | None = None,
     ) -> None:  # fmt: skip
         self.tokenizer, self.tasks, self.split, self.seed, self.tokens = tokenizer, tasks, split, seed, tokens
         self.length_step, self.max_length, self.more_blocks = length_step, max_length, more_blocks
-        self.start, self.stride = start, stride
+        self.start, self.stride, self.counts = start, stride, [] if counts is None else counts
         self.mask_id: int = tokenizer.convert_tokens_to_ids("<|mdm_mask|>")  # type: ignore[assignment]
         self.eot_id: int = tokenizer.convert_tokens_to_ids("<|endoftext|>")  # type: ignore[assignment]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         skip = self.start
         for chunk in itertools.count():
+            if chunk < len(self.counts) and skip >= self.counts[chunk]:  # a resumed run passes over what it has seen
+                skip -= self.counts[chunk]
+                continue
             shapes = self._shapes(chunk)
+            if chunk == len(self.counts):
+                self.counts.append(len(shapes))
             if skip >= len(shapes):
                 skip -= len(shapes)
                 continue
@@ -142,6 +150,9 @@ class BaseDataModule(LightningDataModule):
         max_length: Longer samples are dropped, in tokens.
         more_blocks: Probability of 0, 1, 2, ... further blocks of 32 EoT after the answer.
         validation_batches: Batches in one validation pass.
+
+    Raises:
+        InputError: Lengths that cannot be batched.
     """
 
     def __init__(
@@ -153,6 +164,11 @@ class BaseDataModule(LightningDataModule):
         self.length_step, self.max_length, self.more_blocks = length_step, max_length, more_blocks
         self.validation_batches = validation_batches
         self.batches_done = 0
+        self.counts: list[int] = []
+        if not 0 < length_step <= max_length <= tokens:
+            raise InputError(
+                "tokens, max_length, length_step", (tokens, max_length, length_step), "falling, from above 0"
+            )
 
     def prepare_data(self) -> None:
         if not (self.folder / "tokenizer.json").is_file():
@@ -166,7 +182,7 @@ class BaseDataModule(LightningDataModule):
     def _stream(self, split: str, seed: int, start: int, stride: int) -> MaskedBatches:
         return MaskedBatches(
             self.tokenizer, self.tasks, split, seed, self.tokens, self.length_step, self.max_length, self.more_blocks,
-            start, stride,
+            start, stride, self.counts if split == "train" else None,
         )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader:
@@ -179,7 +195,8 @@ class BaseDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         trainer = self.trainer
-        return {"batches_done": trainer.global_step * trainer.world_size if trainer else self.batches_done}
+        done = trainer.global_step * trainer.world_size if trainer else self.batches_done
+        return {"batches_done": done, "counts": self.counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.batches_done = state_dict["batches_done"]
+        self.batches_done, self.counts = state_dict["batches_done"], state_dict["counts"]

@@ -1,5 +1,6 @@
 """Text in, text out: a base model, a strategy and its exported component behind one object."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +132,9 @@ class Decoder:
                 None if references is None else references[index], record=trace, seeds=index.tolist(),
             )  # fmt: skip
             _merge(whole, part, index)
+        name = self.strategy.component
+        if name and not whole.counts[name].any():
+            warnings.warn(f"{self.strategy.name}: its component never fired ({name} is 0 in every row)", stacklevel=2)
         return self._generation(whole, config, trace)
 
     def stream(

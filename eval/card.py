@@ -15,7 +15,7 @@ from models.predictor import MaskPredictor
 
 
 def main(
-    training: str,
+    training: str = "One run of the recipe below, by `make bundle`.",
     base: Path = Path("models/bundled/llada-tiny"),
     recipe: Path = Path("configs/base/default.yaml"),
     limit: int | None = None,

@@ -67,10 +67,15 @@ def main(
 
 def log(rows: list[dict[str, Any]], out: Path, settings: dict[str, Any], mode: Any) -> None:
     """Logs the table, the picture and the settings to W&B."""
-    columns: list[Any] = ["label", "exact_match", "sequence_agreement", "token_agreement", "nfe_mean", "nfe_p95", "tokens_per_forward",
-               "tokens_per_second"]  # fmt: skip
+    columns: list[Any] = ["label", "exact_match", "sequence_agreement", "token_agreement", "nfe_mean", "nfe_p95"]
+    columns += ["tokens_per_forward", "tokens_per_second"]
     run = wandb.init(
-        project="dlm-accel", job_type="eval", config=settings, mode=mode, dir=out, settings=wandb.Settings(silent=True)
+        project="dlm-accel",
+        job_type="eval",
+        config=settings,
+        mode=mode,
+        dir=out,
+        settings=wandb.Settings(silent=True),
     )
     table = wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
     run.log({"comparison": table, "quality against NFE": wandb.Image(str(out / "comparison.png"))})

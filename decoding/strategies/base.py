@@ -50,11 +50,13 @@ class Strategy(ABC):
         name: Its name in the registry, in YAML and on the command line.
         needs: Evidence beyond token and confidence: any of ``margin`` and ``entropy``.
         all_positions: True if it reads token and confidence at decoded positions of the block too.
+        component: The event among its counts that tells whether its learned component did anything; empty without one.
     """
 
     name: ClassVar[str]
     needs: frozenset[str] = frozenset()
     all_positions: bool = False
+    component: ClassVar[str] = ""
 
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:  # noqa: B027 - most have nothing to check
         """Checks, before the first step, that the strategy fits the predictor and the settings.

@@ -1,5 +1,6 @@
 """Learn2PD: a small trained filter says which guesses are already final."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Learn2PD(Strategy):
     network: nn.Module | None = field(default=None, repr=False)
     config: FilterConfig | None = field(default=None, repr=False)
     name = "learn2pd"
+    component = "filter_commits"
 
     def __post_init__(self) -> None:
         if self.network is None:
@@ -53,7 +55,7 @@ class Learn2PD(Strategy):
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
         assert self.network is not None
         assert self.config is not None
-        check_compatible(
+        differences = check_compatible(
             self.config,
             vocab_size=predictor.vocab_size,
             mask_id=predictor.ids.mask,
@@ -61,6 +63,8 @@ class Learn2PD(Strategy):
             gen_length=config.gen_length,
             block_length=config.block_length,
         )
+        for difference in differences:
+            warnings.warn(difference, stacklevel=2)
         self.network.to(predictor.device)
 
     def decide(self, step: Step) -> Decision:

@@ -1,10 +1,12 @@
 """The whole way of a filter: records, fit, export, load, decode."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from data.labels import records_of
 from decoding.config import DecodeConfig
+from decoding.decoder import Decoder
 from decoding.loop import decode
 from decoding.strategies import make_strategy
 from models.filter import FilterConfig, build_filter, save_filter
@@ -51,3 +53,21 @@ def test_a_filter_that_knows_one_decode_by_heart_repeats_it_in_the_oracles_forwa
     assert torch.equal(learned.sequences, full.sequences)
     assert learned.nfe.tolist() == [12]
     assert learned.counts["filter_commits"].tolist() == [20]
+
+
+def test_a_filter_that_never_fires_is_reported(random_llada, prompts):
+    config = FilterConfig(
+        block_length=8, gen_length=32, threshold=1.0, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved"
+    )
+    strategy = make_strategy("learn2pd", network=build_filter(config).eval(), config=config)
+    with pytest.warns(UserWarning, match="learn2pd: its component never fired"):
+        Decoder(random_llada, strategy).generate(prompts, gen_length=32, block_length=8)
+
+
+def test_another_block_length_than_the_filter_was_made_for_is_reported(random_llada, prompts):
+    config = FilterConfig(
+        block_length=16, gen_length=32, threshold=0.0, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved"
+    )
+    strategy = make_strategy("learn2pd", network=build_filter(config).eval(), config=config)
+    with pytest.warns(UserWarning, match="trained with block_length 16, used with 8"):
+        decode(random_llada, prompts, DecodeConfig(32, 8), strategy)

@@ -1,0 +1,93 @@
+"""The training stream of the base model."""
+
+import itertools
+
+import pytest
+import torch
+
+from data.base_module import BaseDataModule, MaskedBatches
+from data.gym import GymTask, samples
+from data.prompts import split_of
+from models.errors import InputError
+
+pytest.importorskip("reasoning_gym")
+TASKS = [
+    GymTask("chain_sum", weight=2, options={"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}),
+    GymTask("gsm_symbolic", templates=[43], max_number=20),
+]
+
+
+@pytest.fixture
+def stream(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("data.base_module._CHUNK", 64)
+
+    def make(start=0, stride=1, counts=None, split="train"):
+        return MaskedBatches(
+            tiny_tokenizer, TASKS, split, 7, tokens=2048, length_step=32, max_length=512, more_blocks=[0.5, 0.5],
+            start=start, stride=stride, counts=counts,
+        )  # fmt: skip
+
+    return make
+
+
+def equal(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_resumed_stream_goes_on_where_it_stopped(stream, monkeypatch):
+    first = stream()
+    batches = list(itertools.islice(first, 12))
+    assert all(map(equal, batches[9:], itertools.islice(stream(start=9), 3)))
+    made = []
+    shapes = MaskedBatches._shapes
+    monkeypatch.setattr(MaskedBatches, "_shapes", lambda self, chunk: made.append(chunk) or shapes(self, chunk))
+    assert all(map(equal, batches[9:], itertools.islice(stream(start=9, counts=first.counts), 3)))
+    assert 0 not in made, "a chunk that lies behind was generated again"
+
+
+def test_ranks_share_the_batches_out(stream):
+    whole = list(itertools.islice(stream(), 10))
+    ranks = [list(itertools.islice(stream(start=rank, stride=2), 5)) for rank in range(2)]
+    assert all(equal(whole[n], ranks[n % 2][n // 2]) for n in range(10))
+
+
+def test_only_responses_are_masked_and_weighted_by_one_over_t(stream):
+    mask = stream().mask_id
+    for batch in itertools.islice(stream(), 5):
+        masked = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
+        masked[batch["masked"]] = True
+        masked = masked.view_as(batch["input_ids"])
+        assert torch.equal(masked, batch["input_ids"] == mask)
+        assert masked.any(1).all(), "a row without a masked position teaches nothing"
+        assert not masked[:, :5].any(), "the chat template's head is never masked"
+        assert (batch["labels"] != mask).all()
+        # Every row's weights sum to its share of the response tokens: 1/t times t.
+        rows = masked.nonzero()[:, 0]
+        sums = torch.zeros(len(masked)).index_add_(0, rows, batch["weight"])
+        assert sums.sum().item() == pytest.approx(1.0, abs=1e-4)
+        for row in range(len(masked)):
+            assert batch["weight"][rows == row].unique().numel() == 1
+
+
+def test_nothing_of_the_other_splits_is_trained_on(stream, tiny_tokenizer):
+    eot = tiny_tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    for batch in itertools.islice(stream(), 4):
+        for row in batch["input_ids"].tolist():
+            text = tiny_tokenizer.decode(row[: row.index(eot)], skip_special_tokens=True)
+            assert split_of(text.split("\n\n", 1)[1]) == "train"
+
+
+def test_restrictions_hold():
+    for prompt in itertools.islice(samples(TASKS[1], 3), 20):
+        assert "Together, they have" in prompt.response
+        assert int(prompt.answer) <= 20
+
+
+@pytest.mark.parametrize("lengths", [{"tokens": 100}, {"length_step": 0}, {"length_step": 999}])
+def test_lengths_that_cannot_be_batched_are_refused(tmp_path, lengths):
+    settings = {
+        "tasks": TASKS, "tokenizer": tmp_path, "vocab_size": 300, "seed": 1, "tokens": 2048, "length_step": 32,
+        "max_length": 512, "more_blocks": [1.0], "validation_batches": 1,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="tokens, max_length, length_step"):
+        BaseDataModule(**{**settings, **lengths})
