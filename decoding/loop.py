@@ -116,7 +116,8 @@ def decode_steps(
         output.forward_calls += 1
         output.nfe[state.rows.cpu()] += 1
 
-        fields = _read(logits, predictor.ids, needs, see_region, noise.draw(state.rows, row, logits))
+        live = (torch.zeros_like(state.masked).scatter_(1, columns, masked))[row, position]
+        fields = _read(logits, predictor.ids, needs, see_region, noise.draw(state.rows, row, live, logits))
         region = _lay_out(fields, row, position, state.masked.shape)
         evidence = _evidence(region, columns, masked, state, all_positions)
         local = None if references is None else references[state.rows].gather(1, columns)
@@ -170,15 +171,23 @@ class _Noise:
             for seed in seeds:
                 self.generators.append(torch.Generator(device).manual_seed(config.seed * 1_000_003 + seed))
 
-    def draw(self, rows: Tensor, row: Tensor, logits: Tensor) -> Tensor | None:
-        """``(N, V)`` float32 noise scaled by the temperature, or ``None`` at temperature 0."""
+    def draw(self, rows: Tensor, row: Tensor, live: Tensor, logits: Tensor) -> Tensor | None:
+        """``(N, V)`` float32 noise scaled by the temperature, or ``None`` at temperature 0.
+
+        Only positions that can be committed, ``live`` ``(N,)``, draw: a decode does not change with what else is looked at.
+        """
         if not self.generators:
             return None
-        parts = []
-        for index, count in zip(rows.tolist(), torch.bincount(row, minlength=len(rows)).tolist(), strict=True):
-            uniform = torch.rand(count, logits.shape[1], generator=self.generators[index], device=self.device)
-            parts.append(-(-uniform.clamp_(1e-20, 1 - 1e-7).log()).log() * self.temperature)
-        return torch.cat(parts)
+        counts = torch.bincount(row[live], minlength=len(rows)).tolist()
+        uniform = torch.cat(
+            [
+                torch.rand(count, logits.shape[1], generator=self.generators[index], device=self.device)
+                for index, count in zip(rows.tolist(), counts, strict=True)
+            ]
+        )
+        noise = torch.zeros(logits.shape, device=self.device)
+        noise[live] = -(-uniform.clamp_(1e-20, 1 - 1e-7).log()).log() * self.temperature
+        return noise
 
 
 def _read(logits: Tensor, ids: TokenIds, needs: Set[str], eot: bool, noise: Tensor | None) -> dict[str, Tensor]:

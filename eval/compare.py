@@ -18,7 +18,7 @@ def main(
     base: str,
     runs: list[Run],
     prompts: list[PromptSource],
-    limit: int = 96,
+    limit: int = 64,
     gen_length: int = 128,
     block_length: int = 32,
     batch_size: int = 32,

@@ -153,6 +153,15 @@ def test_greedy_limit_of_temperature(random_llada, prompts):
     assert not torch.equal(decode(random_llada, prompts, warm, make_strategy("full_step")).sequences, greedy.sequences)
 
 
+def test_looking_does_not_change_a_sampled_decode(random_llada, prompts):
+    config = DecodeConfig(32, 8, temperature=0.8, eot="filter")
+    plain = decode(random_llada, prompts, config, make_strategy("threshold", threshold=0.5))
+    watched = decode(
+        random_llada, prompts, config, make_strategy("threshold", threshold=0.5), record=True, record_eot=True
+    )
+    assert torch.equal(plain.sequences, watched.sequences)
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
