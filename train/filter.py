@@ -34,7 +34,7 @@ class Pipeline:
         base: Folder or hub id of the base model.
         out: Folder of the export.
         sources: Prompts to roll out where the rollout folder lacks them, and to pick the threshold on.
-        rollout_limit: Prompts rolled out in all, validation included; null for every prompt of the sources.
+        rollout_limit: Prompts rolled out in all, whatever their split; null for every prompt of the sources.
         gen_length: Generated positions of the rollouts, in tokens.
         batch_size: Prompts decoded together.
         pick_prompts: Validation prompts on which the threshold is picked.
@@ -70,14 +70,14 @@ def roll_out(command: Command) -> None:
 
 def finish(command: Command) -> None:
     """After ``fit``: best weights, threshold, export, comparison."""
-    if not command.trainer.is_global_zero:
-        return
     pipeline: Pipeline = command.setting("pipeline")
     module: FilterModule = command.model
     trainer = command.trainer
     best = Path(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
     module.load_state_dict(load_checkpoint(best)["state_dict"])
     metrics = dict(trainer.validate(module, command.datamodule, verbose=False)[0])
+    if not trainer.is_global_zero:  # every rank has to take part up to here
+        return
     predictor = MaskPredictor.from_pretrained(pipeline.base)
     config = describe(module.config, predictor, command.datamodule.rollouts, metrics)
     module.net.to(predictor.device).eval()
