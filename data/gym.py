@@ -44,7 +44,7 @@ def samples(task: GymTask, seed: int, start: int = 0) -> Iterator[Prompt]:
         InputError: reasoning-gym is not installed, or has no such task.
     """
     try:
-        import reasoning_gym
+        import reasoning_gym  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
         raise InputError("reasoning-gym", "not installed", "pip install -e '.[gym]' (needs a C compiler)") from error
     chunk = 4096  # reasoning-gym draws gsm_symbolic's templates for a whole data set at once
@@ -70,7 +70,7 @@ def samples(task: GymTask, seed: int, start: int = 0) -> Iterator[Prompt]:
 
 def _options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     if name == "word_sorting" and "transformation" in options:
-        from reasoning_gym.algorithmic.word_sorting import TextTransformation
+        from reasoning_gym.algorithmic.word_sorting import TextTransformation  # pyright: ignore[reportMissingImports]  # an extra
 
         return options | {"transformation": TextTransformation(options["transformation"])}
     return options
@@ -90,7 +90,7 @@ def _entries(dataset: Any, task: GymTask, offset: int) -> Iterator[dict[str, Any
 
 def score(task: str, text: str, prompt: Prompt) -> float:
     """reasoning-gym's own score in ``[0, 1]`` of the final answer in ``text``."""
-    import reasoning_gym
+    import reasoning_gym  # pyright: ignore[reportMissingImports]  # an extra
 
     entry = {"question": prompt.prompt, "answer": prompt.answer, "metadata": json.loads(prompt.metadata)}
     judge: Callable[[str, dict[str, Any]], float] = reasoning_gym.get_score_answer_fn(task)  # pyright: ignore
