@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from decoding.state import StepTrace
+from decoding.output import StepTrace
 from models.features import Evidence
 
 

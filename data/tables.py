@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.labels import STATES, collect, first_eot, labels
 from data.prompts import Prompt, prompt_hash, split_of
-from decoding.state import StepTrace
+from decoding.output import StepTrace
 
 STEP_COLUMNS = (
     "prompt_id", "split", "states", "block", "step",

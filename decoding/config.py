@@ -1,11 +1,12 @@
 """Settings of one decode, validated before any work is done."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from models.errors import InputError
 
 EotRule = Literal["off", "published", "filter"]
+CacheRule = Literal["none", "prefix", "dual"]
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,13 @@ class DecodeConfig:
             ``gen_length``: one token a step.
         temperature: 0 takes the argmax; above, tokens are drawn by Gumbel-max.
         eot: What happens at the end of the text. ``off``: nothing, every position is decoded. ``filter``: a committed EoT
-            fills everything to its right. ``published``: Learn2PD's rule, which in addition cuts the row at the most
-            confident EoT guess anywhere, whatever its confidence.
+            ends the row: everything to its right becomes EoT and is no longer attended to. ``published``: Learn2PD's rule,
+            which in addition cuts the row at the most confident EoT guess the forward made, whatever its confidence.
         seed: Seed of the noise; row ``i`` of a call draws from its own generator, seeded by ``(seed, i)``.
+        cache: Which keys and values later forwards of a block take from its first one (Fast-dLLM, arXiv 2505.22618).
+            ``none``: every forward runs on the whole sequence, and is exact. ``prefix``: those left of the block.
+            ``dual``: all outside the block.
+        refresh: Forwards of a block from one on the whole sequence to the next; ``None``: only a block's first is.
 
     Raises:
         InputError: A value out of range, or lengths and steps that do not divide.
@@ -33,6 +38,8 @@ class DecodeConfig:
     temperature: float = 0.0
     eot: EotRule = "filter"
     seed: int = 0
+    cache: CacheRule = "none"
+    refresh: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("gen_length", "block_length"):
@@ -53,8 +60,13 @@ class DecodeConfig:
                 )
         if not self.temperature >= 0:
             raise InputError("temperature", self.temperature, "a number of at least 0")
-        if self.eot not in ("off", "published", "filter"):
-            raise InputError("eot", repr(self.eot), "off | published | filter")
+        for name, accepted in (("eot", get_args(EotRule)), ("cache", get_args(CacheRule))):
+            if getattr(self, name) not in accepted:
+                raise InputError(name, repr(getattr(self, name)), " | ".join(accepted))
+        if self.refresh is not None and self.cache == "none":
+            raise InputError("refresh", f"{self.refresh} with cache none", "null, or cache prefix | dual")
+        if self.refresh is not None and self.refresh < 1:
+            raise InputError("refresh", self.refresh, "a whole number of at least 1, or null")
 
     @property
     def blocks(self) -> int:

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from decoding.config import DecodeConfig, EotRule
+from decoding.config import CacheRule, DecodeConfig, EotRule
 from decoding.eot import first_true
-from decoding.loop import DecodeOutput, check_prompts, decode, decode_steps, empty_output
-from decoding.state import StepResult, StepTrace
+from decoding.loop import check_prompts, decode, decode_steps
+from decoding.output import DecodeOutput, StepResult, StepTrace, empty_output
 from decoding.strategies import Strategy, make_strategy
 from decoding.text import PromptLike, encode
 from models.errors import InputError
@@ -67,6 +67,7 @@ class Decoder:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
+        compile: bool = False,
         **options: Any,
     ) -> "Decoder":
         """Loads a base model and builds a strategy.
@@ -76,13 +77,14 @@ class Decoder:
             strategy: Name of the strategy.
             device: Device of the weights; a GPU where there is one.
             dtype: Dtype of the weights.
+            compile: Compile the predictor's forward; the first decode then takes minutes.
             **options: The strategy's settings, such as ``threshold=0.9`` or ``filter="folder"``.
 
         Raises:
             InputError: Anything that does not load or does not fit, by name.
         """
         chosen = make_strategy(strategy, **options)
-        return cls(MaskPredictor.from_pretrained(base, device=device, dtype=dtype), chosen)
+        return cls(MaskPredictor.from_pretrained(base, device=device, dtype=dtype, compile=compile), chosen)
 
     def generate(
         self,
@@ -94,21 +96,25 @@ class Decoder:
         temperature: float = 0.0,
         eot: EotRule = "filter",
         seed: int = 0,
+        cache: CacheRule = "none",
+        refresh: int | None = None,
         batch_size: int = 32,
         chat_template: bool = True,
         references: Tensor | None = None,
         trace: bool = False,
     ) -> Generation:
-        """Decodes a list of prompts in batches of similar length.
+        """Decodes a list of prompts; as one is finished, the next takes its place in the batch.
 
         Args:
             prompts: Strings, chat messages or token ids, one entry a prompt.
-            gen_length: See :class:`decoding.config.DecodeConfig`, as for the next five.
+            gen_length: See :class:`decoding.config.DecodeConfig`, as for the next seven.
             block_length: Positions of a block.
             steps: Denoising steps; sets the quota.
             temperature: 0 for argmax.
             eot: End-of-text rule.
             seed: Seed of the noise.
+            cache: Which keys and values are reused.
+            refresh: Steps between forwards over the whole sequence.
             batch_size: Prompts decoded together.
             chat_template: Wrap text in the chat template.
             references: ``(B, gen_length)`` int64, for the oracle.
@@ -117,21 +123,19 @@ class Decoder:
         Raises:
             InputError: A setting, a prompt or a reference that cannot be used, by name.
         """
-        config = DecodeConfig(gen_length, block_length, steps, temperature, eot, seed)
+        config = DecodeConfig(gen_length, block_length, steps, temperature, eot, seed, cache, refresh)
         ids = self._encode(prompts, config, chat_template)
         if batch_size < 1:
             raise InputError("batch_size", batch_size, "a whole number of at least 1")
         if references is not None and references.shape != (len(ids), gen_length):
             raise InputError("references", tuple(references.shape), f"shape ({len(ids)}, {gen_length})")
-        whole = empty_output(len(ids), config)
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        for start in range(0, len(order), batch_size):
-            index = torch.tensor(order[start : start + batch_size])
-            part = decode(
-                self.predictor, [ids[i] for i in index.tolist()], config, self.strategy,
-                None if references is None else references[index], record=trace, seeds=index.tolist(),
-            )  # fmt: skip
-            _merge(whole, part, index)
+        index = torch.tensor(order)
+        whole = decode(
+            self.predictor, [ids[i] for i in order], config, self.strategy,
+            None if references is None else references[index], record=trace, seeds=order, batch_size=batch_size,
+        )  # fmt: skip
+        _restore(whole, index)
         name = self.strategy.component
         if name and not whole.counts[name].any():
             warnings.warn(f"{self.strategy.name}: its component never fired ({name} is 0 in every row)", stacklevel=2)
@@ -142,7 +146,7 @@ class Decoder:
     ) -> Iterator[StepResult]:
         """Decodes one prompt, yielding what every forward changed; the settings are those of :class:`DecodeConfig`.
 
-        Pass ``output`` (from :func:`decoding.loop.empty_output`) to read NFE and counts as they grow.
+        Pass ``output`` (from :func:`decoding.output.empty_output`) to read NFE and counts as they grow.
         """
         config = DecodeConfig(**settings)
         ids = self._encode([prompt], config, chat_template)
@@ -187,14 +191,10 @@ class Decoder:
         )
 
 
-def _merge(whole: DecodeOutput, part: DecodeOutput, index: Tensor) -> None:
-    """Adds the decode of the prompts ``index`` ``(b,)`` to the whole list's."""
-    whole.sequences[index], whole.nfe[index] = part.sequences, part.nfe
-    for name, count in part.counts.items():
-        whole.counts.setdefault(name, torch.zeros_like(whole.nfe))[index] = count
-    for step in part.trace:
+def _restore(output: DecodeOutput, index: Tensor) -> None:
+    """Brings a decode of the prompts ``index`` ``(B,)`` back into their order."""
+    place = index.argsort()
+    output.sequences, output.nfe = output.sequences[place], output.nfe[place]
+    output.counts = {name: count[place] for name, count in output.counts.items()}
+    for step in output.trace:
         step.rows = index[step.rows]
-        whole.trace.append(step)
-    whole.forward_calls += part.forward_calls
-    whole.seconds += part.seconds
-    whole.predictor_seconds += part.predictor_seconds

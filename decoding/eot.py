@@ -1,4 +1,4 @@
-"""Where the text ends: filling the region after an end-of-text token."""
+"""Where the text ends."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,6 @@ from torch import Tensor
 def first_true(flags: Tensor) -> Tensor:
     """Index of the first True of each row, or the row's length; ``(b, G)`` bool to ``(b,)`` int64."""
     return torch.where(flags.any(1), flags.int().argmax(1), flags.shape[1])
-
-
-def accepted_end(committed: Tensor, region: Tensor, eot: int) -> Tensor:
-    """First position whose EoT was committed in this step.
-
-    Args:
-        committed: ``(b, G)`` bool, positions committed in this step.
-        region: ``(b, G)`` int64, the generated region after the commits.
-        eot: Id of the EoT token.
-
-    Returns:
-        ``(b,)`` int64, ``G`` where none was.
-    """
-    return first_true(committed & (region == eot))
 
 
 def published_cut(eot_probability: Tensor, eot_top: Tensor, masked: Tensor) -> Tensor:
@@ -39,10 +25,3 @@ def published_cut(eot_probability: Tensor, eot_top: Tensor, masked: Tensor) -> T
     said = eot_top & masked
     best = eot_probability.masked_fill(~said, -1.0).argmax(1)
     return torch.where(said.any(1), best, masked.shape[1])
-
-
-def fill_after(region: Tensor, masked: Tensor, end: Tensor, eot: int) -> None:
-    """Writes EoT, in place, at every position right of ``end`` ``(b,)`` and marks it decoded."""
-    after = torch.arange(region.shape[1], device=region.device) > end[:, None]
-    region.masked_fill_(after, eot)
-    masked &= ~after

@@ -12,7 +12,8 @@ class Evidence:
     """The predictor's word on the active block of every row at one step; fp32, computed from the logits.
 
     Only masked positions carry evidence; elsewhere every field is zero, except for strategies that ask for all positions
-    (the published filter does), where ``token`` and ``confidence`` are filled everywhere.
+    (the published filter does), where ``token`` and ``confidence`` are filled everywhere. Fields beyond these two are
+    zero unless the strategy needs them.
 
     Attributes:
         masked: ``(B, K)`` bool, True where the position is not decoded yet.

@@ -128,13 +128,41 @@ class KVCache:
         shape = (config.n_layers, batch, heads, length, config.d_model // config.n_heads)
         return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
-    def update(self, layer: int, index: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes ``key`` and ``value`` ``(B, H, T, D)`` at columns ``index`` ``(B, T)``; returns the whole layer."""
-        where = index[:, None, :, None].expand_as(key)
-        keys, values = self.keys[layer], self.values[layer]
-        keys.scatter_(2, where, key.to(keys.dtype))
-        values.scatter_(2, where, value.to(values.dtype))
-        return keys, values
+    def window(self, rows: int, start: int, stop: int) -> "KVCache":
+        """A view of the first ``rows`` rows and the columns ``start`` to ``stop``; writing to it writes here."""
+        return KVCache(self.keys[:, :rows, :, start:stop], self.values[:, :rows, :, start:stop])
+
+    def move(self, source: int, target: int) -> None:
+        """Copies row ``source`` over row ``target``."""
+        for stored in (self.keys, self.values):
+            stored[:, target].copy_(stored[:, source])
+
+    def update(
+        self, layer: int, index: Tensor | None, rows: Tensor | None, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the new keys and values in place and returns what to attend to.
+
+        Args:
+            layer: Number of the layer.
+            index: ``(B, T)`` int64, columns that ``key`` and ``value`` belong to; ``None`` where they are all of them.
+            rows: ``(B,)`` int64, cache rows they belong to; ``None`` where they are all of them.
+            key: ``(B, H, T, D)``.
+            value: Same shape as ``key``.
+
+        Returns:
+            Keys and values ``(B, H, S, D)`` of these rows.
+        """
+        found = []
+        for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
+            fresh = new.to(stored.dtype)
+            if index is None:
+                found.append(stored.copy_(fresh) if rows is None else stored.index_copy_(0, rows, fresh)[rows])
+            elif rows is None:
+                found.append(stored.scatter_(2, index[:, None, :, None].expand_as(fresh), fresh))
+            else:
+                stored[rows[:, None], :, index] = fresh.transpose(1, 2)
+                found.append(stored[rows])
+        return found[0], found[1]
 
 
 class RMSNorm(nn.Module):
@@ -178,6 +206,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention, ``(B, H, T, D)``; ``key`` and ``value`` may have fewer heads."""
     grouped = key.shape[1] != query.shape[1]
+    if grouped and mask is not None and query.is_cuda:
+        # Only the flash kernel groups heads by itself, and it takes no mask; the efficient one takes both once repeated.
+        repeats = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
     if query.device.type == "cpu" and query.requires_grad and query.dtype is torch.bfloat16:
         # The backward of PyTorch's CPU kernel takes twice as long in bf16 as in fp32 (measured with torch 2.13).
         with torch.autocast("cpu", enabled=False):
@@ -207,7 +239,7 @@ class LLaDABlock(nn.Module):
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int,
-        index: Tensor | None,
+        index: Tensor | None, rows: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """``(B, T, d_model)`` to the same; ``mask`` is ``(B, 1, 1, S)`` bool, True where a key may be attended."""
         normed = self.attn_norm(x)
@@ -216,8 +248,8 @@ class LLaDABlock(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if cache is not None and index is not None:
-            key, value = cache.update(layer, index, key, value)
+        if cache is not None:
+            key, value = cache.update(layer, index, rows, key, value)
         mixed = attend(query, key, value, mask)
         x = x + self.attn_out(mixed.transpose(1, 2).flatten(2))
         normed = self.ff_norm(x)
@@ -247,13 +279,14 @@ class LLaDAModel(nn.Module):
         positions: Tensor,
         cache: KVCache | None = None,
         cache_index: Tensor | None = None,
+        cache_rows: Tensor | None = None,
     ) -> Tensor:
         """Hidden states before the final norm, ``(B, T, d_model)``."""
         config = self.config
         x = self.transformer["wte"](input_ids)
         rotary = rotary_table(positions, config.d_model // config.n_heads, config.rope_theta)
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["blocks"])):
-            x = block(x, rotary, mask, cache, layer, cache_index)
+            x = block(x, rotary, mask, cache, layer, cache_index, cache_rows)
         return x
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -287,6 +320,10 @@ class LLaDAModelLM(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
 
+    def allocate_cache(self, batch: int, length: int) -> KVCache:
+        """Storage for ``batch`` rows of ``length`` positions, in the weights' dtype and on their device."""
+        return KVCache.allocate(self.model.config, batch, length, dtype=self.dtype, device=self.device)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.transformer["wte"]
 
@@ -298,6 +335,7 @@ class LLaDAModelLM(PreTrainedModel):
         logits_at: Tensor | None = None,
         cache: KVCache | None = None,
         cache_index: Tensor | None = None,
+        cache_rows: Tensor | None = None,
     ) -> MaskedLMOutput:
         """Predicts the token at every position asked for.
 
@@ -308,22 +346,22 @@ class LLaDAModelLM(PreTrainedModel):
             position_ids: ``(B, T)`` int64; by default counted from each row's first attended position.
             logits_at: ``(N,)`` int64 indices into the flattened ``(B * T)`` positions. The head is run on these only.
                 ``None`` runs it everywhere.
-            cache: Keys and values to attend to beside those of ``input_ids``.
-            cache_index: ``(B, T)`` int64, the cache columns that ``input_ids`` occupy; required with ``cache``, and
-                ``position_ids`` then too.
+            cache: Keys and values to attend to; those of ``input_ids`` are written into it first.
+            cache_index: ``(B, T)`` int64, the cache columns that ``input_ids`` occupy; ``None``: all ``S``, in order.
+            cache_rows: ``(B,)`` int64, the cache rows that they occupy; ``None``: all, in order.
 
         Returns:
             ``logits`` ``(B, T, vocab_size)``, or ``(N, vocab_size)`` with ``logits_at``, in the weights' dtype.
         """
         mask = None if attention_mask is None else attention_mask.bool()
-        if cache is not None and (cache_index is None or position_ids is None):
-            raise ValueError("forward with cache needs cache_index (B, T) and position_ids (B, T)")
+        if cache is not None and position_ids is None:
+            raise ValueError("forward with cache needs position_ids (B, T)")
         if position_ids is None and mask is not None:
             position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
         elif position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         keys_allowed = None if mask is None else mask[:, None, None, :]
-        hidden = self.model(input_ids, keys_allowed, position_ids, cache, cache_index)
+        hidden = self.model(input_ids, keys_allowed, position_ids, cache, cache_index, cache_rows)
         if logits_at is not None:
             hidden = hidden.flatten(0, 1)[logits_at]
         return MaskedLMOutput(logits=self.model.head(hidden))

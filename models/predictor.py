@@ -1,7 +1,9 @@
 """The mask predictor that decoders talk to: token ids in, logits at the wanted positions out."""
 
+import copy
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from models.errors import InputError
+from models.llada import KVCache
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class MaskPredictor:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:  # fmt: skip
         self.model = model.eval().requires_grad_(False)
+        self.forward: Callable[..., Any] = self.model
         self.ids, self.vocab_size, self.max_length = ids, vocab_size, max_length
         self.fingerprint, self.tokenizer = fingerprint, tokenizer
 
@@ -88,24 +92,93 @@ class MaskPredictor:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def to_dtype(self, name: str) -> "MaskPredictor":
+        """The same predictor with a copy of its weights in another dtype.
+
+        Raises:
+            InputError: Not the name of a floating-point dtype.
+        """
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise InputError("dtype", repr(name), "float32 | bfloat16 | float16")
+        model = copy.deepcopy(self.model).to(dtype)
+        return MaskPredictor(model, self.ids, self.vocab_size, self.max_length, self.fingerprint, self.tokenizer)
+
     @torch.inference_mode()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, logits_at: Tensor) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, logits_at: Tensor, **cache: Any
+    ) -> Tensor:
         """One forward.
 
         Args:
-            input_ids: ``(B, L)`` int64.
-            attention_mask: ``(B, L)`` bool, False on padding.
-            position_ids: ``(B, L)`` int64, counted from each row's first real token.
-            logits_at: ``(N,)`` int64 indices into the flattened ``(B * L)`` positions.
+            input_ids: ``(B, T)`` int64.
+            attention_mask: ``(B, S)`` bool, False where a key must not be attended to; ``S`` is ``T``, or the cache's
+                length with one. ``None`` attends everywhere.
+            position_ids: ``(B, T)`` int64, counted from each row's first real token.
+            logits_at: ``(N,)`` int64 indices into the flattened ``(B * T)`` positions.
+            **cache: ``cache``, ``cache_index`` and ``cache_rows`` of :meth:`models.llada.LLaDAModelLM.forward`.
 
         Returns:
             ``(N, vocab_size)`` logits in the weights' dtype; row ``n`` predicts position ``logits_at[n]``.
         """
-        return self.model(input_ids, attention_mask, position_ids, logits_at).logits
+        return self.forward(input_ids, attention_mask, position_ids, logits_at, **cache).logits
+
+    def allocate_cache(self, batch: int, length: int) -> KVCache:
+        """Storage for the keys and values of ``batch`` rows of ``length`` positions.
+
+        Raises:
+            InputError: A model that cannot keep them.
+        """
+        allocate = getattr(self.model, "allocate_cache", None)
+        if allocate is None:
+            raise InputError("cache", f"a {type(self.model).__name__}, which keeps no keys", "none")
+        return allocate(batch, length)
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compiles the forward, for any batch and length, and checks it against the eager one.
+
+        Args:
+            backend: Backend of ``torch.compile``.
+
+        Raises:
+            InputError: The compiled forward gives other logits.
+        """
+        rows, length, part = 3, 24, 8
+        ids = (torch.arange(rows * length, device=self.device) * 7919 % self.vocab_size).view(rows, length)
+        mask = torch.arange(length, device=self.device) >= torch.tensor([[0], [3], [9]], device=self.device)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        columns = positions[:, :part] + 10
+        at = torch.arange(0, rows * part, 5, device=self.device)
+
+        def outputs() -> Tensor:
+            cache = self.allocate_cache(rows, length)
+            plain = self(ids, mask, positions, at + length)
+            whole = self(ids, mask, positions, at + length, cache=cache)
+            block = ids.gather(1, columns), mask, positions.gather(1, columns), at
+            return torch.cat((plain, whole, self(*block, cache=cache, cache_index=columns))).float()
+
+        expected = outputs()
+        self.forward = torch.compile(self.model, dynamic=True, backend=backend)
+        difference = ((outputs() - expected).abs().max() / expected.abs().max()).item()
+        accepted = 1e-4 if self.dtype is torch.float32 else 0.05
+        if not difference <= accepted:
+            self.forward = self.model
+            raise InputError(
+                "compile", f"logits {difference:.1e} away from eager ones, relatively", f"at most {accepted:.1e}"
+            )
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        compile: bool = False,
     ) -> "MaskPredictor":
         """Loads a checkpoint folder, or a hub id whose files are downloaded first; never runs code from it.
 
@@ -113,6 +186,7 @@ class MaskPredictor:
             path: Folder or hub id.
             device: Where to put the weights; a GPU where there is one.
             dtype: Weights' dtype; the checkpoint's on a GPU, fp32 on a CPU.
+            compile: Compile the forward, see :meth:`compile`.
 
         Raises:
             InputError: Not a checkpoint, an unknown family, a tensor missing, unexpected or of another shape, a special
@@ -146,6 +220,8 @@ class MaskPredictor:
             tokenizer,
         )
         predictor._probe(str(folder))
+        if compile:
+            predictor.compile()
         return predictor
 
     def _probe(self, name: str) -> None:

@@ -17,7 +17,8 @@ from data.prompts import Prompt, PromptSource, Split, encode_prompts, prompt_has
 from data.rollout_module import PromptBatch, RolloutData
 from data.shards import RolloutBatch, RolloutKey, Rollouts, ShardWriter
 from decoding.config import DecodeConfig
-from decoding.loop import DecodeOutput, decode
+from decoding.loop import decode
+from decoding.output import DecodeOutput
 from decoding.strategies import Strategy, make_strategy
 from models.errors import InputError
 from models.predictor import MaskPredictor, fingerprint

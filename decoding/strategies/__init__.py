@@ -4,13 +4,19 @@ import inspect
 from typing import Any
 
 from decoding.strategies.base import Decision, Step, Strategy
+from decoding.strategies.dico import DiCo
+from decoding.strategies.entropy_bound import EntropyBound
+from decoding.strategies.factor import Factor
 from decoding.strategies.full_step import FullStep
+from decoding.strategies.klass import Klass
 from decoding.strategies.learn2pd import Learn2PD
 from decoding.strategies.oracle import Oracle
 from decoding.strategies.threshold import Threshold
 from models.errors import InputError
 
-STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (FullStep, Threshold, Oracle, Learn2PD)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    cls.name: cls for cls in (FullStep, Threshold, Factor, EntropyBound, Klass, DiCo, Oracle, Learn2PD)
+}
 """Name to class. A new strategy is one file and one entry here."""
 
 

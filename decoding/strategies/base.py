@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from decoding.config import DecodeConfig
+from models.errors import InputError
 from models.features import Evidence
 from models.predictor import MaskPredictor
 
@@ -21,11 +22,18 @@ class Step:
         evidence: What the predictor says there.
         quota: ``(b,)`` int64, tokens a fixed schedule commits at this step, at least 1.
         reference: ``(b, K)`` int64, the reference decode's tokens, where the call was given one.
+        decoded: ``(b,)`` float32, share of the row's whole generated region that is decoded.
+        divergence: ``(b, K)`` float32, nats: KL divergence of the position's distribution from the one a step earlier
+            (``KL(p_t || p_{t-1})``), infinite at a block's first step; ``None`` unless the strategy asks for it.
+        memory: What :meth:`Strategy.memory` began the row's block with, or the row's last decision left.
     """
 
     evidence: Evidence
     quota: Tensor
     reference: Tensor | None = None
+    decoded: Tensor | None = None
+    divergence: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,11 +44,13 @@ class Decision:
         transfer: ``(b, K)`` bool, positions to commit; masked ones only, at least one in each row.
         token: ``(b, K)`` int64, tokens to commit instead of the predictor's guesses, or ``None``.
         counts: Per-row int64 ``(b,)`` events worth reporting, such as commits that a learned component caused.
+        memory: What the row's next step of the same block shall find in :attr:`Step.memory`; same names, shapes, dtypes.
     """
 
     transfer: Tensor
     token: Tensor | None = None
     counts: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Strategy(ABC):
@@ -48,7 +58,8 @@ class Strategy(ABC):
 
     Attributes:
         name: Its name in the registry, in YAML and on the command line.
-        needs: Evidence beyond token and confidence: any of ``margin`` and ``entropy``.
+        needs: Evidence beyond token and confidence: any of ``margin``, ``entropy``, ``divergence`` and
+            ``history``, which stands for ``stable`` and ``previous``.
         all_positions: True if it reads token and confidence at decoded positions of the block too.
         component: The event among its counts that tells whether its learned component did anything; empty without one.
     """
@@ -56,7 +67,7 @@ class Strategy(ABC):
     name: ClassVar[str]
     needs: frozenset[str] = frozenset()
     all_positions: bool = False
-    component: ClassVar[str] = ""
+    component: str = ""
 
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:  # noqa: B027 - most have nothing to check
         """Checks, before the first step, that the strategy fits the predictor and the settings.
@@ -64,6 +75,10 @@ class Strategy(ABC):
         Raises:
             InputError: It does not.
         """
+
+    def memory(self, batch: int, block_length: int) -> dict[str, Tensor]:
+        """What it remembers between the steps of a block, as a block begins: name to a CPU tensor ``(batch, ...)``."""
+        return {}
 
     @abstractmethod
     def decide(self, step: Step) -> Decision:
@@ -100,7 +115,5 @@ def top_1(score: Tensor, masked: Tensor) -> Tensor:
 
 def require_range(strategy: str, name: str, value: float, accepted: str, fits: Callable[[float], bool]) -> None:
     """Raises an InputError for a setting out of range."""
-    from models.errors import InputError
-
     if not fits(value):
         raise InputError(f"{strategy}.{name}", value, accepted)

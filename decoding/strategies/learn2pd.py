@@ -14,8 +14,54 @@ from models.filter import FilterConfig, check_compatible, load_filter
 from models.predictor import MaskPredictor
 
 
+class FilterStrategy(Strategy):
+    """A strategy that asks a trained filter: loads it and checks that it fits. Subclasses are dataclasses.
+
+    Attributes:
+        filter: Folder of an exported filter.
+        network: The filter's network, given or loaded from ``filter``; ``None`` where a subclass works without one.
+        config: Configuration of ``network``.
+    """
+
+    filter: str | Path | None
+    network: nn.Module | None
+    config: FilterConfig | None
+
+    def take_filter(self) -> FilterConfig:
+        """Loads ``filter`` where no ``network`` was given, and asks for the evidence that the network reads.
+
+        Raises:
+            InputError: There is no filter, or nothing that describes it.
+        """
+        if self.network is None:
+            if self.filter is None:
+                raise InputError("filter", None, "the folder of an exported filter")
+            self.network, self.config = load_filter(self.filter)
+        if self.config is None:
+            raise InputError(f"{self.name}.config", None, "the FilterConfig of the network")
+        reads = {"log_margin": "margin", "entropy": "entropy", "stable": "history", "previous_confidence": "history"}
+        self.needs = frozenset(reads[name] for name in self.config.features if name in reads)
+        self.all_positions = bool(self.network.needs_all_positions)
+        return self.config
+
+    def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
+        assert self.network is not None
+        assert self.config is not None
+        differences = check_compatible(
+            self.config,
+            vocab_size=predictor.vocab_size,
+            mask_id=predictor.ids.mask,
+            fingerprint=predictor.fingerprint,
+            gen_length=config.gen_length,
+            block_length=config.block_length,
+        )
+        for difference in differences:
+            warnings.warn(difference, stacklevel=2)
+        self.network.to(predictor.device)
+
+
 @dataclass
-class Learn2PD(Strategy):
+class Learn2PD(FilterStrategy):
     """Commits the positions whose filter probability exceeds the threshold, and always the most confident one.
 
     Source: arXiv 2509.25188, section 3.
@@ -35,37 +81,12 @@ class Learn2PD(Strategy):
     component = "filter_commits"
 
     def __post_init__(self) -> None:
-        if self.network is None:
-            if self.filter is None:
-                raise InputError("filter", None, "the folder of an exported filter")
-            self.network, self.config = load_filter(self.filter)
-        if self.config is None:
-            raise InputError("learn2pd.config", None, "the FilterConfig of the network")
+        config = self.take_filter()
         if self.threshold is None:
-            self.threshold = self.config.threshold
+            self.threshold = config.threshold
         require_range(
             self.name, "threshold", self.threshold, "a probability from 0 to 1", lambda value: 0 <= value <= 1
         )
-        self.needs = frozenset({"margin" if name == "log_margin" else name for name in self.config.features}) & {
-            "margin",
-            "entropy",
-        }
-        self.all_positions = bool(self.network.needs_all_positions)
-
-    def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
-        assert self.network is not None
-        assert self.config is not None
-        differences = check_compatible(
-            self.config,
-            vocab_size=predictor.vocab_size,
-            mask_id=predictor.ids.mask,
-            fingerprint=predictor.fingerprint,
-            gen_length=config.gen_length,
-            block_length=config.block_length,
-        )
-        for difference in differences:
-            warnings.warn(difference, stacklevel=2)
-        self.network.to(predictor.device)
 
     def decide(self, step: Step) -> Decision:
         assert self.network is not None

@@ -9,7 +9,7 @@ from data.prompts import Prompt
 from data.shards import RolloutBatch, RolloutKey
 from decoding.config import DecodeConfig
 from decoding.loop import decode
-from decoding.state import StepTrace
+from decoding.output import StepTrace
 from decoding.strategies import make_strategy
 from models import LLaDAConfig, LLaDAModelLM
 from models.features import Evidence

@@ -31,7 +31,7 @@ def wrap(model: nn.Module, max_length: int = 512) -> MaskPredictor:
     return MaskPredictor(model, TokenIds(mask=MASK, eot=EOT, end_of_turn=61, pad=EOT, bos=60), VOCAB, max_length)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def scripted() -> Callable[..., MaskPredictor]:
     """A predictor from a script; ``predictor.model.calls`` counts forwards."""
     return lambda script: wrap(ScriptedModel(script))

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from decoding.config import DecodeConfig
-from decoding.loop import decode
+from decoding.loop import decode, decode_steps
+from decoding.output import empty_output
 from decoding.strategies import make_strategy
 from models.errors import InputError
 from models.filter import FilterConfig, build_filter
@@ -13,20 +18,26 @@ MASK, EOT = 63, 62
 CONFIG = DecodeConfig(gen_length=32, block_length=8, eot="off")
 
 
-def filter_strategy(architecture: str = "conv"):
+def filter_strategy(architecture: str = "conv", name: str = "learn2pd"):
     torch.manual_seed(3)
     config = FilterConfig(
         architecture=architecture, block_length=8, gen_length=32, threshold=0.5, base_fingerprint="unsaved", vocab_size=64,
         mask_id=MASK,
     )  # fmt: skip
-    return make_strategy("learn2pd", network=build_filter(config).eval(), config=config)
+    return make_strategy(name, network=build_filter(config).eval(), config=config)
 
 
-def strategies():
-    yield make_strategy("full_step")
-    yield make_strategy("threshold", threshold=0.5)
-    yield filter_strategy("conv")
-    yield filter_strategy("block_mlp")
+STRATEGIES = {
+    "full_step": make_strategy("full_step"),
+    "threshold": make_strategy("threshold", threshold=0.5),
+    "factor": make_strategy("factor", factor=1.5),
+    "entropy_bound": make_strategy("entropy_bound", gamma=1.0),
+    "klass": make_strategy("klass", threshold=0.2, divergence=0.5, history=1),
+    "dico": make_strategy("dico"),
+    "dico + filter": filter_strategy("conv", "dico"),
+    "learn2pd": filter_strategy("conv"),
+    "learn2pd block_mlp": filter_strategy("block_mlp"),
+}
 
 
 def test_threshold_above_one_is_full_step(random_llada, prompts):
@@ -51,16 +62,53 @@ def test_oracle_reproduces_the_reference_in_no_more_forwards(random_llada, promp
     assert "stalls" in oracle.counts
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("eot", ["off", "filter", "published"])
-def test_a_row_decodes_as_it_does_alone(random_llada, prompts, temperature, eot):
-    for strategy in strategies():
-        config = DecodeConfig(gen_length=32, block_length=8, eot=eot, temperature=temperature)
-        together = decode(random_llada, prompts, config, strategy, seeds=range(5))
-        for row, prompt in enumerate(prompts):
-            alone = decode(random_llada, [prompt], config, strategy, seeds=[row])
-            assert torch.equal(together.sequences[row], alone.sequences[0]), strategy.name
-            assert together.nfe[row] == alone.nfe[0]
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    ("cache", "refresh", "eot", "temperature"),
+    [
+        ("none", None, "off", 0.0), ("none", None, "filter", 0.7), ("none", None, "published", 0.7),
+        ("prefix", None, "filter", 0.0), ("prefix", 3, "published", 0.0), ("dual", None, "off", 0.7),
+        ("dual", None, "filter", 0.0), ("dual", 2, "published", 0.0),
+    ],
+)  # fmt: skip
+def test_a_row_decodes_as_it_does_alone(random_llada, prompts, name, cache, refresh, eot, temperature):
+    config = DecodeConfig(32, 8, eot=eot, temperature=temperature, cache=cache, refresh=refresh)
+    strategy = STRATEGIES[name]
+    together = decode(random_llada, prompts, config, strategy, seeds=range(5), batch_size=3)
+    for row, prompt in enumerate(prompts):
+        alone = decode(random_llada, [prompt], config, strategy, seeds=[row])
+        assert torch.equal(together.sequences[row], alone.sequences[0])
+        assert together.nfe[row] == alone.nfe[0]
+
+
+@given(
+    seed=st.integers(0, 2**31), scale=st.sampled_from([0.0, 1.0, 8.0, 1e4, 1e38]), favourite=st.sampled_from([0.0, 1e4]),
+    name=st.sampled_from(list(STRATEGIES)), eot=st.sampled_from(["off", "filter", "published"]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_every_decode_ends_whatever_the_logits(scripted, seed, scale, favourite, name, eot):
+    # Logits that depend on what is decoded, up to the largest numbers there are, and with MASK as the favourite.
+    def script(ids, attention, positions):
+        generator = torch.Generator().manual_seed(seed + int(ids.sum()))
+        logits = (torch.rand(*ids.shape, 64, generator=generator) * 2 - 1) * scale
+        logits[..., MASK] += favourite
+        return logits
+
+    config = DecodeConfig(32, 8, eot=eot)
+    output = empty_output(3, config)
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    for step in decode_steps(scripted(script), [[1], [2, 3], [4]], config, STRATEGIES[name], output, batch_size=2):
+        assert step.changed.any(1).all()
+        for row, changed, sequence in zip(step.rows.tolist(), step.changed, step.sequences.clone(), strict=True):
+            if row in known:  # what is committed stays, unless the text ends left of it
+                before, done = known[row]
+                assert ((sequence == before) | (eot != "off") & (sequence == EOT))[done].all()
+                assert not (changed & done).any()
+            known[row] = (sequence, known[row][1] | changed if row in known else changed.clone())
+    assert all(done.all() for _, done in known.values())
+    assert torch.equal(torch.stack([known[row][0] for row in range(3)]), output.sequences)
+    assert (output.sequences != MASK).all()
+    assert (output.nfe <= config.gen_length).all()
 
 
 def test_nfe_counts_predictor_calls(scripted, prompts):
@@ -90,15 +138,73 @@ def test_rows_that_finished_cost_nothing(scripted):
     assert len(predictor.model.asked[-1]) == 1  # the head ran on the one masked position of the one row left
 
 
-def test_mask_never_leaves_even_if_it_is_the_favourite(scripted, prompts):
+def test_a_finished_rows_place_goes_to_the_next_prompt(random_llada, prompts):
+    # Rows finish at different steps, so they are refilled at different steps; the last ones close their slots.
+    strategy = make_strategy("threshold", threshold=0.3)
+    many = prompts + [prompt[::-1] for prompt in prompts]
+    together = decode(random_llada, many, CONFIG, strategy)
+    for size in (1, 2, 3):
+        out = decode(random_llada, many, CONFIG, strategy, batch_size=size)
+        assert torch.equal(out.sequences, together.sequences)
+        assert torch.equal(out.nfe, together.nfe)
+        busy = out.nfe.sum() / out.forward_calls / size
+        assert busy > (0.8 if size > 1 else 0.99)  # slots do not wait for the slowest row of a batch
+
+
+def test_a_step_shows_its_rows_before_their_places_are_taken(random_llada, prompts):
+    strategy = make_strategy("threshold", threshold=0.3)
+    output, last = empty_output(5, CONFIG), {}
+    for step in decode_steps(random_llada, prompts, CONFIG, strategy, output, batch_size=2):
+        assert len(step.rows) == len(step.changed) == len(step.sequences) <= 2
+        last |= dict(zip(step.rows.tolist(), step.sequences.clone(), strict=True))
+    assert torch.equal(torch.stack([last[row] for row in range(5)]), output.sequences)
+
+
+def test_columns_that_no_row_needs_are_dropped(scripted):
+    # Row 0 has the long prompt and ends at once; row 1's text ends in its second block.
+    seen = []
+
     def script(ids, attention, positions):
+        seen.append(ids.shape[1])
         out = torch.zeros(*ids.shape, 64)
-        out[..., MASK] = 50.0
+        out[..., 5] = 1.0
+        out[(positions >= 15) & (positions < 100), EOT] = 9.0
         return out
 
-    for strategy in strategies():
-        out = decode(scripted(script), prompts, CONFIG, strategy)
-        assert (out.sequences != MASK).all()
+    out = decode(scripted(script), [[1] * 15, [2]], DecodeConfig(32, 8), make_strategy("full_step"))
+    # 15 + 32 columns; then 1 + 32 without the first row; then 1 + 16 once EoT is committed in the second block.
+    assert seen == [47] + [33] * 8 + [17] * 6
+    assert out.nfe.tolist() == [1, 15]
+
+
+def test_one_read_from_the_device_a_step(random_llada, prompts, monkeypatch):
+    # What these would cost on a GPU: a wait for everything launched so far.
+    waits = []
+    for name in ("tolist", "item", "__bool__", "nonzero", "__int__", "__float__", "masked_select", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def watched(*args, original=original, name=name, **kwargs):
+            waits.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
+    config = DecodeConfig(32, 8, eot="published", cache="dual")
+    steps = decode_steps(random_llada, prompts, config, filter_strategy("conv"), empty_output(5, config))
+    next(steps)
+    waits.clear()
+    with Forbidden():
+        for taken, _ in enumerate(steps, 1):
+            assert waits == ["tolist"] * taken
+
+
+class Forbidden(TorchDispatchMode):
+    """Refuses operators whose result's shape depends on the data, which wait for the device too."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        indices = args[1] if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_) else ()
+        assert not any(index is not None and index.dtype is torch.bool for index in indices), func
+        assert func.overloadpacket not in (torch.ops.aten.nonzero, torch.ops.aten._local_scalar_dense), func
+        return func(*args, **(kwargs or {}))
 
 
 def test_mask_id_inside_a_prompt_is_no_masked_position(random_llada):

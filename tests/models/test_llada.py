@@ -115,10 +115,31 @@ def test_a_block_over_cached_keys_equals_the_whole_forward():
     torch.testing.assert_close(part, whole.gather(1, columns[..., None].expand(-1, -1, 50)))
 
 
+def test_some_rows_of_a_cache_window_are_written_and_no_others():
+    model = build()
+    ids = torch.randint(0, 50, (3, 8))
+    positions = torch.arange(8).expand(3, 8)
+    store = KVCache.allocate(model.config, 4, 10, dtype=torch.float32, device="cpu")
+    cache, rows = store.window(3, 1, 9), torch.tensor([2, 0])
+    with torch.no_grad():
+        whole = model(ids[rows], position_ids=positions[rows], cache=cache, cache_rows=rows).logits
+        torch.testing.assert_close(whole, model(ids[rows]).logits)
+        columns = torch.tensor([[2, 3, 4], [5, 6, 7]])
+        part = model(
+            ids[rows].gather(1, columns), position_ids=columns, cache=cache, cache_index=columns, cache_rows=rows
+        ).logits
+    torch.testing.assert_close(part, whole.gather(1, columns[..., None].expand(-1, -1, 50)))
+    written = store.keys.abs().sum((0, 2, 4)) > 0
+    assert written[[0, 2], 1:9].all()
+    assert written.sum() == 16
+    store.move(2, 1)
+    assert torch.equal(store.values[:, 1], store.values[:, 2])
+
+
 def test_cache_arguments_go_together():
     model = build()
     cache = KVCache.allocate(model.config, 1, 4, dtype=torch.float32, device="cpu")
-    with pytest.raises(ValueError, match="cache_index"):
+    with pytest.raises(ValueError, match="position_ids"):
         model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
 
 

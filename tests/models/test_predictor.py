@@ -1,6 +1,7 @@
 """Loading a mask predictor: ids from the checkpoint, refusals by name."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -109,3 +110,33 @@ def test_fingerprint_follows_the_weights(folder):
     tensors["model.transformer.ln_f.weight"][0] += 1e-3
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert fingerprint(folder) != before
+
+
+def test_a_compiled_forward_is_checked_against_the_eager_one(folder, monkeypatch):
+    predictor = MaskPredictor.from_pretrained(folder)
+    ids, at = torch.arange(12).view(2, 6), torch.tensor([1, 7])
+    positions = torch.arange(6).expand(2, 6)
+    eager = predictor(ids, None, positions, at)
+    predictor.compile(backend="eager")  # traced as by any backend, run by the usual kernels
+    assert predictor.forward is not predictor.model
+    torch.testing.assert_close(predictor(ids, None, positions, at), eager)
+
+    def wrong(model, **_):
+        def forward(*args, **kwargs):
+            out = model(*args, **kwargs)
+            out.logits = out.logits * 1.01
+            return out
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    with pytest.raises(InputError, match="compile: found logits .* away from eager ones"):
+        predictor.compile()
+    torch.testing.assert_close(predictor(ids, None, positions, at), eager)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
+def test_a_really_compiled_forward(folder):
+    predictor = MaskPredictor.from_pretrained(folder, compile=True)
+    assert predictor.forward is not predictor.model
