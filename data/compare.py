@@ -11,36 +11,62 @@ import torch
 from torch import Tensor
 
 from data.prompts import Prompt, final_answer
-from decoding.config import EotRule
+from decoding.config import CacheRule, EotRule
 from decoding.decoder import Decoder, Generation
 from decoding.eot import first_true
 from decoding.record import environment, write_aside
 from decoding.strategies import Strategy, make_strategy
+from models.errors import InputError
 from models.predictor import MaskPredictor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass
 class Run:
-    """One way to decode.
+    """One way to decode; what is ``None`` is taken from the comparison.
 
     Args:
         strategy: Name of the strategy.
         options: Its settings.
         eot: End-of-text rule.
+        cache: Which keys and values are reused.
+        refresh: Forwards of a block from one on the whole sequence to the next.
+        steps: Denoising steps.
+        temperature: 0 takes the most probable token.
+        gen_length: Generated positions.
+        block_length: Positions of a block.
+        batch_size: Prompts decoded together.
+        limit: Takes only so many of the prompts, the first ones.
+        dtype: Weights' dtype where it is not to be the predictor's, such as ``bfloat16``.
         label: Name in the table; made from the other fields by default.
     """
 
     strategy: str
     options: dict[str, Any] = field(default_factory=dict)
     eot: EotRule = "filter"
+    cache: CacheRule = "none"
+    refresh: int | None = None
+    steps: int | None = None
+    temperature: float = 0.0
+    gen_length: int | None = None
+    block_length: int | None = None
+    batch_size: int | None = None
+    limit: int | None = None
+    dtype: str | None = None
     label: str = ""
 
     def __post_init__(self) -> None:
-        shown = " ".join(f"{value:g}" for value in self.options.values() if isinstance(value, int | float))
-        ending = "" if self.eot == "filter" else f" (EoT {self.eot})"
-        self.label = self.label or f"{self.strategy} {shown}".strip() + ending
+        if self.label:
+            return
+        words = [self.strategy, *(f"{value:g}" for value in self.options.values() if isinstance(value, int | float))]
+        words += ["+ filter"] * (self.strategy != "learn2pd" and "filter" in self.options)
+        words += [f"{self.cache} cache"] * (self.cache != "none")
+        words += [f"EoT {self.eot}"] * (self.eot != "filter")
+        for name in ("refresh", "steps", "gen_length", "block_length", "batch_size", "limit"):
+            if (value := getattr(self, name)) is not None:
+                words.append(f"{name.removesuffix('_length').removesuffix('_size')} {value}")
+        self.label = " ".join([*words, self.dtype or ""]).strip()
 
 
 def agreement(ours: Tensor, reference: Tensor, eot: int) -> tuple[Tensor, Tensor]:
@@ -87,6 +113,7 @@ def row_of(run: Run, out: Generation, prompts: Sequence[Prompt], reference: Tens
         "tokens_per_second": tokens / out.seconds,
         "seconds": out.seconds,
         "predictor_seconds": out.predictor_seconds,
+        "loop_share": 1 - out.predictor_seconds / out.seconds,
         "forward_calls": out.forward_calls,
         "empty_answers": sum(not row for row in out.tokens) / len(prompts),
         "counts": {name: int(count.sum()) for name, count in out.counts.items()},
@@ -102,39 +129,74 @@ def compare(
     gen_length: int = 128,
     block_length: int = 32,
     batch_size: int = 32,
+    repeats: int = 1,
     strategies: dict[str, Strategy] | None = None,
     progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
-    """Decodes ``prompts`` once for each run and measures agreement with the first run, a full_step decode.
+    """Decodes ``prompts`` in several ways and measures what each costs and how it agrees with its reference.
+
+    Repeats are interleaved: every run once, then all of them again, so that a machine whose speed drifts favours none.
+    Times are those of the median repeat; everything else is the same in all of them.
 
     Args:
         predictor: The mask predictor.
         prompts: Prompts with answers.
-        runs: What to compare; the first is the reference of all, the oracle's included.
+        runs: What to compare. The first run of each ``gen_length`` is the reference of the others of that length, the
+            oracle's included: a full_step decode, uncached, of at least as many prompts.
         gen_length: Generated positions.
         block_length: Positions of a block.
         batch_size: Prompts decoded together.
+        repeats: How often every run is decoded.
         strategies: Ready-made strategies by label, for components that are not exported yet.
         progress: Called with each label before its decode starts.
 
     Returns:
         One row for each run; ``paired_difference`` is its exact-match difference to the reference with a standard error.
+
+    Raises:
+        InputError: A run that cannot be a reference, or settings that cannot be decoded.
     """
+    if repeats < 1:
+        raise InputError("repeats", repeats, "a whole number of at least 1")
+    predictors: dict[str | None, MaskPredictor] = {None: predictor}
+    results: list[list[Generation]] = [[] for _ in runs]
+    first: dict[int, int] = {}
+    for number, run in enumerate(runs):
+        place = first.setdefault(run.gen_length or gen_length, number)
+        reference = runs[place]
+        if (reference.strategy, reference.cache, reference.dtype) != ("full_step", "none", None):
+            accepted = "full_step, uncached and in the predictor's dtype: the reference of the others"
+            raise InputError(
+                f"runs: first of gen_length {run.gen_length or gen_length}", repr(reference.label), accepted
+            )
+        if (run.limit or len(prompts)) > (reference.limit or len(prompts)):
+            raise InputError(f"runs: limit of {run.label!r}", run.limit, f"at most the reference's {reference.limit}")
+        if run.dtype is not None and run.dtype not in predictors:
+            predictors[run.dtype] = predictor.to_dtype(run.dtype)
+    ready = [(strategies or {}).get(run.label) or make_strategy(run.strategy, **run.options) for run in runs]
+    for repeat in range(repeats):
+        for number, run in enumerate(runs):
+            progress(run.label if repeats == 1 else f"{run.label} ({repeat + 1} of {repeats})")
+            chosen = prompts[: run.limit]
+            length = run.gen_length or gen_length
+            references = results[first[length]][0].sequences[: len(chosen)] if run.strategy == "oracle" else None
+            out = Decoder(predictors[run.dtype], ready[number]).generate(
+                [prompt.prompt for prompt in chosen], gen_length=length, block_length=run.block_length or block_length,
+                eot=run.eot, cache=run.cache, refresh=run.refresh, steps=run.steps, temperature=run.temperature,
+                batch_size=run.batch_size or batch_size, references=references,
+            )  # fmt: skip
+            results[number].append(out)
     rows: list[dict[str, Any]] = []
-    reference: Tensor | None = None
-    for run in runs:
-        progress(run.label)
-        strategy = (strategies or {}).get(run.label) or make_strategy(run.strategy, **run.options)
-        out = Decoder(predictor, strategy).generate(
-            [prompt.prompt for prompt in prompts], gen_length=gen_length, block_length=block_length, eot=run.eot,
-            batch_size=batch_size, references=reference if run.strategy == "oracle" else None,
-        )  # fmt: skip
-        if reference is None:
-            reference = out.sequences
-        row = row_of(run, out, prompts, reference, predictor.ids.eot) | {"batch_size": batch_size}
-        first = rows[0] if rows else row
-        difference = torch.tensor(row["exact"], dtype=torch.double) - torch.tensor(first["exact"], dtype=torch.double)
-        spread = difference.std(unbiased=False).item() / math.sqrt(len(prompts))
+    for run, outs in zip(runs, results, strict=True):
+        out = sorted(outs, key=lambda out: out.seconds)[(len(outs) - 1) // 2]
+        place = first[run.gen_length or gen_length]
+        chosen = prompts[: run.limit]
+        row = row_of(run, out, chosen, results[place][0].sequences[: len(chosen)], predictor.ids.eot)
+        row |= {"batch_size": run.batch_size or batch_size, "dtype": run.dtype or str(predictor.dtype).split(".")[-1]}
+        row |= {"repeats": repeats, "seconds_all": [out.seconds for out in outs]}
+        base = (rows[place] if place < len(rows) else row)["exact"][: len(chosen)]
+        difference = torch.tensor(row["exact"], dtype=torch.double) - torch.tensor(base, dtype=torch.double)
+        spread = difference.std(unbiased=False).item() / math.sqrt(len(chosen))
         row["paired_difference"] = {"mean": difference.mean().item(), "standard_error": spread}
         rows.append(row)
     return rows
@@ -156,6 +218,7 @@ def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
         "p95",
         "tok/forward",
         "tok/s",
+        "loop",
         "× fewer",
     ):
         table.add_column(name, justify="left" if name == "decode" else "right")
@@ -165,7 +228,7 @@ def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
             row["label"], f"{100 * row['exact_match']:.1f}%", f"{100 * pair['mean']:+.1f}±{100 * pair['standard_error']:.1f}",
             f"{100 * row['sequence_agreement']:.1f}%", f"{100 * row['token_agreement']:.1f}%", f"{row['nfe_mean']:.1f}",
             f"{row['nfe_p95']:.0f}", f"{row['tokens_per_forward']:.2f}", f"{row['tokens_per_second']:.0f}",
-            f"{rows[0]['nfe_mean'] / row['nfe_mean']:.1f}",
+            f"{100 * row['loop_share']:.0f}%", f"{rows[0]['nfe_mean'] / row['nfe_mean']:.1f}",
         )  # fmt: skip
     Console(width=max(Console().width, 110)).print(table)
 

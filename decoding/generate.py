@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from decoding.config import DecodeConfig, EotRule
+from decoding.config import CacheRule, DecodeConfig, EotRule
 from decoding.decoder import Decoder
 from decoding.entry import command
 from decoding.eot import first_true
-from decoding.loop import empty_output
+from decoding.output import empty_output
 from decoding.strategies import STRATEGIES
+from decoding.strategies.full_step import FullStep
 from models.errors import InputError
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
@@ -28,9 +29,13 @@ def generate(
     options: dict[str, Any] | None = None,
     gen_length: int = 128,
     block_length: int = 32,
+    steps: int | None = None,
     temperature: float = 0.0,
     eot: EotRule = "filter",
+    cache: CacheRule = "none",
+    refresh: int | None = None,
     seed: int = 0,
+    compile: bool = False,
     chat_template: bool = True,
     compare: bool = True,
     pause: float = 0.0,
@@ -45,9 +50,13 @@ def generate(
         options: Further settings of the strategy, such as {"threshold": 0.9}.
         gen_length: Generated positions, in tokens.
         block_length: Positions of a block, in tokens.
+        steps: Denoising steps, for strategies with a quota; by default one token each.
         temperature: 0 takes the most probable token.
         eot: End-of-text rule.
+        cache: Keys and values that later forwards of a block take from its first one.
+        refresh: Forwards of a block from one on the whole sequence to the next.
         seed: Seed of the noise.
+        compile: Compile the predictor's forward, which takes about a minute at first.
         chat_template: Wrap the prompt in the chat template.
         compare: Also decode one token a step and report its NFE.
         pause: Seconds to wait after each step, to watch it.
@@ -59,9 +68,10 @@ def generate(
         raise InputError(
             "strategy", "'oracle'", f"{' | '.join(n for n in STRATEGIES if n != 'oracle')} (it needs a reference)"
         )
-    decoder = Decoder.from_pretrained(base, strategy, **options)
+    decoder = Decoder.from_pretrained(base, strategy, compile=compile, **options)
     settings: dict[str, Any] = {
-        "gen_length": gen_length, "block_length": block_length, "temperature": temperature, "eot": eot, "seed": seed,
+        "gen_length": gen_length, "block_length": block_length, "steps": steps, "temperature": temperature, "eot": eot,
+        "seed": seed, "cache": cache, "refresh": refresh,
     }  # fmt: skip
     output = empty_output(1, DecodeConfig(**settings))
     console = Console()
@@ -80,7 +90,8 @@ def generate(
     )
     console.print(f"\n{length} tokens in {int(output.nfe[0])} forwards ({strategy}{fired})", style="bold", end="")
     if compare:
-        full = Decoder.from_pretrained(base, "full_step").generate([prompt], chat_template=chat_template, **settings)
+        reference = settings | {"steps": None, "cache": "none", "refresh": None}
+        full = Decoder(decoder.predictor, FullStep()).generate([prompt], chat_template=chat_template, **reference)
         same = "the same text" if full.tokens[0] == output.sequences[0, :length].tolist() else "another text"
         console.print(f"; full_step: {int(full.nfe[0])} forwards, {same}", style="bold", end="")
     console.print()

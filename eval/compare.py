@@ -22,6 +22,8 @@ def main(
     gen_length: int = 128,
     block_length: int = 32,
     batch_size: int = 32,
+    repeats: int = 1,
+    picture: bool = True,
     out: Path = Path("runs/compare"),
 ) -> None:
     """Prints a table and writes ``comparison.json``, ``comparison.png`` and ``run.yaml``; logs them to W&B too.
@@ -34,11 +36,14 @@ def main(
         gen_length: Generated positions, in tokens.
         block_length: Positions of a block, in tokens.
         batch_size: Prompts decoded together.
+        repeats: How often every run is decoded, interleaved; the times are those of the median.
+        picture: Also draw quality against forwards, which wants runs that differ in their strategy only.
         out: Folder of the results.
     """
     settings = {
         "base": base, "runs": [asdict(run) for run in runs], "prompts": [asdict(source) for source in prompts],
-        "limit": limit, "gen_length": gen_length, "block_length": block_length, "batch_size": batch_size,
+        "limit": limit, "gen_length": gen_length, "block_length": block_length, "batch_size": batch_size, "repeats": repeats,
+        "picture": picture,
     }  # fmt: skip
     mode = wandb_mode()
     predictor = MaskPredictor.from_pretrained(base)
@@ -54,15 +59,17 @@ def main(
         gen_length=gen_length,
         block_length=block_length,
         batch_size=batch_size,
+        repeats=repeats,
         progress=progress,
     )
     print_table(rows, f"{len(chosen)} held-out prompts")
     write_json(rows, predictor, out / "comparison.json")
-    draw(rows, out / "comparison.png")
+    if picture:
+        draw(rows, out / "comparison.png")
     write_run_file(out / "run.yaml", settings)
     if mode != "disabled":
         log(rows, out, settings, mode)
-    print(f"wrote {out / 'comparison.json'} and {out / 'comparison.png'}")
+    print(f"wrote comparison.json{' and comparison.png' if picture else ''} to {out}")
 
 
 def log(rows: list[dict[str, Any]], out: Path, settings: dict[str, Any], mode: Any) -> None:
@@ -78,7 +85,10 @@ def log(rows: list[dict[str, Any]], out: Path, settings: dict[str, Any], mode: A
         settings=wandb.Settings(silent=True),
     )
     table = wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
-    run.log({"comparison": table, "quality against NFE": wandb.Image(str(out / "comparison.png"))})
+    content: dict[str, Any] = {"comparison": table}
+    if settings["picture"]:
+        content["quality against NFE"] = wandb.Image(str(out / "comparison.png"))
+    run.log(content)
     run.finish()
 
 

@@ -31,7 +31,8 @@ def test_no_script_neighbour_hides_a_package(folder: str):
 
 def script_of(config: Path) -> Path:
     """The script whose settings a config holds: the one named like its folder."""
-    scripts = [ROOT / package / f"{config.parent.name}.py" for package in ("train", "eval", "decoding")]
+    name = {"decoding": "generate"}.get(config.parent.name, config.parent.name)  # presets of a decode
+    scripts = [ROOT / package / f"{name}.py" for package in ("train", "eval", "decoding")]
     found = [script for script in scripts if script.is_file()]
     assert len(found) == 1, f"{config}: no one script of this name in train/, eval/ or decoding/"
     return found[0]

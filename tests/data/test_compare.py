@@ -1,10 +1,13 @@
 """What the comparison counts."""
 
+import pytest
 import torch
 
-from data.compare import Run, agreement, row_of
+from data.compare import Run, agreement, compare, row_of
 from data.prompts import Prompt
 from decoding.decoder import Generation
+from models.errors import InputError
+from models.predictor import MaskPredictor
 
 EOT = 9
 
@@ -45,4 +48,50 @@ def test_a_decode_that_truncates_is_reported_as_worse_although_it_is_faster():
 
 def test_labels_tell_runs_apart():
     labels = {Run("threshold", {"threshold": t}, eot=e).label for t in (0.5, 0.9) for e in ("off", "filter")}
-    assert labels == {"threshold 0.5", "threshold 0.9", "threshold 0.5 (EoT off)", "threshold 0.9 (EoT off)"}
+    assert labels == {"threshold 0.5", "threshold 0.9", "threshold 0.5 EoT off", "threshold 0.9 EoT off"}
+    assert Run("dico", {"filter": "x"}, cache="dual", batch_size=8, dtype="bfloat16").label == (
+        "dico + filter dual cache batch 8 bfloat16"
+    )
+
+
+PROMPTS = [Prompt(str(n), "gsm_symbolic", text, answer="4") for n, text in enumerate(["the cat", "sat on", "12 mats"])]
+
+
+def test_repeats_are_interleaved_and_every_length_has_its_own_reference(tiny_checkpoint):
+    predictor = MaskPredictor.from_pretrained(tiny_checkpoint)
+    runs = [
+        Run("full_step"), Run("threshold", {"threshold": 2.0}, limit=2, batch_size=1), Run("oracle"),
+        Run("full_step", gen_length=8), Run("oracle", gen_length=8, cache="dual", limit=1), Run("full_step", dtype="bfloat16"),
+    ]  # fmt: skip
+    order = []
+    rows = compare(
+        predictor, PROMPTS, runs, gen_length=16, block_length=8, repeats=2, progress=lambda label: order.append(label)
+    )
+    assert order == [f"{run.label} ({n} of 2)" for n in (1, 2) for run in runs]
+    assert [row["prompts"] for row in rows] == [3, 2, 3, 3, 1, 3]
+    assert [row["settings"]["gen_length"] for row in rows] == [16, 16, 16, 8, 8, 16]
+    assert all(row["sequence_agreement"] == 1.0 for row in rows[:5])
+    assert rows[1]["batch_size"] == 1
+    assert rows[5]["dtype"] == "bfloat16"
+    for row in rows:
+        assert row["seconds"] == min(row["seconds_all"])
+        assert len(row["seconds_all"]) == 2
+        assert 0 < row["loop_share"] < 1
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([Run("threshold")], "runs: first of gen_length 16: found 'threshold'; accepted: full_step, uncached"),
+        ([Run("full_step", cache="dual")], "accepted: full_step, uncached"),
+        (
+            [Run("full_step", limit=1), Run("oracle")],
+            "limit of 'oracle': found None; accepted: at most the reference's 1",
+        ),
+        ([Run("full_step"), Run("full_step", dtype="int8")], "dtype: found 'int8'"),
+    ],
+)
+def test_runs_are_refused_by_name(tiny_checkpoint, runs, message):
+    predictor = MaskPredictor.from_pretrained(tiny_checkpoint)
+    with pytest.raises(InputError, match=message):
+        compare(predictor, PROMPTS, runs, gen_length=16, block_length=8)
