@@ -41,7 +41,7 @@ lint: .venv/.dev
 
 check: lint test
 
-# Everything that ships: the base model, the prompts and the filter. Hours on two cores, minutes on a GPU.
+# Everything that ships: the base model, the prompts, the filter and the helper. Hours on two cores, minutes on a GPU.
 bundle: .venv/.gym
 	$(BIN)/python train/base.py fit
 	$(BIN)/python train/base.py export --checkpoint runs/base/checkpoints/last.ckpt --tokenizer runs/base/tokenizer \
@@ -49,3 +49,4 @@ bundle: .venv/.gym
 	$(BIN)/python data/make_bundle.py
 	$(BIN)/python eval/card.py
 	$(BIN)/python train/filter.py fit --config configs/filter/bundled.yaml
+	$(BIN)/python train/helper.py fit --config configs/helper/bundled.yaml

@@ -59,7 +59,11 @@ class Run:
     def __post_init__(self) -> None:
         if self.label:
             return
-        words = [self.strategy, *(f"{value:g}" for value in self.options.values() if isinstance(value, int | float))]
+        numbers = {name: value for name, value in self.options.items() if isinstance(value, int | float)}
+        words = [
+            self.strategy,
+            *(f"{name} {value:g}" if len(numbers) > 1 else f"{value:g}" for name, value in numbers.items()),
+        ]
         words += ["+ filter"] * (self.strategy != "learn2pd" and "filter" in self.options)
         words += [f"{self.cache} cache"] * (self.cache != "none")
         words += [f"EoT {self.eot}"] * (self.eot != "filter")
@@ -113,7 +117,9 @@ def row_of(run: Run, out: Generation, prompts: Sequence[Prompt], reference: Tens
         "tokens_per_second": tokens / out.seconds,
         "seconds": out.seconds,
         "predictor_seconds": out.predictor_seconds,
-        "loop_share": 1 - out.predictor_seconds / out.seconds,
+        "helper_seconds": out.helper_seconds,
+        "tokens_per_second_without_helper": tokens / (out.seconds - out.helper_seconds),
+        "loop_share": 1 - (out.predictor_seconds + out.helper_seconds) / out.seconds,
         "forward_calls": out.forward_calls,
         "empty_answers": sum(not row for row in out.tokens) / len(prompts),
         "counts": {name: int(count.sum()) for name, count in out.counts.items()},
@@ -230,7 +236,7 @@ def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
             f"{100 * row['loop_share']:.0f}%", f"{rows[0]['nfe_mean'] / row['nfe_mean']:.1f}",
         )  # fmt: skip
     longest = max(len(row["label"]) for row in rows)
-    Console(width=max(Console().width, 95 + longest)).print(table)
+    Console(width=max(Console().width, 110 + longest)).print(table)
 
 
 def write_json(rows: Sequence[dict[str, Any]], predictor: MaskPredictor, target: Path) -> None:

@@ -33,6 +33,7 @@ class Generation:
         trace: Steps in order (``rows`` index the prompts), or ``None`` where not asked for.
         seconds: Wall time of the decode.
         predictor_seconds: Part of it inside the predictor.
+        helper_seconds: Part of it inside the helper, for strategies that have one.
         settings: The complete decode settings.
     """
 
@@ -46,6 +47,7 @@ class Generation:
     seconds: float
     predictor_seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
+    helper_seconds: float = 0.0
 
 
 class Decoder:
@@ -187,6 +189,7 @@ class Decoder:
             trace=output.trace if trace else None,
             seconds=output.seconds,
             predictor_seconds=output.predictor_seconds,
+            helper_seconds=output.helper_seconds,
             settings=config.settings() | self.strategy.settings(),
         )
 

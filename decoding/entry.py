@@ -3,6 +3,7 @@
 It lives here because it needs nothing but the parser: scripts in ``decoding/``, ``train/`` and ``eval/`` all use it.
 """
 
+import ctypes
 import difflib
 import netrc
 import os
@@ -64,6 +65,7 @@ def entry(main: Callable[[], object]) -> None:
     Raises:
         SystemExit: The command failed; any other exception is a bug and keeps its traceback.
     """
+    keep_freed_memory()
     try:
         main()
     except InputError as error:
@@ -72,6 +74,20 @@ def entry(main: Callable[[], object]) -> None:
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"\n{stop or 'interrupted'}\n")
         raise SystemExit(130) from None
+
+
+def keep_freed_memory() -> None:
+    """Lets the process reuse large buffers, where its allocator is glibc's.
+
+    By default the largest ones are mapped and unmapped anew at each operator, and the heap is given back between them: a tenth
+    to a quarter of the time of a batched forward on a CPU.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # another allocator, another system
+        return
+    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
+    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes
 
 
 def command(

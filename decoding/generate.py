@@ -26,6 +26,7 @@ def generate(
     base: str = str(BUNDLED / "llada-tiny"),
     strategy: str = "learn2pd",
     filter: str = str(BUNDLED / "filter-llada-tiny"),
+    helper: str = str(BUNDLED / "helper-llada-tiny"),
     options: dict[str, Any] | None = None,
     gen_length: int = 128,
     block_length: int = 32,
@@ -46,7 +47,8 @@ def generate(
         prompt: The user's message.
         base: Folder or hub id of the base model.
         strategy: Name of the strategy.
-        filter: Folder of the filter, for strategies that take one.
+        filter: Folder of the filter that learn2pd uses.
+        helper: Folder of the helper that apd uses.
         options: Further settings of the strategy, such as {"threshold": 0.9}.
         gen_length: Generated positions, in tokens.
         block_length: Positions of a block, in tokens.
@@ -64,6 +66,8 @@ def generate(
     options = dict(options or {})
     if strategy == "learn2pd":
         options.setdefault("filter", filter)
+    if strategy == "apd":
+        options.setdefault("helper", helper)
     if strategy == "oracle":
         raise InputError(
             "strategy", "'oracle'", f"{' | '.join(n for n in STRATEGIES if n != 'oracle')} (it needs a reference)"
@@ -85,9 +89,8 @@ def generate(
             live.update(text, refresh=True)
             time.sleep(pause)
     length = int(first_true(output.sequences == decoder.predictor.ids.eot)[0])
-    fired = (
-        f", the filter added {int(output.counts['filter_commits'].sum())}" if "filter_commits" in output.counts else ""
-    )
+    component = decoder.strategy.component
+    fired = f", the {component.split('_')[0]} added {int(output.counts[component].sum())}" if component else ""
     console.print(f"\n{length} tokens in {int(output.nfe[0])} forwards ({strategy}{fired})", style="bold", end="")
     if compare:
         reference = settings | {"steps": None, "cache": "none", "refresh": None}

@@ -64,6 +64,7 @@ class DecodeOutput:
         counts: Name to ``(B,)`` int64 totals of the strategy's events.
         trace: Steps in order, where recorded.
         predictor_seconds: Wall time inside the predictor's forwards, in seconds.
+        helper_seconds: Wall time inside the helper's forwards, in seconds.
         seconds: Wall time of the decode, in seconds.
     """
 
@@ -73,6 +74,7 @@ class DecodeOutput:
     counts: dict[str, Tensor] = field(default_factory=dict)
     trace: list[StepTrace] = field(default_factory=list)
     predictor_seconds: float = 0.0
+    helper_seconds: float = 0.0
     seconds: float = 0.0
 
 

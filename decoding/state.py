@@ -24,6 +24,7 @@ class Slot:
         end: Generated positions that are left after the end of the text was accepted.
         steps: Forwards so far.
         step_in_block: Forwards so far in the active block.
+        before: Committed positions at the last forward, where they are committed left to right.
     """
 
     row: int
@@ -34,6 +35,7 @@ class Slot:
     block: int = 0
     steps: int = 0
     step_in_block: int = 0
+    before: int = 0
 
 
 class BatchState:

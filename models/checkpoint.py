@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,29 @@ def save_component(folder: str | Path, config: Mapping[str, Any], tensors: Mappi
     except (TypeError, ValueError) as error:
         raise InputError(f"{folder / CONFIG}", error, "values that JSON can hold") from None
     _check_finite(folder / TENSORS, tensors)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    old = aside.with_suffix(".old")
-    try:
+    with replacing(folder) as aside:
         aside.mkdir(parents=True)
         (aside / CONFIG).write_text(text + "\n", encoding="utf-8")
         (aside / CARD).write_text(card, encoding="utf-8")
         # Copies: safetensors refuses tensors that share storage.
         save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
                   aside / TENSORS)  # fmt: skip
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Lets a folder appear in full or not at all: what the block writes into the path it is given replaces ``folder``.
+
+    Args:
+        folder: An absolute path; whatever is there goes, so check first that it may.
+
+    Yields:
+        A path beside it, to be created.
+    """
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    old = aside.with_suffix(".old")
+    try:
+        yield aside
         if folder.exists():
             folder.rename(old)
         try:

@@ -192,7 +192,7 @@ class MaskPredictor:
             InputError: Not a checkpoint, an unknown family, a tensor missing, unexpected or of another shape, a special
                 token missing, or logits that ignore the attention mask.
         """
-        folder = _folder(path)
+        folder = checkpoint_folder(path)
         config_file = folder / "config.json"
         try:
             raw = json.loads(config_file.read_text())
@@ -238,7 +238,12 @@ class MaskPredictor:
             )
 
 
-def _folder(path: str | Path) -> Path:
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder of a checkpoint; a hub id's files are downloaded first, never its code.
+
+    Raises:
+        InputError: Neither an existing folder nor a reachable hub id.
+    """
     folder = Path(path)
     if folder.is_dir():
         return folder

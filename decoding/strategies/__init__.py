@@ -3,7 +3,8 @@
 import inspect
 from typing import Any
 
-from decoding.strategies.base import Decision, Step, Strategy
+from decoding.strategies.apd import APD
+from decoding.strategies.base import BlockStrategy, Decision, Step, Strategy
 from decoding.strategies.dico import DiCo
 from decoding.strategies.entropy_bound import EntropyBound
 from decoding.strategies.factor import Factor
@@ -15,7 +16,7 @@ from decoding.strategies.threshold import Threshold
 from models.errors import InputError
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    cls.name: cls for cls in (FullStep, Threshold, Factor, EntropyBound, Klass, DiCo, Oracle, Learn2PD)
+    cls.name: cls for cls in (FullStep, Threshold, Factor, EntropyBound, Klass, DiCo, Oracle, Learn2PD, APD)
 }
 """Name to class. A new strategy is one file and one entry here."""
 
@@ -39,4 +40,4 @@ def make_strategy(name: str, **options: Any) -> Strategy:
     return STRATEGIES[name](**options)
 
 
-__all__ = ["STRATEGIES", "Decision", "Step", "Strategy", "make_strategy"]
+__all__ = ["APD", "STRATEGIES", "BlockStrategy", "Decision", "Step", "Strategy", "make_strategy"]

@@ -25,7 +25,7 @@ class Step:
         decoded: ``(b,)`` float32, share of the row's whole generated region that is decoded.
         divergence: ``(b, K)`` float32, nats: KL divergence of the position's distribution from the one a step earlier
             (``KL(p_t || p_{t-1})``), infinite at a block's first step; ``None`` unless the strategy asks for it.
-        memory: What :meth:`Strategy.memory` began the row's block with, or the row's last decision left.
+        memory: What :meth:`BlockStrategy.memory` began the row's block with, or the row's last decision left.
     """
 
     evidence: Evidence
@@ -54,19 +54,14 @@ class Decision:
 
 
 class Strategy(ABC):
-    """Maps what was seen at a step to the positions that are committed.
+    """A way to choose what is committed.
 
     Attributes:
         name: Its name in the registry, in YAML and on the command line.
-        needs: Evidence beyond token and confidence: any of ``margin``, ``entropy``, ``divergence`` and
-            ``history``, which stands for ``stable`` and ``previous``.
-        all_positions: True if it reads token and confidence at decoded positions of the block too.
         component: The event among its counts that tells whether its learned component did anything; empty without one.
     """
 
     name: ClassVar[str]
-    needs: frozenset[str] = frozenset()
-    all_positions: bool = False
     component: str = ""
 
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:  # noqa: B027 - most have nothing to check
@@ -76,6 +71,23 @@ class Strategy(ABC):
             InputError: It does not.
         """
 
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Everything that determines its decisions, for result rows and manifests."""
+
+
+class BlockStrategy(Strategy):
+    """Maps what was seen at a step to the positions of the active block that are committed.
+
+    Attributes:
+        needs: Evidence beyond token and confidence: any of ``margin``, ``entropy``, ``divergence`` and
+            ``history``, which stands for ``stable`` and ``previous``.
+        all_positions: True if it reads token and confidence at decoded positions of the block too.
+    """
+
+    needs: frozenset[str] = frozenset()
+    all_positions: bool = False
+
     def memory(self, batch: int, block_length: int) -> dict[str, Tensor]:
         """What it remembers between the steps of a block, as a block begins: name to a CPU tensor ``(batch, ...)``."""
         return {}
@@ -83,10 +95,6 @@ class Strategy(ABC):
     @abstractmethod
     def decide(self, step: Step) -> Decision:
         """Chooses the commits of one step; a pure function of ``step``."""
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Everything that determines its decisions, for result rows and manifests."""
 
 
 def top_k(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:

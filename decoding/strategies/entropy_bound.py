@@ -6,11 +6,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from decoding.strategies.base import Decision, Step, Strategy, require_range
+from decoding.strategies.base import BlockStrategy, Decision, Step, require_range
 
 
 @dataclass(frozen=True)
-class EntropyBound(Strategy):
+class EntropyBound(BlockStrategy):
     """Commits the ``n`` positions of least entropy, ``n`` the largest whose sum less its maximum is at most ``gamma``.
 
     That difference bounds the mutual information of the positions; it is 0 for ``n = 1``, which is always committed.

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from decoding.strategies.base import Decision, Step, Strategy, require_range
+from decoding.strategies.base import BlockStrategy, Decision, Step, require_range
 
 
 @dataclass(frozen=True)
-class Factor(Strategy):
+class Factor(BlockStrategy):
     """Commits the ``n`` most confident positions, ``n`` the largest with ``(n + 1)(1 - c_(n)) < factor``; at least one.
 
     ``c_(n)`` is the ``n``-th largest confidence. Source: arXiv 2505.22618. Unlike public

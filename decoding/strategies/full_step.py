@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from decoding.strategies.base import Decision, Step, Strategy, top_k
+from decoding.strategies.base import BlockStrategy, Decision, Step, top_k
 
 
-class FullStep(Strategy):
+class FullStep(BlockStrategy):
     """Commits the quota's most confident positions; with steps = gen_length, one token a forward (arXiv 2502.09992)."""
 
     name = "full_step"

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoding.strategies.base import Decision, Step, Strategy, require_range, top_k
+from decoding.strategies.base import BlockStrategy, Decision, Step, require_range, top_k
 
 
 @dataclass(frozen=True)
-class Klass(Strategy):
+class Klass(BlockStrategy):
     """Commits every position that is confident and stable; where a row has none, the quota's most confident ones.
 
     Stable means that ``KL(p_t || p_{t-1})`` was below ``divergence`` at each of the last ``history`` steps, this one

@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from decoding.config import DecodeConfig
-from decoding.strategies.base import Decision, Step, Strategy, require_range, top_1
+from decoding.strategies.base import BlockStrategy, Decision, Step, require_range, top_1
 from models.errors import InputError
 from models.filter import FilterConfig, check_compatible, load_filter
 from models.predictor import MaskPredictor
 
 
-class FilterStrategy(Strategy):
+class FilterStrategy(BlockStrategy):
     """A strategy that asks a trained filter: loads it and checks that it fits. Subclasses are dataclasses.
 
     Attributes:

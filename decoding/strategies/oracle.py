@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from decoding.strategies.base import Decision, Step, Strategy, top_1
+from decoding.strategies.base import BlockStrategy, Decision, Step, top_1
 from models.errors import InputError
 
 
-class Oracle(Strategy):
+class Oracle(BlockStrategy):
     """Commits exactly the guesses that equal the reference decode (arXiv 2509.25188).
 
     Where none does, it commits the reference's token at the most confident position and counts a stall, so the reference

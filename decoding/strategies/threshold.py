@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from decoding.strategies.base import Decision, Step, Strategy, require_range, top_1
+from decoding.strategies.base import BlockStrategy, Decision, Step, require_range, top_1
 
 
 @dataclass(frozen=True)
-class Threshold(Strategy):
+class Threshold(BlockStrategy):
     """Commits every position of at least ``threshold`` confidence, and always the best one (arXiv 2505.22618).
 
     Args:

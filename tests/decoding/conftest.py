@@ -69,3 +69,21 @@ def prompts() -> list[list[int]]:
     """Ragged prompts."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, 60, (length,), generator=generator).tolist() for length in (3, 11, 1, 7, 5)]
+
+
+@pytest.fixture(scope="session")
+def random_helper():
+    """A random Llama over the same ids."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from models.helper import Helper, HelperConfig
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, max_position_embeddings=512, initializer_range=0.05,
+    )  # fmt: skip
+    described = HelperConfig(
+        base_fingerprint="unsaved", vocab_size=VOCAB, mask_id=MASK, eot_id=EOT, gen_length=24, eot_rule="filter"
+    )
+    return Helper(LlamaForCausalLM(config), described)

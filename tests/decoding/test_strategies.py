@@ -76,7 +76,8 @@ def start(strategy, step):
 
 
 def test_every_registered_strategy_has_a_row_here():
-    assert {strategy.name for strategy in STRATEGIES.values()} == set(REGISTRY)
+    # apd commits no positions of a block; test_apd.py is about it.
+    assert {strategy.name for strategy in STRATEGIES.values()} == set(REGISTRY) - {"apd"}
 
 
 @given(step=steps())

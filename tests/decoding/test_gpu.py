@@ -1,0 +1,70 @@
+"""What only a GPU can show: no hidden waits, fused attention under padding, and the same text as on a CPU."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from decoding.config import DecodeConfig
+from decoding.loop import decode, decode_steps
+from decoding.output import empty_output
+from decoding.strategies import make_strategy
+from models.predictor import MaskPredictor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def on_gpu(random_llada):
+    model = copy.deepcopy(random_llada.model).cuda()
+    return MaskPredictor(model, random_llada.ids, random_llada.vocab_size, random_llada.max_length)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("eot", ["off", "filter", "published"])
+@pytest.mark.parametrize("name", ["full_step", "threshold", "factor", "entropy_bound", "klass", "dico"])
+def test_the_text_is_that_of_the_cpu(random_llada, on_gpu, prompts, name, eot, cache):
+    config, strategy = DecodeConfig(32, 8, eot=eot, cache=cache), make_strategy(name)
+    there, here = (decode(p, prompts, config, strategy, batch_size=3) for p in (on_gpu, random_llada))
+    assert torch.equal(there.sequences, here.sequences)
+    assert torch.equal(there.nfe, here.nfe)
+    assert 0 < there.predictor_seconds < there.seconds
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_one_wait_for_the_device_a_step(on_gpu, prompts, cache):
+    config = DecodeConfig(32, 8, eot="filter", cache=cache)
+    steps = decode_steps(on_gpu, prompts, config, make_strategy("dico"), empty_output(5, config))
+    next(steps)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        for _ in range(6):
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                next(steps)
+            assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) <= 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_padding_needs_no_slow_attention(on_gpu, prompts, cache):
+    config = DecodeConfig(32, 8, cache=cache)
+    predictor = on_gpu.to_dtype("bfloat16")
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        decode(predictor, prompts, config, make_strategy("threshold"))
+        decode(predictor, prompts[:1], config, make_strategy("threshold"))
+
+
+def test_a_compiled_forward_decodes_the_same(on_gpu, prompts):
+    compiled = MaskPredictor(copy.deepcopy(on_gpu.model), on_gpu.ids, on_gpu.vocab_size, on_gpu.max_length)
+    compiled.compile()
+    for cache in ("none", "dual"):
+        config = DecodeConfig(32, 8, cache=cache)
+        eager, ours = (decode(p, prompts, config, make_strategy("full_step")) for p in (on_gpu, compiled))
+        assert torch.equal(eager.sequences, ours.sequences)

@@ -1,0 +1,251 @@
+"""Distils a helper for adaptive parallel decoding from nothing but a base model: ``python train/helper.py fit``.
+
+``fit`` rolls out what is missing, trains, exports, decodes validation prompts at several mixture weights, and prints the
+comparison.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import WandbLogger
+
+from data.compare import Run, compare, print_table
+from data.helper_module import HelperDataModule
+from data.manifest import MANIFEST, open_rollouts, read_manifest
+from data.prompts import PromptSource, load_prompts
+from decoding.strategies import Strategy, make_strategy
+from models.errors import InputError
+from models.helper import Helper, HelperConfig, save_helper
+from models.predictor import MaskPredictor
+from train.cli import Command, run
+from train.folder import load_checkpoint
+from train.helper_module import HelperModule
+from train.rollout_module import rollout
+
+FIGURES = ("exact_match", "sequence_agreement", "nfe_mean", "tokens_per_forward")
+
+
+@dataclass
+class Pipeline:
+    """What happens around the training.
+
+    Args:
+        base: Folder or hub id of the base model.
+        out: Folder of the export.
+        sources: Prompts to roll out where the rollout folder lacks them, and to decode after training.
+        rollout_limit: Prompts rolled out in all, whatever their split; null for every prompt of the sources.
+        gen_length: Generated positions of the rollouts, in tokens.
+        block_length: Positions of a block in the rollouts; the helper knows no blocks.
+        batch_size: Prompts decoded together.
+        measure_prompts: Validation prompts decoded after training.
+        mixture_weights: Values of APD's R they are decoded with; [] decodes none.
+        kv_window: APD's W; null recomputes everything.
+        max_lookahead: APD's M; null for all MASK positions that are left.
+    """
+
+    base: str
+    out: Path
+    sources: list[PromptSource]
+    rollout_limit: int | None
+    gen_length: int
+    block_length: int
+    batch_size: int
+    measure_prompts: int
+    mixture_weights: list[float]
+    kv_window: int | None
+    max_lookahead: int | None
+
+
+def roll_out(command: Command) -> None:
+    """Before ``fit``: the rollouts that are missing."""
+    pipeline: Pipeline = command.setting("pipeline")
+    folder = command.datamodule.rollouts
+    for weight in pipeline.mixture_weights:
+        if not 0 <= weight <= 1:
+            raise InputError("pipeline.mixture_weights", weight, "numbers from 0 to 1")
+    if command.trainer.world_size > 1:
+        open_rollouts(folder)  # several processes would roll out the same prompts; train/rollout.py shares them out
+        return
+    # Only references are read here; a folder made for a filter, which holds more, serves as it is.
+    states = read_manifest(folder)["settings"]["states"] if (folder / MANIFEST).is_file() else ["full_step"]
+    if "filter" in states:
+        open_rollouts(folder)
+        return
+    rollout(
+        pipeline.base, folder, sources=pipeline.sources, limit=pipeline.rollout_limit, batch_size=pipeline.batch_size,
+        gen_length=pipeline.gen_length, block_length=pipeline.block_length, states=states,
+    )  # fmt: skip
+
+
+def finish(command: Command) -> None:
+    """After ``fit``: best weights, decodes of validation prompts, export, comparison."""
+    pipeline: Pipeline = command.setting("pipeline")
+    module: HelperModule = command.model
+    trainer = command.trainer
+    best = Path(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+    module.load_state_dict(load_checkpoint(best)["state_dict"], strict=module.strict_loading)
+    metrics = dict(trainer.validate(module, command.datamodule, verbose=False)[0])
+    if not trainer.is_global_zero:  # every rank has to take part up to here
+        return
+    predictor = MaskPredictor.from_pretrained(pipeline.base)
+    config = describe(module, predictor, command.datamodule.rollouts, metrics)
+    module.to(predictor.device)
+    rows = measure(predictor, Helper(module.net, config), pipeline)
+    for row in rows[1:]:
+        prefix = f"apd/{row['settings']['mixture_weight']:g}"
+        config.metrics.update({f"{prefix}/{name}": row[name] for name in FIGURES})
+    config.metrics.update({f"full_step/{name}": row[name] for row in rows[:1] for name in FIGURES})
+    save_helper(pipeline.out, module.net, config, card(config, rows, command.settings))
+    if rows:
+        print_table(rows, f"{rows[0]['prompts']} validation prompts")
+    print(f"exported {pipeline.out}")
+    # The run is over: started again, fit begins anew. An interrupted one still has its last.ckpt and continues.
+    (command.folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
+    for logger in trainer.loggers:
+        if rows and isinstance(logger, WandbLogger):  # absent with WANDB_MODE=disabled
+            names = ["label", *FIGURES]
+            logger.log_table("comparison", columns=names, data=[[row[name] for name in names] for row in rows])
+
+
+def describe(
+    module: HelperModule, predictor: MaskPredictor, rollouts: Path, metrics: Mapping[str, float]
+) -> HelperConfig:
+    """The helper's description: what it was trained on, and for what.
+
+    Raises:
+        InputError: The rollouts are not of this base model.
+    """
+    settings = open_rollouts(rollouts, fingerprint=predictor.fingerprint).manifest["settings"]
+    source = module.pretrained
+    if source is not None and Path(source).is_dir():
+        source = str(Path(source).resolve())  # wherever the export is loaded from
+    return HelperConfig(
+        vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask, eot_id=predictor.ids.eot,
+        base_fingerprint=predictor.fingerprint, gen_length=settings["gen_length"], eot_rule=settings["eot"],
+        source=source, source_fingerprint=module.source_fingerprint, adapter=module.lora_rank is not None,
+        metrics=dict(metrics),
+    )  # fmt: skip
+
+
+def measure(predictor: MaskPredictor, helper: Helper, pipeline: Pipeline) -> list[dict[str, Any]]:
+    """Decodes validation prompts full-step and with APD at every mixture weight.
+
+    Returns:
+        The rows of the comparison, full_step first; none where there are no mixture weights.
+    """
+    if not pipeline.mixture_weights:
+        return []
+    prompts = load_prompts(pipeline.sources, split="validation", limit=pipeline.measure_prompts)
+    runs, ready = [Run("full_step")], dict[str, Strategy]()
+    for weight in sorted(pipeline.mixture_weights):
+        runs.append(Run("apd", {"mixture_weight": weight}))
+        ready[runs[-1].label] = make_strategy(
+            "apd", network=helper, mixture_weight=weight, kv_window=pipeline.kv_window,
+            max_lookahead=pipeline.max_lookahead,
+        )  # fmt: skip
+    return compare(
+        predictor, prompts, runs, gen_length=pipeline.gen_length, block_length=pipeline.block_length,
+        batch_size=pipeline.batch_size, strategies=ready,
+        progress=lambda label: print(f"decoding {len(prompts)} validation prompts: {label}", file=sys.stderr),
+    )  # fmt: skip
+
+
+def card(config: HelperConfig, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """The model card of an export."""
+    what = (
+        f"tuned from `{config.source}`"
+        if config.source
+        else f"trained from scratch (init: {settings['model']['init']})"
+    )
+    how = f", LoRA of rank {settings['model']['lora_rank']}" if settings["model"]["lora_rank"] else ""
+    prompts = [
+        " ".join(str(source[key]) for key in ("path", "split", "size") if source.get(key))
+        for source in settings["pipeline"]["sources"]
+    ]
+    lines = [
+        "# APD helper",
+        "",
+        f"A causal language model over the token ids of the mask predictor `{config.base_fingerprint}`, {what}{how}: the",
+        "helper of adaptive parallel decoding (arXiv 2506.00413). Distilled on the predictor's own text: rollouts of",
+        f"gen_length {config.gen_length}, EoT rule `{config.eot_rule}`; prompts: {', '.join(prompts)}; "
+        f"limit {settings['pipeline']['rollout_limit']}.",
+        "",
+        f"It has no tokenizer: the ids are the predictor's (vocab_size {config.vocab_size}, EoT {config.eot_id}). "
+        "`helper.json` describes it; "
+        + ("peft reads the adapter." if config.adapter else "`AutoModelForCausalLM` reads the weights."),
+    ]
+    if rows:
+        first = rows[1]["settings"]
+        lines += [
+            "",
+            f"Accepted length is text committed in a forward of the predictor, in tokens: what follows the first EoT does not "
+            f"count. W {first['kv_window']}, M {first['max_lookahead']}.",
+            "",
+            f"| decode of {rows[0]['prompts']} validation prompts | exact | same text as full_step | NFE | accepted length |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['label']} | {row['exact_match']:.3f} | {row['sequence_agreement']:.3f} | {row['nfe_mean']:.1f} "
+            f"| {row['tokens_per_forward']:.2f} |"
+            for row in rows
+        ]
+    lines += ["", "| validation metric (response tokens) | value |", "|---|---|"]
+    lines += [f"| {name} | {value:.4f} |" for name, value in config.metrics.items() if name.startswith("validation/")]
+    return "\n".join(lines) + "\n"
+
+
+def export(checkpoint: Path, rollouts: Path, out: Path, base: str | None = None, merge: bool = False) -> None:
+    """Exports a training checkpoint.
+
+    Args:
+        checkpoint: Checkpoint written by ``fit``.
+        rollouts: Rollout folder it was trained on.
+        out: Folder to write.
+        base: Folder or hub id of the base model; by default the one it was trained with.
+        merge: Write a LoRA merged into its pretrained model, as one whole model, rather than as an adapter.
+
+    Raises:
+        InputError: The checkpoint, rollouts and base model cannot be read or do not belong together.
+    """
+    content = load_checkpoint(checkpoint)
+    settings = {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
+    module = HelperModule(**settings)
+    if merge and module.lora_rank is None:
+        raise InputError("merge", "true", "false: the checkpoint is of a whole model, there is nothing to merge")
+    predictor = MaskPredictor.from_pretrained(base or settings["base"])
+    module.build(predictor)
+    module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"], strict=module.strict_loading)
+    config = describe(module, predictor, rollouts, {})
+    net = module.net
+    if merge:
+        net, config = net.merge_and_unload(), replace(config, adapter=False)
+    save_helper(
+        out, net, config, f"# APD helper\n\nExported from `{checkpoint.name}` for `{config.base_fingerprint}`.\n"
+    )
+    print(f"exported {out}")
+
+
+def callbacks(folder: Path) -> list[Callback]:
+    """Stops once the validation loss has not improved for a while."""
+    return [EarlyStopping("validation/loss", patience=5)]
+
+
+if __name__ == "__main__":
+    run(
+        "helper",
+        HelperModule,
+        HelperDataModule,
+        verbs={"export": export},
+        settings={"pipeline": Pipeline},
+        links=[("pipeline.base", "model.base")],
+        checkpoint={"monitor": "validation/loss"},
+        callbacks=callbacks,
+        before={"fit": roll_out},
+        after={"fit": finish},
+    )
