@@ -251,26 +251,46 @@ def write_json(rows: Sequence[dict[str, Any]], predictor: MaskPredictor, target:
 
 
 def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
-    """Draws quality against NFE: one line for each strategy, the reference's quality as a dashed line."""
+    """Draws quality against NFE and against tokens/s; a line joins runs that differ in the value of a setting only.
+
+    The reference's quality is a dashed line.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    for axis, key, title in zip(
-        axes, ("exact_match", "sequence_agreement"), ("exact match", "same text as full_step"), strict=True
-    ):
-        names = list(dict.fromkeys(row["settings"]["strategy"] for row in rows))
-        for name in names:
-            points = sorted((row["nfe_mean"], 100 * row[key]) for row in rows if row["settings"]["strategy"] == name)
-            axis.plot(*zip(*points, strict=True), marker="o" if name != "oracle" else "*", label=name,
-                      markersize=13 if name == "oracle" else 6)  # fmt: skip
-        axis.axhline(100 * rows[0][key], color="grey", linestyle="--", linewidth=1)
-        axis.set(xlabel="forwards per answer (NFE)", ylabel=f"{title}, %", xscale="log")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(_series(row["settings"]), []).append(row)
+    panels = [("nfe_mean", "exact_match"), ("nfe_mean", "sequence_agreement"), ("tokens_per_second", "exact_match")]
+    words = {
+        "nfe_mean": "forwards per answer (NFE)", "tokens_per_second": "generated tokens per second",
+        "exact_match": "exact match, %", "sequence_agreement": "same text as full_step, %",
+    }  # fmt: skip
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), constrained_layout=True)
+    for axis, (cost, quality) in zip(axes, panels, strict=True):
+        for name, points in lines.items():
+            marker, size = ("*", 13) if name == "oracle" else ("o", 6)
+            places = sorted((row[cost], 100 * row[quality]) for row in points)
+            axis.plot(*zip(*places, strict=True), marker=marker, markersize=size, label=name)
+        axis.axhline(100 * rows[0][quality], color="grey", linestyle="--", linewidth=1)
+        axis.set(xlabel=words[cost], ylabel=words[quality], xscale="log")
         axis.grid(visible=True, which="both", alpha=0.3)
-        axis.legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(lines), 6))
     figure.suptitle(f"{rows[0]['prompts']} held-out prompts, gen_length {rows[0]['settings']['gen_length']}")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130)
     plt.close(figure)
+
+
+def _series(settings: dict[str, Any]) -> str:
+    """Name of the line that a run belongs to: its strategy and which settings it has beside the usual ones."""
+    extra = [name for name in ("filter", "kv_window", "max_lookahead") if settings.get(name) is not None]
+    words = [
+        settings["strategy"],
+        *(f"+ {name}" for name in extra if (settings["strategy"], name) != ("learn2pd", "filter")),
+    ]
+    words += [f"{settings['cache']} cache"] * (settings["cache"] != "none")
+    words += [f"EoT {settings['eot']}"] * (settings["eot"] != "filter")
+    return " ".join(words)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.compare import Run, agreement, compare, row_of
+from data.compare import Run, _series, agreement, compare, row_of
 from data.prompts import Prompt
 from decoding.decoder import Generation
 from models.errors import InputError
@@ -95,3 +95,16 @@ def test_runs_are_refused_by_name(tiny_checkpoint, runs, message):
     predictor = MaskPredictor.from_pretrained(tiny_checkpoint)
     with pytest.raises(InputError, match=message):
         compare(predictor, PROMPTS, runs, gen_length=16, block_length=8)
+
+
+def test_a_line_joins_runs_that_differ_in_a_value_only():
+    usual = {"cache": "none", "eot": "filter"}
+    names = [
+        _series({"strategy": "apd", "mixture_weight": 0.5, "kv_window": None, "max_lookahead": None, **usual}),
+        _series({"strategy": "apd", "mixture_weight": 0.7, "kv_window": None, "max_lookahead": None, **usual}),
+        _series({"strategy": "apd", "mixture_weight": 0.7, "kv_window": 16, "max_lookahead": None, **usual}),
+        _series({"strategy": "learn2pd", "filter": "x", **usual}),
+        _series({"strategy": "dico", "filter": "x", **usual}),
+        _series({"strategy": "full_step", "cache": "dual", "eot": "off"}),
+    ]
+    assert names == ["apd", "apd", "apd + kv_window", "learn2pd", "dico + filter", "full_step dual cache EoT off"]
