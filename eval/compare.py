@@ -1,7 +1,10 @@
 """Decodes held-out prompts with several strategies side by side: ``python eval/compare.py``."""
 
+import itertools
 import sys
+import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +52,13 @@ def main(
     predictor = MaskPredictor.from_pretrained(base)
     chosen = load_prompts(prompts, split="test", limit=limit)
 
+    total, started = len(runs) * repeats, time.monotonic()
+    done = itertools.count()
+
     def progress(label: str) -> None:
-        sys.stderr.write(f"decoding {len(chosen)} prompts: {label}\n")
+        number = next(done)
+        left = timedelta(seconds=round((time.monotonic() - started) / number * (total - number))) if number else "?"
+        sys.stderr.write(f"run {number + 1}/{total} | about {left} left | {label}\n")
 
     rows = compare(
         predictor,
