@@ -23,6 +23,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 # How jsonargparse words the two ways of naming something it does not know.
 _UNKNOWN = re.compile(r"Unrecognized arguments: (?:--)?([^\s=]+)|does not accept (?:option|nested key) '([^']+)'")
+_LITERAL = re.compile(r"typing\.Literal\[([^\]]+)\]")
 _KEY = re.compile(r'Parser key "([^"]+)": ?(.*)')
 _TYPE = re.compile(r"Expected a (?:<class ')?(.+?)(?:'>)?\. Got value: (.*)$")
 
@@ -41,6 +42,7 @@ class CommandParser(ArgumentParser):
         message = " ".join(message.split())
         if key := _KEY.fullmatch(message):
             message = f"{key[1]}: {key[2]}"
+        message = _LITERAL.sub(lambda found: found[1].replace("'", "").replace(", ", " | "), message)
         message = _TYPE.sub(r"found \2; accepted: \1", message)
         if unknown := _UNKNOWN.search(message):
             message += f"; accepted: {_accepted(parser, unknown[1] or unknown[2])}"

@@ -96,6 +96,7 @@ def test_generate_command_prints_text_and_forwards(tiny_checkpoint):
         (["--prompt", ""], "prompt: found no text"),
         (["--prompt", "x", "--block_length", "7"], "block_length: found 7; accepted: a divisor of gen_length 128"),
         (["--prompt", "x", "--strategy", "best"], "strategy: found 'best'"),
+        (["--prompt", "x", "--cache", "both"], "cache: found both; accepted: none | prefix | dual"),
         (["--prompt", "x", "--base", "/nowhere"], "base checkpoint: found '/nowhere'"),
         (["--prompt", "x", "--blok_length", "7"], "block_length"),
     ],
