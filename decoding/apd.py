@@ -23,12 +23,14 @@ class Draft:
     Attributes:
         numbers: ``(n,)`` int64, their slots.
         slots: What the host knows of them.
+        lengths: Positions looked at, one number a row.
         done: ``(n, 1)`` int64, committed positions.
-        ahead: ``(n, 1)`` int64, positions looked at; those beyond repeat the last one and are not used.
+        ahead: ``(n, 1)`` int64, ``lengths`` on the device; positions beyond repeat the last one and are not used.
     """
 
     numbers: Tensor
     slots: list[Slot]
+    lengths: list[int]
     done: Tensor
     ahead: Tensor
 
@@ -48,7 +50,8 @@ class ApdRun(Run):
         assert strategy.network is not None
         self.helper = strategy.network
         self.helper_cache = self.helper.allocate_cache(self.capacity, width) if strategy.mixture_weight < 1 else None
-        self.cache = request.predictor.allocate_cache(self.capacity, width) if strategy.kv_window else None
+        if strategy.kv_window is not None:
+            self.keep_keys()
         self.helper_timer = Timer(device)
         self.places = torch.arange(width, device=device)
         self.needs = frozenset({"margin", "entropy"}) if request.record else frozenset[str]()
@@ -64,9 +67,10 @@ class ApdRun(Run):
                 continue
             draft = self._lookahead(numbers)
             logits = self._predict(draft)
-            found = read_block(logits.flatten(0, 1), self.predictor.ids, self.needs, self._draw(draft, logits))
+            noise = self._draw(draft, logits)
+            found = read_block(logits.flatten(0, 1), self.predictor.ids, self.needs, noise)
             token = found["token"].view(len(numbers), -1)
-            kept = self._judge(draft, logits, token)
+            kept = self._judge(draft, logits, token, noise)
             index = draft.numbers[:, None]
             offset = (state.region - draft.done).clamp(0, token.shape[1] - 1)
             inside = (state.region >= draft.done) & (state.region < draft.done + draft.ahead)
@@ -88,16 +92,19 @@ class ApdRun(Run):
     def _lookahead(self, numbers: list[int]) -> Draft:
         state, device = self.state, self.state.ids.device
         slots = [state.slots[number] for number in numbers]
-        ahead = [min(slot.left, self.strategy.max_lookahead or slot.left) for slot in slots]
-        known = torch.tensor([numbers, [self.config.gen_length - slot.left for slot in slots], ahead]).to(device)
-        return Draft(known[0], slots, known[1, :, None], known[2, :, None])
+        lengths = [min(slot.left, self.strategy.max_lookahead or slot.left) for slot in slots]
+        known = torch.tensor([numbers, [self.config.gen_length - slot.left for slot in slots], lengths]).to(device)
+        return Draft(known[0], slots, lengths, known[1, :, None], known[2, :, None])
 
     def _predict(self, draft: Draft) -> Tensor:
         """The predictor's logits for the lookahead, ``(n, m, V)`` float32."""
         state, window = self.state, self.strategy.kv_window
         low = state.window[0]
         base = state.prompt_width - low  # column of the first generated position
-        ends = [base + self.config.gen_length - slot.left + min(slot.left, self._most(slot)) for slot in draft.slots]
+        ends = [
+            base + self.config.gen_length - slot.left + length
+            for slot, length in zip(draft.slots, draft.lengths, strict=True)
+        ]
         high = max(ends)
         ids, positions = state.ids[draft.numbers, low : low + high], state.positions[draft.numbers, low : low + high]
         visible = state.attention[draft.numbers, low : low + high] & (
@@ -119,31 +126,27 @@ class ApdRun(Run):
         logits = self.forward(Inputs(ids, visible, positions, 0, arguments), at.view(-1))
         return logits.float().view(*ahead.shape, -1)
 
-    def _most(self, slot: Slot) -> int:
-        return self.strategy.max_lookahead or slot.left
-
     def _steps(self, draft: Draft) -> Tensor:
         """0, 1, ... along the lookahead, ``(n, m)``, staying at each row's last position."""
-        most = max(min(slot.left, self._most(slot)) for slot in draft.slots)
-        return torch.minimum(self.places[:most], draft.ahead - 1)
+        return torch.minimum(self.places[: max(draft.lengths)], draft.ahead - 1)
 
     def _draw(self, draft: Draft, logits: Tensor) -> Tensor | None:
         """One Gumbel draw a position, ``(n * m, V)``, for the draft and the target alike; ``None`` at temperature 0."""
-        counts = [min(slot.left, self._most(slot)) for slot in draft.slots]
-        noise = self.noise.draw([slot.row for slot in draft.slots], counts, logits.shape[2])
-        self.drawn = None
-        if noise is not None:
-            live = (self.places[: logits.shape[1]] < draft.ahead).view(-1).nonzero_static(size=sum(counts))[:, 0]
-            self.drawn = noise.new_zeros(len(counts) * logits.shape[1], logits.shape[2]).index_copy_(0, live, noise)
-        return self.drawn
+        noise = self.noise.draw([slot.row for slot in draft.slots], draft.lengths, logits.shape[2])
+        if noise is None:
+            return None
+        live = (self.places[: logits.shape[1]] < draft.ahead).view(-1).nonzero_static(size=sum(draft.lengths))[:, 0]
+        laid = noise.new_zeros(len(draft.lengths) * logits.shape[1], logits.shape[2])
+        return laid.index_copy_(0, live, noise)
 
-    def _judge(self, draft: Draft, logits: Tensor, token: Tensor) -> Tensor:
+    def _judge(self, draft: Draft, logits: Tensor, token: Tensor, noise: Tensor | None) -> Tensor:
         """Length of the draft's accepted prefix.
 
         Args:
             draft: The lookahead.
             logits: ``(n, m, V)`` float32 of the predictor, MASK at minus infinity.
             token: ``(n, m)`` int64, the draft.
+            noise: ``(n * m, V)`` float32, what the draft was drawn with.
 
         Returns:
             ``(n,)`` int64, at least 1.
@@ -159,8 +162,8 @@ class ApdRun(Run):
         if weight > 0:
             target += logits.log_softmax(-1) * weight
         target[..., self.predictor.ids.mask] = -torch.inf
-        if self.drawn is not None:
-            target += self.drawn.view(target.shape)
+        if noise is not None:
+            target += noise.view(target.shape)
         agreed = target.argmax(-1) == token
         agreed[:, 0] = True
         agreed &= self.places[: token.shape[1]] < draft.ahead
@@ -190,8 +193,7 @@ class ApdRun(Run):
         return logits.gather(1, answers[..., None].expand(-1, -1, logits.shape[2]))
 
     def moved(self, source: int, target: int) -> None:
-        if self.cache is not None:
-            self.cache.move(source, target)
+        super().moved(source, target)
         if self.helper_cache is not None:
             self.helper_cache.move(source, target)
 

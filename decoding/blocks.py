@@ -31,8 +31,8 @@ class BlockRun(Run):
         memory = strategy.memory(1, config.block_length)
         super().__init__(request, config, memory, predictor.vocab_size if "divergence" in self.needs else 0)
         self.references = None if request.references is None else request.references.to(predictor.device)
-        width = self.state.ids.shape[1]
-        self.cache = predictor.allocate_cache(self.capacity, width) if config.cache != "none" else None
+        if config.cache != "none":
+            self.keep_keys()
 
     def decide(self) -> tuple[Evidence, Decision]:
         state = self.state
@@ -53,10 +53,6 @@ class BlockRun(Run):
             cut = published_cut(self.eot["probability"], self.eot["top"], self.state.masked)
             last = torch.where(last < self.config.gen_length, last, cut)
         return last
-
-    def moved(self, source: int, target: int) -> None:
-        if self.cache is not None:
-            self.cache.move(source, target)
 
     def _see(self) -> dict[str, Tensor]:
         """Runs the step's forwards; leaves the EoT evidence in ``eot``.

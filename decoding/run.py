@@ -16,6 +16,7 @@ from decoding.read import Noise
 from decoding.state import BatchState
 from decoding.strategies.base import Decision, Strategy
 from models.features import Evidence
+from models.llada import KVCache
 from models.predictor import MaskPredictor
 
 
@@ -45,6 +46,7 @@ class Run(ABC):
         distribution: See there.
 
     Attributes:
+        cache: The predictor's keys and values, a row a slot, where a subclass keeps them.
         eot: EoT evidence of the step over the generated region, ``(b, G)`` fields; empty where none was looked at.
     """
 
@@ -61,6 +63,7 @@ class Run(ABC):
         ids = request.predictor.ids
         self.state = BatchState(ids, prompts, config, self.capacity, device, memory or {}, distribution)
         self.timer = Timer(device)
+        self.cache: KVCache | None = None
         self.finished: list[int] = []
         self.eot: dict[str, Tensor] = {}
 
@@ -112,9 +115,10 @@ class Run(ABC):
         inside = first_true(ended)
         return torch.where(inside < size, self.state.block * size + inside, self.config.gen_length)
 
-    @abstractmethod
     def moved(self, source: int, target: int) -> None:
         """A row went from one slot to another; whatever is stored by slot has to follow."""
+        if self.cache is not None:
+            self.cache.move(source, target)
 
     def hand_out(self) -> None:
         """Stores the rows that finished in this step and gives their slots away."""
@@ -125,6 +129,10 @@ class Run(ABC):
             self.noise.forget(row)
         for move in state.release(self.finished):
             self.moved(*move)
+
+    def keep_keys(self) -> None:
+        """Allocates the predictor's cache for all slots and columns."""
+        self.cache = self.predictor.allocate_cache(self.capacity, self.state.ids.shape[1])
 
     def close(self) -> None:
         """Brings the results to the CPU."""

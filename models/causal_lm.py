@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from models.errors import InputError
-from models.predictor import MaskPredictor, checkpoint_folder
+from models.predictor import MaskPredictor, check_tensors, checkpoint_folder
 
 
 def within(ids: Tensor, vocab_size: int, eot_id: int) -> Tensor:
@@ -170,10 +170,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str = "auto") -> PreTraine
         raise InputError(
             str(folder), str(error).splitlines()[0], "a causal LM in config.json and safetensors"
         ) from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(name if isinstance(name, str) else name[0] for name in info[kind]):
-            problem = f"{kind.replace('_keys', '')} tensors {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-            raise InputError(f"{folder}: safetensors", problem, "exactly the tensors config.json asks for")
+    check_tensors(folder, info)
     return model
 
 

@@ -273,11 +273,21 @@ def _load_model(folder: Path, dtype: torch.dtype | str) -> nn.Module:
         raise InputError(
             str(folder), str(error).splitlines()[0], "a config.json and safetensors that fit it"
         ) from error
+    check_tensors(folder, info)
+    return model
+
+
+def check_tensors(folder: Path, info: dict[str, Any]) -> None:
+    """Raises an InputError if loading left a tensor out, met one too many, or one of another shape.
+
+    Args:
+        folder: Where from.
+        info: What transformers returns with ``output_loading_info``.
+    """
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(name if isinstance(name, str) else name[0] for name in info[kind]):
             problem = f"{kind.replace('_keys', '')} tensors {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
             raise InputError(f"{folder}: safetensors", problem, "exactly the tensors config.json asks for")
-    return model
 
 
 def _token_ids(folder: Path, raw: dict, family: Family, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
