@@ -1,5 +1,6 @@
 """Predictors for the decode tests: a scripted one, and a small random LLaDA."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -62,6 +63,14 @@ def random_llada() -> MaskPredictor:
         eos_token_id=EOT, pad_token_id=EOT, max_sequence_length=512, init_std=0.3,
     )  # fmt: skip
     return wrap(LLaDAModelLM(config))
+
+
+@pytest.fixture(scope="session")
+def ending_llada(random_llada) -> MaskPredictor:
+    """The same, but it says EoT now and then, also with text left of it still to come."""
+    model = copy.deepcopy(random_llada.model)
+    model.model.transformer["ff_out"].weight[EOT] *= 2
+    return wrap(model)
 
 
 @pytest.fixture(scope="session")

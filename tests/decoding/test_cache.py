@@ -99,8 +99,11 @@ def plain_decode(model, prompt, config, threshold):
 @pytest.mark.parametrize(
     ("cache", "refresh"), [("none", None), ("prefix", None), ("dual", None), ("prefix", 3), ("dual", 2)]
 )
-def test_every_row_equals_the_plain_decode(random_llada, prompts, cache, refresh, eot):
+@pytest.mark.parametrize("ends", [False, True])
+def test_every_row_equals_the_plain_decode(random_llada, ending_llada, prompts, cache, refresh, eot, ends):
     config = DecodeConfig(32, 8, eot=eot, cache=cache, refresh=refresh)
+    random_llada = ending_llada if ends else random_llada
+    left = 0  # steps after a row's end was accepted, with positions left of it still masked
     for threshold in (0.5, 2.0):
         strategy = make_strategy("threshold", threshold=threshold)
         out = decode(random_llada, prompts, config, strategy, record=True, batch_size=3)
@@ -112,6 +115,12 @@ def test_every_row_equals_the_plain_decode(random_llada, prompts, cache, refresh
             assert len(steps) == out.nfe[row] == len(confidences)  # a block of n decisions costs n forwards
             ours = torch.stack([step[n] for step, n in zip(steps, which, strict=True)])
             torch.testing.assert_close(ours.double(), torch.stack(confidences), atol=1e-5, rtol=1e-4)
+            ended = (text == EOT).long().argmax().item() if (text == EOT).any() else 32
+            committed = [s.transfer[n] & (s.committed[n] == EOT) for s, n in zip(
+                [s for s in out.trace if (s.rows == row).any()], which, strict=True)]  # fmt: skip
+            first = next((n for n, flags in enumerate(committed) if flags.any()), len(committed))
+            left += max(0, len(committed) - 1 - first) if ended < 32 else 0
+    assert not ends or eot == "off" or left  # otherwise the comparison would be hollow
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
