@@ -192,6 +192,9 @@ class ApdRun(Run):
         answers = width + draft.done - 1 - start + self._steps(draft)
         return logits.gather(1, answers[..., None].expand(-1, -1, logits.shape[2]))
 
+    def text_length(self, slot: Slot) -> int:
+        return self.config.gen_length - slot.left
+
     def moved(self, source: int, target: int) -> None:
         super().moved(source, target)
         if self.helper_cache is not None:

@@ -1,7 +1,7 @@
 """Text in, text out: a base model, a strategy and its exported component behind one object."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ class Generation:
     """What ``generate`` returns; every list and tensor is in the order of the prompts.
 
     Attributes:
-        text: Decoded text of each row, special tokens left out.
+        text: Decoded text of each row, special tokens left out, up to the first stop sequence.
         tokens: Generated ids of each row before its first EoT.
         sequences: ``(B, gen_length)`` int64, the whole generated region.
         nfe: ``(B,)`` int64, forwards in which the row still had masked positions.
@@ -34,7 +34,7 @@ class Generation:
         seconds: Wall time of the decode.
         predictor_seconds: Part of it inside the predictor.
         helper_seconds: Part of it inside the helper, for strategies that have one.
-        settings: The complete decode settings.
+        settings: The complete decode settings, with the fingerprints of all weights.
     """
 
     text: list[str]
@@ -103,7 +103,9 @@ class Decoder:
         batch_size: int = 32,
         chat_template: bool = True,
         references: Tensor | None = None,
+        stop: Sequence[str] = (),
         trace: bool = False,
+        progress: Callable[[int], None] = lambda finished: None,
     ) -> Generation:
         """Decodes a list of prompts; as one is finished, the next takes its place in the batch.
 
@@ -120,7 +122,9 @@ class Decoder:
             batch_size: Prompts decoded together.
             chat_template: Wrap text in the chat template.
             references: ``(B, gen_length)`` int64, for the oracle.
+            stop: Texts that end a row: looked for at the end of every block, in the text decoded so far.
             trace: Keep every step.
+            progress: Called after every step with the number of rows that are finished.
 
         Raises:
             InputError: A setting, a prompt or a reference that cannot be used, by name.
@@ -136,12 +140,14 @@ class Decoder:
         whole = decode(
             self.predictor, [ids[i] for i in order], config, self.strategy,
             None if references is None else references[index], record=trace, seeds=order, batch_size=batch_size,
+            stop=(lambda row, tokens: cut(self._text(tokens), stop) is not None) if stop else None, progress=progress,
         )  # fmt: skip
         _restore(whole, index)
         name = self.strategy.component
         if name and not whole.counts[name].any():
             warnings.warn(f"{self.strategy.name}: its component never fired ({name} is 0 in every row)", stacklevel=2)
-        return self._generation(whole, config, trace)
+        settings = {"batch_size": batch_size, "chat_template": chat_template, "stop": list(stop)}
+        return self._generation(whole, config, settings, trace)
 
     def stream(
         self, prompt: PromptLike, *, chat_template: bool = True, output: DecodeOutput | None = None, **settings: Any
@@ -160,6 +166,10 @@ class Decoder:
             return ""
         return str(self.predictor.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    def _text(self, tokens: list[int]) -> str:
+        eot = self.predictor.ids.eot
+        return self.decode_text(tokens[: tokens.index(eot)] if eot in tokens else tokens)
+
     def _encode(self, prompts: Sequence[PromptLike], config: DecodeConfig, chat_template: bool) -> list[list[int]]:
         if isinstance(prompts, str) or not len(prompts):
             raise InputError("prompts", repr(prompts)[:60], "a list of at least one prompt")
@@ -176,11 +186,13 @@ class Decoder:
         check_prompts(self.predictor, ids, config)
         return ids
 
-    def _generation(self, output: DecodeOutput, config: DecodeConfig, trace: bool) -> Generation:
+    def _generation(
+        self, output: DecodeOutput, config: DecodeConfig, settings: dict[str, Any], trace: bool
+    ) -> Generation:
         ends = first_true(output.sequences == self.predictor.ids.eot).tolist()
         tokens = [row[:end] for row, end in zip(output.sequences.tolist(), ends, strict=True)]
         return Generation(
-            text=[self.decode_text(row) for row in tokens],
+            text=[text[: cut(text, settings["stop"])] for text in map(self.decode_text, tokens)],
             tokens=tokens,
             sequences=output.sequences,
             nfe=output.nfe,
@@ -190,8 +202,20 @@ class Decoder:
             seconds=output.seconds,
             predictor_seconds=output.predictor_seconds,
             helper_seconds=output.helper_seconds,
-            settings=config.settings() | self.strategy.settings(),
+            settings=config.settings()
+            | self.strategy.settings()
+            | settings
+            | {
+                "dtype": str(self.predictor.dtype).removeprefix("torch."),
+                "fingerprints": {"base": self.predictor.fingerprint} | self.strategy.fingerprints(),
+            },
         )
+
+
+def cut(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first stop sequence begins in a text; ``None`` if it holds none."""
+    places = [place for place in map(text.find, stop) if place >= 0]
+    return min(places, default=None)
 
 
 def _restore(output: DecodeOutput, index: Tensor) -> None:

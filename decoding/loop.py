@@ -1,6 +1,6 @@
 """The decode loop: token ids in, token ids out, whatever the strategy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -26,14 +26,19 @@ def decode(
     record_eot: bool = False,
     seeds: Sequence[int] | None = None,
     batch_size: int | None = None,
+    stop: Callable[[int, list[int]], bool] | None = None,
+    progress: Callable[[int], None] = lambda finished: None,
 ) -> DecodeOutput:
-    """Decodes prompts to the end; see :func:`decode_steps` for the arguments and errors."""
+    """Decodes prompts to the end; see :func:`decode_steps` for the arguments and errors.
+
+    ``progress`` is told after every step how many rows are finished.
+    """
     output = empty_output(len(prompts), config)
     steps = decode_steps(
-        predictor, prompts, config, strategy, output, references, record, record_eot, seeds, batch_size
+        predictor, prompts, config, strategy, output, references, record, record_eot, seeds, batch_size, stop
     )
     for _ in steps:
-        pass
+        progress(output.finished)
     return output
 
 
@@ -49,6 +54,7 @@ def decode_steps(
     record_eot: bool = False,
     seeds: Sequence[int] | None = None,
     batch_size: int | None = None,
+    stop: Callable[[int, list[int]], bool] | None = None,
 ) -> Iterator[StepResult]:
     """Decodes prompts, yielding after every step of the batch; ``output`` is filled on the way.
 
@@ -67,13 +73,17 @@ def decode_steps(
         record_eot: Also record the EoT evidence over the whole generated region.
         seeds: Noise seed of each row; its place in the batch by default.
         batch_size: Rows decoded together; all by default.
+        stop: Called with a row's index and its decoded tokens, from the first generated one on, each time a block of it is
+            done (with APD: each step); True ends the row there, as if an EoT followed.
 
     Raises:
         InputError: An empty prompt, one that leaves no room for ``gen_length``, or a strategy that does not fit.
     """
     check_prompts(predictor, prompts, config)
     strategy.prepare(predictor, config)
-    request = Request(predictor, prompts, config, strategy, output, references, record, record_eot, seeds, batch_size)
+    request = Request(
+        predictor, prompts, config, strategy, output, references, record, record_eot, seeds, batch_size, stop
+    )
     run = ApdRun(request, strategy) if isinstance(strategy, APD) else BlockRun(request, cast(BlockStrategy, strategy))
     while run.state.slots:
         yield run.step()

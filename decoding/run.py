@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from decoding.config import DecodeConfig
 from decoding.eot import first_true
 from decoding.output import DecodeOutput, StepResult, StepTrace, Timer
 from decoding.read import Noise
-from decoding.state import BatchState
+from decoding.state import BatchState, Slot
 from decoding.strategies.base import Decision, Strategy
 from models.features import Evidence
 from models.llada import KVCache
@@ -34,6 +34,7 @@ class Request:
     record_eot: bool = False
     seeds: Sequence[int] | None = None
     batch_size: int | None = None
+    stop: Callable[[int, list[int]], bool] | None = None
 
 
 class Run(ABC):
@@ -91,8 +92,11 @@ class Run(ABC):
         state.commit(transfer, tokens)
         if self.config.eot != "off":
             state.finish_at(self.last(transfer & (tokens == self.predictor.ids.eot)))
-        result = StepResult(output.forward_calls, current, before & ~state.masked, state.generated)
         self.finished = state.advance()
+        if self.request.stop is not None:
+            self._stop(self.request.stop)
+        output.finished += len(self.finished)
+        result = StepResult(output.forward_calls, current, before & ~state.masked, state.generated)
         output.seconds, output.predictor_seconds = time.perf_counter() - self.started, self.timer.total
         if any(slot.steps > self.config.gen_length for slot in state.slots):
             raise RuntimeError(f"strategy {self.request.strategy.name!r} left a row without a commit")
@@ -114,6 +118,25 @@ class Run(ABC):
         size = ended.shape[1]
         inside = first_true(ended)
         return torch.where(inside < size, self.state.block * size + inside, self.config.gen_length)
+
+    def text_length(self, slot: Slot) -> int:
+        """Positions of a row, from its first generated one, in which nothing is masked."""
+        return slot.block * self.config.block_length
+
+    def _stop(self, asked: Callable[[int, list[int]], bool]) -> None:
+        """Ends the rows whose text has grown to where nothing more is wanted."""
+        state, region = self.state, self.config.gen_length
+        last = [region] * len(state.slots)
+        for number, slot in enumerate(state.slots):
+            length = self.text_length(slot)
+            if slot.left and length > slot.checked:
+                slot.checked = length
+                if asked(slot.row, state.generated[number, :length].tolist()):
+                    last[number], slot.left = length - 1, 0
+        ended = [number for number, place in enumerate(last) if place < region]
+        if ended:
+            state.finish_at(torch.tensor(last, device=state.end.device))
+            self.finished = sorted({*self.finished, *ended})
 
     def moved(self, source: int, target: int) -> None:
         """A row went from one slot to another; whatever is stored by slot has to follow."""

@@ -25,6 +25,7 @@ class Slot:
         steps: Forwards so far.
         step_in_block: Forwards so far in the active block.
         before: Committed positions at the last forward, where they are committed left to right.
+        checked: Positions of the text that the call's ``stop`` has been asked about.
     """
 
     row: int
@@ -36,6 +37,7 @@ class Slot:
     steps: int = 0
     step_in_block: int = 0
     before: int = 0
+    checked: int = 0
 
 
 class BatchState:

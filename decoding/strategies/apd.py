@@ -9,7 +9,7 @@ from decoding.config import DecodeConfig
 from decoding.strategies.base import Strategy, require_range
 from models.errors import InputError
 from models.helper import Helper, check_helper, load_helper
-from models.predictor import MaskPredictor
+from models.predictor import MaskPredictor, fingerprint
 
 
 @dataclass
@@ -48,6 +48,9 @@ class APD(Strategy):
             if self.helper is None:
                 raise InputError("helper", None, "the folder of an exported helper")
             self.network = load_helper(self.helper)
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"helper": fingerprint(Path(self.helper)) if self.helper else "unsaved"}
 
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
         assert self.network is not None

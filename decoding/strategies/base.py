@@ -71,6 +71,10 @@ class Strategy(ABC):
             InputError: It does not.
         """
 
+    def fingerprints(self) -> dict[str, str]:
+        """Identity of the weights of its learned components: name of the setting to 16 hex digits."""
+        return {}
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Everything that determines its decisions, for result rows and manifests."""

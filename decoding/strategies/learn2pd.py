@@ -11,7 +11,7 @@ from decoding.config import DecodeConfig
 from decoding.strategies.base import BlockStrategy, Decision, Step, require_range, top_1
 from models.errors import InputError
 from models.filter import FilterConfig, check_compatible, load_filter
-from models.predictor import MaskPredictor
+from models.predictor import MaskPredictor, fingerprint
 
 
 class FilterStrategy(BlockStrategy):
@@ -43,6 +43,11 @@ class FilterStrategy(BlockStrategy):
         self.needs = frozenset(reads[name] for name in self.config.features if name in reads)
         self.all_positions = bool(self.network.needs_all_positions)
         return self.config
+
+    def fingerprints(self) -> dict[str, str]:
+        if self.network is None:
+            return {}
+        return {"filter": fingerprint(Path(self.filter)) if self.filter else "unsaved"}
 
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
         assert self.network is not None

@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from decoding import Decoder
+from decoding import Decoder, make_strategy
 from decoding.text import encode
 from models.errors import InputError
+from models.helper import Helper
 
 SETTINGS = {"gen_length": 16, "block_length": 8}
 
@@ -109,3 +111,45 @@ def test_bad_input_is_one_line_and_status_2(tiny_checkpoint, arguments, message)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["full_step", "threshold", "dico", "apd"])
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_stop_sequence_saves_forwards_and_changes_no_text(decoder, random_helper, name, cache):
+    if name == "apd":
+        if cache == "dual":
+            pytest.skip("apd has a cache of its own")
+        settings = {"vocab_size": decoder.predictor.vocab_size, "mask_id": decoder.predictor.ids.mask}
+        settings |= {"eot_id": decoder.predictor.ids.eot, "base_fingerprint": decoder.predictor.fingerprint}
+        helper = Helper(random_helper.model, replace(random_helper.config, **settings))
+        strategy = make_strategy("apd", network=helper, mixture_weight=0.5)
+    else:
+        strategy = make_strategy(name)
+    decoder = Decoder(decoder.predictor, strategy)
+    prompts, settings = (
+        ["the cat", "sat on 12 mats", "mats", "12"],
+        {"gen_length": 32, "block_length": 4, "cache": cache},
+    )
+    whole = decoder.generate(prompts, **settings)
+    stop = [text[2:4] for text in whole.text[:2]]  # what two of the rows say early on
+    out = decoder.generate(prompts, stop=stop, batch_size=2, **settings)
+    for ours, full in zip(out.text, whole.text, strict=True):
+        assert ours == full[: min((full.find(s) for s in stop if s in full), default=None)]
+    assert (out.nfe <= whole.nfe).all()
+    assert (out.nfe[:2] < whole.nfe[:2]).all()
+    assert out.settings["stop"] == stop
+    for ours, full in zip(out.tokens, whole.tokens, strict=True):
+        assert ours == full[: len(ours)]
+
+
+def test_progress_counts_finished_rows(decoder):
+    seen = []
+    decoder.generate(["the cat", "sat", "on"], batch_size=2, progress=seen.append, **SETTINGS)
+    assert seen == sorted(seen)
+    assert seen[-1] == 3
+
+
+def test_settings_name_the_weights(decoder):
+    out = decoder.generate(["the cat"], **SETTINGS)
+    assert out.settings["fingerprints"] == {"base": decoder.predictor.fingerprint}
+    assert (out.settings["dtype"], out.settings["batch_size"]) == ("float32", 32)
