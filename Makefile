@@ -28,7 +28,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt -e
 
 demo: .venv/.runtime
 	$(BIN)/python train/filter.py fit
-	$(BIN)/python eval/compare.py --config configs/compare/demo.yaml
+	$(BIN)/python eval/bench.py --config configs/eval/demo.yaml
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not network"

@@ -1,25 +1,29 @@
 """Decodes the same prompts in several ways and says what each costs and how good it is, side by side."""
 
+import hashlib
 import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from data.prompts import Prompt, final_answer
+import data
+import decoding
+import models
+from data.measure import measure
+from data.memory import PeakMemory
+from data.prompts import Prompt, prompt_hash
 from decoding.config import CacheRule, EotRule
 from decoding.decoder import Decoder, Generation
-from decoding.eot import first_true
-from decoding.record import environment, write_aside
+from decoding.record import environment, now
 from decoding.strategies import Strategy, make_strategy
 from models.errors import InputError
 from models.predictor import MaskPredictor
-
-SCHEMA_VERSION = 2
 
 
 @dataclass
@@ -73,139 +77,184 @@ class Run:
         self.label = " ".join([*words, self.dtype or ""]).strip()
 
 
-def agreement(ours: Tensor, reference: Tensor, eot: int) -> tuple[Tensor, Tensor]:
-    """How far decodes equal their references, counting only text: what follows the first EoT never counts.
-
-    Args:
-        ours: ``(B, G)`` int64.
-        reference: ``(B, G)`` int64.
-        eot: Id of the EoT token.
-
-    Returns:
-        Per row, whether the texts are equal (``(B,)`` bool), and the share of equal positions up to the end of the longer
-        text, its EoT included (``(B,)`` float32).
-    """
-    ends = torch.maximum(first_true(ours == eot), first_true(reference == eot))
-    counted = torch.arange(ours.shape[1]) <= ends[:, None]
-    both = counted & (ours == reference)
-    share = both.sum(1) / counted.sum(1)
-    return (both == counted).all(1), share
-
-
-def row_of(run: Run, out: Generation, prompts: Sequence[Prompt], reference: Tensor, eot: int) -> dict[str, Any]:
-    """One row of the comparison: settings, quality and cost of one decode of all prompts."""
-    exact = torch.tensor([final_answer(p.task, text) == p.answer for p, text in zip(prompts, out.text, strict=True)])
-    same, share = agreement(out.sequences, reference, eot)
-    nfe = out.nfe.double()
-    tokens = sum(map(len, out.tokens))
-    tasks = sorted({prompt.task for prompt in prompts})
-    of_task = {task: torch.tensor([prompt.task == task for prompt in prompts]) for task in tasks}
-    return {
-        "label": run.label,
-        "settings": out.settings,
-        "prompts": len(prompts),
-        "exact_match": exact.double().mean().item(),
-        "exact_match_by_task": {task: exact[rows].double().mean().item() for task, rows in of_task.items()},
-        "sequence_agreement": same.double().mean().item(),
-        "token_agreement": share.double().mean().item(),
-        "nfe_mean": nfe.mean().item(),
-        "nfe_median": nfe.median().item(),
-        "nfe_p95": nfe.quantile(0.95).item(),
-        "nfe_by_task": {task: nfe[rows].mean().item() for task, rows in of_task.items()},
-        "tokens": tokens,
-        "tokens_per_forward": tokens / nfe.sum().item(),
-        "tokens_per_second": tokens / out.seconds,
-        "seconds": out.seconds,
-        "predictor_seconds": out.predictor_seconds,
-        "helper_seconds": out.helper_seconds,
-        "tokens_per_second_without_helper": tokens / (out.seconds - out.helper_seconds),
-        "loop_share": 1 - (out.predictor_seconds + out.helper_seconds) / out.seconds,
-        "forward_calls": out.forward_calls,
-        "empty_answers": sum(not row for row in out.tokens) / len(prompts),
-        "counts": {name: int(count.sum()) for name, count in out.counts.items()},
-        "exact": exact.tolist(),
-    }
-
-
-def compare(
-    predictor: MaskPredictor,
-    prompts: Sequence[Prompt],
-    runs: Sequence[Run],
-    *,
-    gen_length: int = 128,
-    block_length: int = 32,
-    batch_size: int = 32,
-    repeats: int = 1,
-    strategies: dict[str, Strategy] | None = None,
-    progress: Callable[[str], None] = lambda label: None,
-) -> list[dict[str, Any]]:
-    """Decodes ``prompts`` in several ways and measures what each costs and how it agrees with its reference.
+class Comparison:
+    """The same prompts decoded by several runs, each several times, and what came of it.
 
     Repeats are interleaved: every run once, then all of them again, so that a machine whose speed drifts favours none.
-    Times are those of the median repeat; everything else is the same in all of them.
 
     Args:
         predictor: The mask predictor.
         prompts: Prompts with answers.
         runs: What to compare. The first run of each ``gen_length`` is the reference of the others of that length, the
             oracle's included: a full_step decode, uncached, of at least as many prompts.
-        gen_length: Generated positions.
-        block_length: Positions of a block.
-        batch_size: Prompts decoded together.
+        gen_length: Generated positions of runs that do not say.
+        block_length: Positions of a block, likewise.
+        batch_size: Prompts decoded together, likewise.
         repeats: How often every run is decoded.
         strategies: Ready-made strategies by label, for components that are not exported yet.
-        progress: Called with each label before its decode starts.
-
-    Returns:
-        One row for each run; ``paired_difference`` is its exact-match difference to the reference with a standard error.
+        folder: Keeps every finished decode there, so that an interrupted comparison goes on where it stopped.
+        warm_up: Decodes one batch of the longest prompts before a run's first decode, untimed, and measures its memory.
 
     Raises:
-        InputError: A run that cannot be a reference, or settings that cannot be decoded.
+        InputError: A run that cannot be a reference, settings that no strategy takes, or two runs of one name.
     """
-    if repeats < 1:
-        raise InputError("repeats", repeats, "a whole number of at least 1")
-    predictors: dict[str | None, MaskPredictor] = {None: predictor}
-    results: list[list[Generation]] = [[] for _ in runs]
-    first: dict[int, int] = {}
-    for number, run in enumerate(runs):
-        place = first.setdefault(run.gen_length or gen_length, number)
-        reference = runs[place]
-        if (reference.strategy, reference.cache, reference.dtype) != ("full_step", "none", None):
-            accepted = "full_step, uncached and in the predictor's dtype: the reference of the others"
-            raise InputError(
-                f"runs: first of gen_length {run.gen_length or gen_length}", repr(reference.label), accepted
-            )
-        if (run.limit or len(prompts)) > (reference.limit or len(prompts)):
-            raise InputError(f"runs: limit of {run.label!r}", run.limit, f"at most the reference's {reference.limit}")
-        if run.dtype is not None and run.dtype not in predictors:
-            predictors[run.dtype] = predictor.to_dtype(run.dtype)
-    ready = [(strategies or {}).get(run.label) or make_strategy(run.strategy, **run.options) for run in runs]
-    for repeat in range(repeats):
-        for number, run in enumerate(runs):
-            progress(run.label if repeats == 1 else f"{run.label} ({repeat + 1} of {repeats})")
-            chosen = prompts[: run.limit]
-            length = run.gen_length or gen_length
-            references = results[first[length]][0].sequences[: len(chosen)] if run.strategy == "oracle" else None
-            out = Decoder(predictors[run.dtype], ready[number]).generate(
-                [prompt.prompt for prompt in chosen], gen_length=length, block_length=run.block_length or block_length,
-                eot=run.eot, cache=run.cache, refresh=run.refresh, steps=run.steps, temperature=run.temperature,
-                batch_size=run.batch_size or batch_size, references=references,
-            )  # fmt: skip
-            results[number].append(out)
-    rows: list[dict[str, Any]] = []
-    for run, outs in zip(runs, results, strict=True):
-        out = sorted(outs, key=lambda out: out.seconds)[(len(outs) - 1) // 2]
-        place = first[run.gen_length or gen_length]
-        chosen = prompts[: run.limit]
-        row = row_of(run, out, chosen, results[place][0].sequences[: len(chosen)], predictor.ids.eot)
-        row |= {"batch_size": run.batch_size or batch_size, "dtype": run.dtype or str(predictor.dtype).split(".")[-1]}
-        row |= {"repeats": repeats, "seconds_all": [out.seconds for out in outs]}
-        base = (rows[place] if place < len(rows) else row)["exact"][: len(chosen)]
-        difference = torch.tensor(row["exact"], dtype=torch.double) - torch.tensor(base, dtype=torch.double)
-        spread = difference.std(unbiased=False).item() / math.sqrt(len(chosen))
-        row["paired_difference"] = {"mean": difference.mean().item(), "standard_error": spread}
-        rows.append(row)
-    return rows
+
+    def __init__(
+        self, predictor: MaskPredictor, prompts: Sequence[Prompt], runs: Sequence[Run], *, gen_length: int = 128,
+        block_length: int = 32, batch_size: int = 32, repeats: int = 1, strategies: dict[str, Strategy] | None = None,
+        folder: Path | None = None, warm_up: bool = False,
+    ) -> None:  # fmt: skip
+        if repeats < 1:
+            raise InputError("repeats", repeats, "a whole number of at least 1")
+        usual = {"gen_length": gen_length, "block_length": block_length, "batch_size": batch_size}
+        self.runs = [_filled(run, usual) for run in runs]
+        self.predictor, self.prompts, self.repeats = predictor, prompts, repeats
+        self.reference = self._references()
+        labels = [run.label for run in self.runs]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise InputError("runs", f"{labels.count(label)} named {label!r}", "a label of its own for each")
+        self.predictors: dict[str | None, MaskPredictor] = {None: predictor}
+        for run in self.runs:
+            if run.dtype is not None and run.dtype not in self.predictors:
+                self.predictors[run.dtype] = predictor.to_dtype(run.dtype)
+        ready = strategies or {}
+        self.strategies = [ready.get(run.label) or make_strategy(run.strategy, **run.options) for run in self.runs]
+        self.folder, self.warm_up, self.warm = folder, warm_up, set[int]()
+        self.code = _code_hash() if folder else ""
+        self.results: dict[tuple[int, int], Generation] = {}
+        self.extras: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def _references(self) -> list[int]:
+        """Number of each run's reference."""
+        first: dict[int | None, int] = {}
+        for number, run in enumerate(self.runs):
+            reference = self.runs[first.setdefault(run.gen_length, number)]
+            if (reference.strategy, reference.cache, reference.dtype) != ("full_step", "none", None):
+                accepted = "full_step, uncached and in the predictor's dtype: the reference of the others"
+                raise InputError(f"runs: first of gen_length {run.gen_length}", repr(reference.label), accepted)
+            if len(self.prompts[: run.limit]) > len(self.prompts[: reference.limit]):
+                accepted = f"at most the reference's {reference.limit}"
+                raise InputError(f"runs: limit of {run.label!r}", run.limit, accepted)
+        return [first[run.gen_length] for run in self.runs]
+
+    def work(self) -> Iterator[tuple[int, int]]:
+        """What is left to decode, in order: number of the run, number of the repeat; stored decodes are read on the way."""
+        for repeat in range(self.repeats):
+            for number in range(len(self.runs)):
+                if not self._stored(number, repeat):
+                    yield number, repeat
+
+    def decode(self, number: int, repeat: int, progress: Callable[[int], None] = lambda finished: None) -> None:
+        """Decodes a run once, and keeps it.
+
+        Args:
+            number: The run.
+            repeat: The repeat.
+            progress: Told the number of finished prompts as it grows.
+        """
+        extra: dict[str, Any] = {"time": now()}
+        if self.warm_up and number not in self.warm:
+            longest = sorted(range(len(self.prompts_of(number))), key=lambda n: -len(self.prompts_of(number)[n].prompt))
+            with PeakMemory(self.predictor.device) as memory:
+                self._generate(number, longest[: self.runs[number].batch_size])
+            self.warm.add(number)
+            extra["memory"] = memory.result
+        out = self._generate(number, range(len(self.prompts_of(number))), progress)
+        self.results[number, repeat], self.extras[number, repeat] = out, extra
+        if self.folder is not None:
+            _save(self._file(number, repeat), out, extra)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The figures of every run, once all is decoded; times are those of the median repeat, the rest is equal in all."""
+        rows, rights = [], list[Tensor]()
+        eot = self.predictor.ids.eot
+        for number, run in enumerate(self.runs):
+            outs = sorted((self.results[number, n] for n in range(self.repeats)), key=lambda out: out.seconds)
+            out, prompts, place = outs[(len(outs) - 1) // 2], self.prompts_of(number), self.reference[number]
+            reference = self.results[place, 0].sequences[: len(prompts)]
+            right = rights[place][: len(prompts)] if place < number else None
+            row = {"label": run.label, "reference": self.runs[place].label, "settings": out.settings}
+            row |= measure(out, prompts, reference, right, eot, component=self.strategies[number].component)
+            rights.append(torch.tensor([mark == "1" for mark in row["right"]]))
+            row["seconds_all"] = [self.results[number, n].seconds for n in range(self.repeats)]
+            row["times"] = [self.extras[number, n]["time"] for n in range(self.repeats)]
+            row["memory"] = self.extras[number, 0].get("memory")
+            rows.append(row)
+        for row in rows:
+            without = _forwards_without_eot(row, rows)
+            row["forwards_saved_by_eot"] = None if without is None else without - row["nfe_mean"]
+        return rows
+
+    def prompts_of(self, number: int) -> Sequence[Prompt]:
+        return self.prompts[: self.runs[number].limit]
+
+    def _generate(
+        self, number: int, chosen: Sequence[int], progress: Callable[[int], None] = lambda finished: None
+    ) -> Generation:
+        run, strategy = self.runs[number], self.strategies[number]
+        references = self._oracle_text(number)
+        assert run.gen_length is not None
+        assert run.block_length is not None
+        assert run.batch_size is not None
+        return Decoder(self.predictors[run.dtype], strategy).generate(
+            [self.prompts[n].prompt for n in chosen], gen_length=run.gen_length, block_length=run.block_length,
+            eot=run.eot, cache=run.cache, refresh=run.refresh, steps=run.steps, temperature=run.temperature,
+            batch_size=run.batch_size, references=None if references is None else references[list(chosen)],
+            progress=progress,
+        )  # fmt: skip
+
+    def _oracle_text(self, number: int) -> Tensor | None:
+        if self.runs[number].strategy != "oracle":
+            return None
+        return self.results[self.reference[number], 0].sequences[: len(self.prompts_of(number))]
+
+    def _stored(self, number: int, repeat: int) -> bool:
+        """Reads a decode that an earlier call has finished; False if there is none."""
+        if self.folder is None or not (file := self._file(number, repeat)).is_file():
+            return False
+        decoder = Decoder(self.predictor, self.strategies[number])
+        self.results[number, repeat], self.extras[number, repeat] = _load(file, decoder)
+        return True
+
+    def _file(self, number: int, repeat: int) -> Path:
+        """Where a decode is kept: its name changes with everything that its content depends on."""
+        assert self.folder is not None
+        references = self._oracle_text(number)
+        strategy = self.strategies[number]
+        known = environment()
+        key = [
+            asdict(self.runs[number]) | {"label": ""}, strategy.settings(), strategy.fingerprints(), repeat,
+            self.predictor.fingerprint, str(self.predictor.dtype), str(self.predictor.device),
+            [prompt_hash(prompt.prompt) for prompt in self.prompts_of(number)], self.code,
+            None if references is None else hashlib.sha256(references.numpy().tobytes()).hexdigest(),
+            {name: known[name] for name in ("device", "threads", "torch", "transformers")},
+        ]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return self.folder / f"{self.runs[number].strategy}-{digest}.safetensors"
+
+
+def compare(
+    predictor: MaskPredictor, prompts: Sequence[Prompt], runs: Sequence[Run], *,
+    progress: Callable[[str], None] = lambda label: None, **settings: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Decodes ``prompts`` by several runs, from beginning to end.
+
+    Args:
+        predictor: The mask predictor.
+        prompts: Prompts with answers.
+        runs: What to compare.
+        progress: Called with each label before its decode starts.
+        **settings: See :class:`Comparison`.
+
+    Returns:
+        One row for each run, see :func:`data.measure.measure`.
+    """
+    comparison = Comparison(predictor, prompts, runs, **settings)
+    for number, repeat in comparison.work():
+        progress(comparison.runs[number].label)
+        comparison.decode(number, repeat)
+    return comparison.rows()
 
 
 def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
@@ -214,83 +263,69 @@ def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
     from rich.table import Table
 
     table = Table(title=title)
-    for name in (
-        "decode",
-        "exact",
-        "± vs first",
-        "same text",
-        "same tokens",
-        "NFE",
-        "tok/forward",
-        "tok/s",
-        "loop",
-        "× fewer",
-    ):
+    names = ("decode", "exact", "vs full_step", "same text", "NFE", "tok/forward", "tok/s", "loop", "× fewer")
+    for name in names:
         table.add_column(name, justify="left" if name == "decode" else "right", no_wrap=True)
     for row in rows:
-        pair = row["paired_difference"]
+        low, high = (100 * end for end in row["paired_difference"]["interval"])
         table.add_row(
-            row["label"], f"{100 * row['exact_match']:.1f}%", f"{100 * pair['mean']:+.1f}±{100 * pair['standard_error']:.1f}",
-            f"{100 * row['sequence_agreement']:.1f}%", f"{100 * row['token_agreement']:.1f}%", f"{row['nfe_mean']:.1f}",
-            f"{row['tokens_per_forward']:.2f}", f"{row['tokens_per_second']:.0f}",
-            f"{100 * row['loop_share']:.0f}%", f"{rows[0]['nfe_mean'] / row['nfe_mean']:.1f}",
+            row["label"], f"{100 * row['exact_match']:.1f}%",
+            f"{100 * row['paired_difference']['mean']:+.1f} ({low:+.1f} to {high:+.1f})",
+            f"{100 * row['sequence_agreement']:.1f}%", f"{row['nfe_mean']:.1f}", f"{row['tokens_per_forward']:.2f}",
+            f"{row['tokens_per_second']:.0f}", f"{100 * row['loop_share']:.0f}%",
+            f"{rows[0]['nfe_mean'] / row['nfe_mean']:.1f}",
         )  # fmt: skip
     longest = max(len(row["label"]) for row in rows)
     Console(width=max(Console().width, 110 + longest)).print(table)
 
 
-def write_json(rows: Sequence[dict[str, Any]], predictor: MaskPredictor, target: Path) -> None:
-    """Writes the rows with their environment, aside first and then renamed."""
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "base_fingerprint": predictor.fingerprint,
-        "environment": environment(),
-        "rows": list(rows),
-    }
-    write_aside(target, json.dumps(content, indent=1) + "\n")
+def _filled(run: Run, usual: dict[str, int]) -> Run:
+    """The run with every length of its own."""
+    missing: dict[str, Any] = {name: value for name, value in usual.items() if getattr(run, name) is None}
+    return replace(run, **missing)
 
 
-def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
-    """Draws quality against NFE and against tokens/s; a line joins runs that differ in the value of a setting only.
-
-    The reference's quality is a dashed line.
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault(_series(row["settings"]), []).append(row)
-    panels = [("nfe_mean", "exact_match"), ("nfe_mean", "sequence_agreement"), ("tokens_per_second", "exact_match")]
-    words = {
-        "nfe_mean": "forwards per answer (NFE)", "tokens_per_second": "generated tokens per second",
-        "exact_match": "exact match, %", "sequence_agreement": "same text as full_step, %",
-    }  # fmt: skip
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), constrained_layout=True)
-    for axis, (cost, quality) in zip(axes, panels, strict=True):
-        for name, points in lines.items():
-            marker, size = ("*", 13) if name == "oracle" else ("o", 6)
-            places = sorted((row[cost], 100 * row[quality]) for row in points)
-            axis.plot(*zip(*places, strict=True), marker=marker, markersize=size, label=name)
-        axis.axhline(100 * rows[0][quality], color="grey", linestyle="--", linewidth=1)
-        axis.set(xlabel=words[cost], ylabel=words[quality], xscale="log")
-        axis.grid(visible=True, which="both", alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(lines), 6))
-    figure.suptitle(f"{rows[0]['prompts']} held-out prompts, gen_length {rows[0]['settings']['gen_length']}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=130)
-    plt.close(figure)
+def _forwards_without_eot(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
+    """Mean NFE of the same decode with the EoT rule off: full_step's is known, others' where they are in the list."""
+    settings = row["settings"]
+    if settings["strategy"] == "full_step":
+        return settings["steps"]
+    wanted = settings | {"eot": "off"}
+    same = (other for other in rows if other["settings"] == wanted and other["prompts"] == row["prompts"])
+    return next((other["nfe_mean"] for other in same), None)
 
 
-def _series(settings: dict[str, Any]) -> str:
-    """Name of the line that a run belongs to: its strategy and which settings it has beside the usual ones."""
-    extra = [name for name in ("filter", "kv_window", "max_lookahead") if settings.get(name) is not None]
-    words = [
-        settings["strategy"],
-        *(f"+ {name}" for name in extra if (settings["strategy"], name) != ("learn2pd", "filter")),
-    ]
-    words += [f"{settings['cache']} cache"] * (settings["cache"] != "none")
-    words += [f"EoT {settings['eot']}"] * (settings["eot"] != "filter")
-    return " ".join(words)
+def _code_hash() -> str:
+    """Identity of the code that a decode runs through, whether it is committed or not."""
+    digest = hashlib.sha256()
+    for package in (models, decoding, data):
+        for file in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _save(file: Path, out: Generation, extra: dict[str, Any]) -> None:
+    """Writes a decode: its tensors, and what is left of it as text in the file's metadata."""
+    tensors = {"sequences": out.sequences, "nfe": out.nfe} | {f"count.{k}": v for k, v in out.counts.items()}
+    kept = ("forward_calls", "seconds", "predictor_seconds", "helper_seconds", "settings")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.tmp")
+    metadata = {"generation": {name: getattr(out, name) for name in kept}, "extra": extra}
+    save_file(tensors, aside, {name: json.dumps(value) for name, value in metadata.items()})
+    aside.replace(file)
+
+
+def _load(file: Path, decoder: Decoder) -> tuple[Generation, dict[str, Any]]:
+    try:
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+            metadata = {name: json.loads(value) for name, value in stored.metadata().items()}
+    except (SafetensorError, ValueError) as error:
+        raise InputError(str(file), error, "a decode as this command wrote it; delete the file") from error
+    counts = {name.removeprefix("count."): value for name, value in tensors.items() if name.startswith("count.")}
+    text, tokens = decoder.read(tensors["sequences"])
+    out = Generation(
+        text=text, tokens=tokens, sequences=tensors["sequences"], nfe=tensors["nfe"], counts=counts, trace=None,
+        **metadata["generation"],
+    )  # fmt: skip
+    return out, metadata["extra"]

@@ -166,6 +166,12 @@ class Decoder:
             return ""
         return str(self.predictor.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    def read(self, sequences: Tensor) -> tuple[list[str], list[list[int]]]:
+        """Text and ids of generated regions ``(B, G)`` int64, each up to its first EoT."""
+        ends = first_true(sequences == self.predictor.ids.eot).tolist()
+        tokens = [row[:end] for row, end in zip(sequences.tolist(), ends, strict=True)]
+        return [self.decode_text(row) for row in tokens], tokens
+
     def _text(self, tokens: list[int]) -> str:
         eot = self.predictor.ids.eot
         return self.decode_text(tokens[: tokens.index(eot)] if eot in tokens else tokens)
@@ -189,10 +195,9 @@ class Decoder:
     def _generation(
         self, output: DecodeOutput, config: DecodeConfig, settings: dict[str, Any], trace: bool
     ) -> Generation:
-        ends = first_true(output.sequences == self.predictor.ids.eot).tolist()
-        tokens = [row[:end] for row, end in zip(output.sequences.tolist(), ends, strict=True)]
+        text, tokens = self.read(output.sequences)
         return Generation(
-            text=[text[: cut(text, settings["stop"])] for text in map(self.decode_text, tokens)],
+            text=[line[: cut(line, settings["stop"])] for line in text],
             tokens=tokens,
             sequences=output.sequences,
             nfe=output.nfe,

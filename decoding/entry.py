@@ -101,7 +101,7 @@ def command(
 
     Args:
         functions: The function, or verb to function.
-        config: Default settings: ``configs/<config>.yaml``, for instance ``"compare/default"``; need not exist.
+        config: Default settings: ``configs/<config>.yaml``, for instance ``"eval/bench"``; need not exist.
         args: Words of the command line; ``None`` takes those the script was started with.
 
     Raises:

@@ -23,6 +23,7 @@ def test_imports_go_one_way():
 def test_no_script_neighbour_hides_a_package(folder: str):
     # `python train/x.py` puts train/ first on sys.path: train/wandb.py would be imported in place of W&B.
     taken = set(PACKAGES) | set(packages_distributions()) | set(sys.stdlib_module_names)
+    taken -= {"trace"}  # a tool of the standard library that none of our dependencies imports
     names = {
         path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
     }
@@ -31,7 +32,8 @@ def test_no_script_neighbour_hides_a_package(folder: str):
 
 def script_of(config: Path) -> Path:
     """The script whose settings a config holds: the one named like its folder."""
-    name = {"decoding": "generate"}.get(config.parent.name, config.parent.name)  # presets of a decode
+    # Presets of a decode, and benchmarks.
+    name = {"decoding": "generate", "eval": "bench"}.get(config.parent.name, config.parent.name)
     scripts = [ROOT / package / f"{name}.py" for package in ("train", "eval", "decoding")]
     found = [script for script in scripts if script.is_file()]
     assert len(found) == 1, f"{config}: no one script of this name in train/, eval/ or decoding/"

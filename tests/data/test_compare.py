@@ -1,49 +1,17 @@
-"""What the comparison counts."""
+"""Several decodes of the same prompts, side by side."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from data.compare import Run, _series, agreement, compare, row_of
-from data.prompts import Prompt
-from decoding.decoder import Generation
+from data.compare import Comparison, Run, compare
+from data.prompts import Prompt, PromptSource, load_prompts
+from decoding.strategies import BlockStrategy, Decision
 from models.errors import InputError
 from models.predictor import MaskPredictor
 
-EOT = 9
-
-
-def generation(sequences, nfe, text):
-    sequences = torch.tensor(sequences)
-    tokens = [row[: row.index(EOT) if EOT in row else None] for row in sequences.tolist()]
-    return Generation(text, tokens, sequences, torch.tensor(nfe), 5, {}, None, 2.0, 1.0, {"strategy": "x"})
-
-
-def test_agreement_ignores_what_follows_the_first_eot():
-    ours = torch.tensor([[1, 2, EOT, 5], [1, 2, EOT, 5], [1, 2, 3, 4]])
-    reference = torch.tensor([[1, 2, EOT, 7], [1, 2, 3, EOT], [1, 2, 3, 4]])
-    same, share = agreement(ours, reference, EOT)
-    assert same.tolist() == [True, False, True]
-    assert share.tolist() == [1.0, 0.5, 1.0]
-
-
-def test_tokens_count_only_up_to_the_first_eot():
-    prompts = [Prompt("a", "t", "p"), Prompt("b", "t", "q")]
-    out = generation([[1, EOT, EOT, EOT], [1, 2, 3, EOT]], [2, 2], ["x", "y"])
-    row = row_of(Run("x"), out, prompts, out.sequences, EOT)
-    assert row["tokens"] == 4
-    assert row["tokens_per_forward"] == 1.0
-    assert row["tokens_per_second"] == 2.0
-
-
-def test_a_decode_that_truncates_is_reported_as_worse_although_it_is_faster():
-    prompts = [Prompt(str(n), "gsm_symbolic", "p", answer="4") for n in range(2)]
-    reference = generation([[1, 2, 4, EOT]] * 2, [4, 4], ["so #### 4"] * 2)
-    cut = generation([[1, EOT, EOT, EOT]] * 2, [1, 1], ["so"] * 2)
-    good = row_of(Run("x"), reference, prompts, reference.sequences, EOT)
-    bad = row_of(Run("x"), cut, prompts, reference.sequences, EOT)
-    assert (good["exact_match"], bad["exact_match"]) == (1.0, 0.0)
-    assert (good["sequence_agreement"], bad["sequence_agreement"]) == (1.0, 0.0)
-    assert bad["nfe_mean"] < good["nfe_mean"]
+LENGTHS = {"gen_length": 16, "block_length": 8}
 
 
 def test_labels_tell_runs_apart():
@@ -57,26 +25,38 @@ def test_labels_tell_runs_apart():
 PROMPTS = [Prompt(str(n), "gsm_symbolic", text, answer="4") for n, text in enumerate(["the cat", "sat on", "12 mats"])]
 
 
-def test_repeats_are_interleaved_and_every_length_has_its_own_reference(tiny_checkpoint):
-    predictor = MaskPredictor.from_pretrained(tiny_checkpoint)
+@pytest.fixture(scope="module")
+def predictor(tiny_checkpoint):
+    return MaskPredictor.from_pretrained(tiny_checkpoint)
+
+
+def test_repeats_are_interleaved_and_every_length_has_its_own_reference(predictor):
     runs = [
         Run("full_step"), Run("threshold", {"threshold": 2.0}, limit=2, batch_size=1), Run("oracle"),
         Run("full_step", gen_length=8), Run("oracle", gen_length=8, cache="dual", limit=1), Run("full_step", dtype="bfloat16"),
     ]  # fmt: skip
     order = []
-    rows = compare(
-        predictor, PROMPTS, runs, gen_length=16, block_length=8, repeats=2, progress=lambda label: order.append(label)
-    )
-    assert order == [f"{run.label} ({n} of 2)" for n in (1, 2) for run in runs]
+    rows = compare(predictor, PROMPTS, runs, repeats=2, progress=order.append, **LENGTHS)
+    assert order == [run.label for _ in range(2) for run in runs]
     assert [row["prompts"] for row in rows] == [3, 2, 3, 3, 1, 3]
     assert [row["settings"]["gen_length"] for row in rows] == [16, 16, 16, 8, 8, 16]
+    assert [row["reference"] for row in rows] == ["full_step"] * 3 + ["full_step gen 8"] * 2 + ["full_step"]
     assert all(row["sequence_agreement"] == 1.0 for row in rows[:5])
-    assert rows[1]["batch_size"] == 1
-    assert rows[5]["dtype"] == "bfloat16"
+    assert rows[1]["settings"]["batch_size"] == 1
+    assert rows[5]["settings"]["dtype"] == "bfloat16"
     for row in rows:
         assert row["seconds"] == min(row["seconds_all"])
         assert len(row["seconds_all"]) == 2
         assert 0 < row["loop_share"] < 1
+
+
+def test_forwards_saved_by_the_end_of_text(predictor):
+    runs = [Run("full_step"), Run("threshold", eot="off"), Run("threshold"), Run("factor")]
+    full, off, on, factor = compare(predictor, PROMPTS, runs, **LENGTHS)
+    assert full["forwards_saved_by_eot"] == 16 - full["nfe_mean"]
+    assert on["forwards_saved_by_eot"] == off["nfe_mean"] - on["nfe_mean"]
+    assert off["forwards_saved_by_eot"] == 0
+    assert factor["forwards_saved_by_eot"] is None  # its decode without the rule is not in the list
 
 
 @pytest.mark.parametrize(
@@ -89,22 +69,102 @@ def test_repeats_are_interleaved_and_every_length_has_its_own_reference(tiny_che
             "limit of 'oracle': found None; accepted: at most the reference's 1",
         ),
         ([Run("full_step"), Run("full_step", dtype="int8")], "dtype: found 'int8'"),
+        (
+            [Run("full_step"), Run("full_step")],
+            "runs: found 2 named 'full_step'; accepted: a label of its own for each",
+        ),
     ],
 )
-def test_runs_are_refused_by_name(tiny_checkpoint, runs, message):
-    predictor = MaskPredictor.from_pretrained(tiny_checkpoint)
+def test_runs_are_refused_by_name(predictor, runs, message):
     with pytest.raises(InputError, match=message):
-        compare(predictor, PROMPTS, runs, gen_length=16, block_length=8)
+        compare(predictor, PROMPTS, runs, **LENGTHS)
 
 
-def test_a_line_joins_runs_that_differ_in_a_value_only():
-    usual = {"cache": "none", "eot": "filter"}
-    names = [
-        _series({"strategy": "apd", "mixture_weight": 0.5, "kv_window": None, "max_lookahead": None, **usual}),
-        _series({"strategy": "apd", "mixture_weight": 0.7, "kv_window": None, "max_lookahead": None, **usual}),
-        _series({"strategy": "apd", "mixture_weight": 0.7, "kv_window": 16, "max_lookahead": None, **usual}),
-        _series({"strategy": "learn2pd", "filter": "x", **usual}),
-        _series({"strategy": "dico", "filter": "x", **usual}),
-        _series({"strategy": "full_step", "cache": "dual", "eot": "off"}),
-    ]
-    assert names == ["apd", "apd", "apd + kv_window", "learn2pd", "dico + filter", "full_step dual cache EoT off"]
+RUNS = [Run("full_step"), Run("oracle"), Run("threshold")]
+
+
+def finish(comparison, decodes=None):
+    """Decodes what is left, or so many decodes; which they were."""
+    done = []
+    for number, repeat in comparison.work():
+        if len(done) == decodes:
+            break
+        comparison.decode(number, repeat)
+        done.append((comparison.runs[number].label, repeat))
+    return done
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(predictor, tmp_path):
+    settings = {"repeats": 2, "folder": tmp_path, **LENGTHS}
+    whole = [(run.label, repeat) for repeat in range(2) for run in RUNS]
+    assert finish(Comparison(predictor, PROMPTS, RUNS, **settings), decodes=4) == whole[:4]
+    second = Comparison(predictor, PROMPTS, RUNS, **settings)
+    assert finish(second) == whole[4:]
+    third = Comparison(predictor, PROMPTS, RUNS, **settings)
+    assert finish(third) == []
+    assert third.rows() == second.rows()
+    fresh = compare(predictor, PROMPTS, RUNS, repeats=2, **LENGTHS)
+    changing = ("seconds", "times", "memory", "per_second", "loop_share")
+    for ours, theirs in zip(third.rows(), fresh, strict=True):
+        kept = [name for name in ours if not any(word in name for word in changing)]
+        assert {name: ours[name] for name in kept} == {name: theirs[name] for name in kept}
+
+
+def test_only_what_something_changed_for_is_decoded_again(predictor, tmp_path):
+    settings = {"folder": tmp_path, **LENGTHS}
+    finish(Comparison(predictor, PROMPTS, RUNS, **settings))
+    runs = [*RUNS[:2], Run("threshold", {"threshold": 0.4}), Run("threshold", batch_size=1)]
+    assert finish(Comparison(predictor, PROMPTS, runs, **settings)) == [("threshold 0.4", 0), ("threshold batch 1", 0)]
+    renamed = [Run("full_step", label="one token a step"), *RUNS[1:]]
+    assert finish(Comparison(predictor, PROMPTS, renamed, **settings)) == []
+    assert len(finish(Comparison(predictor, PROMPTS[:2], RUNS, **settings))) == 3
+    assert len(finish(Comparison(predictor, PROMPTS, RUNS, **settings | {"block_length": 4}))) == 3
+
+
+def test_a_damaged_decode_is_named(predictor, tmp_path):
+    finish(Comparison(predictor, PROMPTS, RUNS, folder=tmp_path, **LENGTHS))
+    file = next(tmp_path.glob("threshold-*"))
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(InputError, match=f"{file.name}: .*delete the file"):
+        finish(Comparison(predictor, PROMPTS, RUNS, folder=tmp_path, **LENGTHS))
+
+
+def test_a_warm_up_measures_memory_and_leaves_the_result_alone(predictor):
+    plain = Comparison(predictor, PROMPTS, RUNS, **LENGTHS)
+    warm = Comparison(predictor, PROMPTS, RUNS, warm_up=True, **LENGTHS)
+    for comparison in (plain, warm):
+        finish(comparison)
+    for ours, theirs in zip(warm.rows(), plain.rows(), strict=True):
+        assert ours["right"] == theirs["right"]
+        assert ours["forward_calls"] == theirs["forward_calls"]
+        assert theirs["memory"] is None
+        assert ours["memory"] is None or ours["memory"]["peak"] >= ours["memory"]["before"] > 0
+
+
+@dataclass
+class Cut(BlockStrategy):
+    """Says EoT after a few tokens, whatever the predictor says."""
+
+    after: int
+    eot: int
+    name = "cut"
+
+    def decide(self, step):
+        columns = torch.arange(step.evidence.token.shape[1]).expand_as(step.evidence.token)
+        token = torch.where(columns < self.after, step.evidence.token, self.eot)
+        return Decision((columns <= self.after) & step.evidence.masked, token=token)
+
+    def settings(self):
+        return {"strategy": self.name, "after": self.after}
+
+
+def test_a_strategy_that_truncates_is_seen_to_be_faster_and_worse():
+    predictor = MaskPredictor.from_pretrained("models/bundled/llada-tiny")
+    prompts = load_prompts([PromptSource(split="test")], split="test", limit=8)
+    runs = [Run("full_step"), Run("threshold"), Run("threshold", {"threshold": 0.8}, label="cut")]
+    rows = compare(predictor, prompts, runs, strategies={"cut": Cut(3, predictor.ids.eot)})
+    full, threshold, cut = rows
+    assert cut["nfe_mean"] == 1.0 < threshold["nfe_mean"] < full["nfe_mean"]
+    assert threshold["exact_match"] == full["exact_match"] > cut["exact_match"]
+    assert cut["truncated_correct_answers"] == -cut["paired_difference"]["mean"] > 0
+    assert cut["tokens"] < full["tokens"] / 2

@@ -99,33 +99,6 @@ def test_the_command_refuses_what_does_not_fit(fitted):
         assert "Traceback" not in done.stderr
 
 
-def test_compare_writes_table_picture_and_settings(fitted, tiny_checkpoint, prompts):
-    folder, _ = fitted
-    runs = [
-        {"strategy": "full_step", "eot": "off"},
-        {"strategy": "threshold", "options": {"threshold": 0.5}},
-        {"strategy": "oracle", "eot": "off"},
-        {"strategy": "learn2pd", "options": {"filter": str(folder / "exports/filter")}},
-    ]
-    sources = json.dumps([{"path": str(prompts), "answer_column": "answer"}])
-    done = run(
-        ROOT / "eval/compare.py", "--base", tiny_checkpoint, "--runs", json.dumps(runs), "--prompts", sources, "--limit", 4,
-        "--gen_length", 16, "--block_length", 8, folder=folder,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    content = json.loads((folder / "runs/compare/comparison.json").read_text())
-    rows = content["rows"]
-    assert [row["settings"]["strategy"] for row in rows] == ["full_step", "threshold", "oracle", "learn2pd"]
-    assert rows[0]["nfe_mean"] == 16
-    assert rows[2]["sequence_agreement"] == 1.0  # the oracle reproduces its reference
-    assert rows[2]["nfe_mean"] < 16
-    assert all(
-        {"gen_length", "block_length", "steps", "temperature", "eot", "seed"} <= set(r["settings"]) for r in rows
-    )
-    assert {"device", "torch", "git"} <= set(content["environment"])
-    assert (folder / "runs/compare/comparison.png").stat().st_size > 10_000
-
-
 def test_a_filter_of_another_model_is_refused_by_name(fitted, tiny_checkpoint):
     decoder = Decoder.from_pretrained(tiny_checkpoint, "learn2pd", filter=fitted[0] / "exports/filter")
     decoder.predictor.fingerprint = "0123456789abcdef"

@@ -1,0 +1,160 @@
+"""What one decode of a list of prompts costs and how good it is: a row of a comparison."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.gym import score
+from data.intervals import paired, wilson
+from data.prompts import Prompt, final_answer
+from decoding.decoder import Generation
+from decoding.eot import first_true
+
+
+def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Which answers are right, and who says so.
+
+    A prompt that reasoning-gym generated is judged by its task's own scorer where reasoning-gym is installed (a full score
+    is right), every other one by its final answer.
+
+    Returns:
+        ``(B,)`` bool, and the scorers that were used.
+    """
+    with_gym = find_spec("reasoning_gym") is not None
+    right, scorers = [], set()
+    for prompt, text in zip(prompts, texts, strict=True):
+        if with_gym and "source_dataset" in json.loads(prompt.metadata):
+            right.append(score(prompt.task, text, prompt) >= 1.0)
+            scorers.add("reasoning-gym")
+        else:
+            right.append(final_answer(prompt.task, text) == prompt.answer)
+            scorers.add("final answer")
+    return torch.tensor(right), sorted(scorers)
+
+
+def agreement(ours: Tensor, reference: Tensor, eot: int) -> tuple[Tensor, Tensor]:
+    """How far decodes equal their references, counting only text: what follows the first EoT never counts.
+
+    Args:
+        ours: ``(B, G)`` int64.
+        reference: ``(B, G)`` int64.
+        eot: Id of the EoT token.
+
+    Returns:
+        Per row, whether the texts are equal (``(B,)`` bool), and the share of equal positions up to the end of the longer
+        text, its EoT included (``(B,)`` float32).
+    """
+    ends = torch.maximum(first_true(ours == eot), first_true(reference == eot))
+    counted = torch.arange(ours.shape[1]) <= ends[:, None]
+    both = counted & (ours == reference)
+    share = both.sum(1) / counted.sum(1)
+    return (both == counted).all(1), share
+
+
+def measure(
+    out: Generation,
+    prompts: Sequence[Prompt],
+    reference: Tensor,
+    reference_right: Tensor | None,
+    eot: int,
+    *,
+    component: str = "",
+    judge: Callable[[Sequence[Prompt], Sequence[str]], tuple[Tensor, list[str]]] = judge,
+) -> dict[str, Any]:
+    """The figures of one decode.
+
+    Args:
+        out: The decode.
+        prompts: Its prompts, with answers.
+        reference: ``(B, G)`` int64, full_step's decode of them.
+        reference_right: ``(B,)`` bool, which of its answers are right; ``None`` if ``out`` is the reference.
+        eot: Id of the EoT token.
+        component: Name of the count that tells what the strategy's learned component did; empty without one.
+        judge: Says which answers are right.
+
+    Returns:
+        Plain data. Rates and shares are from 0 to 1, times in seconds, intervals 95 %. ``tokens`` counts what comes
+        before each row's first EoT; ``nfe`` forwards of the predictor. ``truncated_correct_answers`` is the share of
+        prompts that full_step answers rightly and this decode wrongly, in a text that ends before full_step's does.
+    """
+    right, scorers = judge(prompts, out.text)
+    reference_right = right if reference_right is None else reference_right
+    same, share = agreement(out.sequences, reference, eot)
+    length, reference_length = first_true(out.sequences == eot), first_true(reference == eot)
+    columns = {
+        "right": right, "reference_right": reference_right, "same": same, "share": share, "nfe": out.nfe, "tokens": length,
+    }  # fmt: skip
+    tasks = [prompt.task for prompt in prompts]
+    spans = [span(tokens) for tokens in reference_length.tolist()]
+    truncated = reference_right & ~right & (length < reference_length)
+    tokens = int(length.sum())
+    loop = out.seconds - out.predictor_seconds - out.helper_seconds
+    row = _figures(columns) | {
+        "by_task": _groups(columns, tasks),
+        "by_length": _groups(columns, spans, order=lambda name: int(name.split()[0])),
+        "empty_answers": (length == 0).double().mean().item(),
+        "truncated_correct_answers": truncated.double().mean().item(),
+        "tokens": tokens,
+        "seconds": out.seconds,
+        "predictor_seconds": out.predictor_seconds,
+        "helper_seconds": out.helper_seconds,
+        "loop_seconds": loop,
+        "loop_share": loop / out.seconds,
+        "tokens_per_second": tokens / out.seconds,
+        "tokens_per_second_without_helper": tokens / (out.seconds - out.helper_seconds),
+        "forward_calls": out.forward_calls,
+        "counts": {name: int(count.sum()) for name, count in out.counts.items()},
+        "scorers": scorers,
+        "right": "".join("1" if value else "0" for value in right.tolist()),
+    }
+    if component:
+        row["component"] = {
+            "count": component,
+            "commits": row["counts"][component],
+            "per_forward": row["counts"][component] / int(out.nfe.sum()),
+        }
+    return row
+
+
+def span(tokens: int) -> str:
+    """The bin of an answer's length: ``0 tokens``, ``1 to 2``, ``3 to 4``, ``5 to 8``, and so on in powers of two."""
+    if tokens < 1:
+        return "0 tokens"
+    high = 2 ** math.ceil(math.log2(max(tokens, 2)))
+    return f"{high // 2 + 1 if high > 2 else 1} to {high}"
+
+
+def _groups(
+    columns: dict[str, Tensor], names: Sequence[str], order: Callable[[str], Any] = lambda name: name
+) -> dict[str, dict[str, Any]]:
+    """The figures of each group of prompts; ``names`` says which group a prompt belongs to."""
+    found = {}
+    for name in sorted(set(names), key=order):
+        chosen = torch.tensor([other == name for other in names])
+        found[name] = _figures({key: value[chosen] for key, value in columns.items()})
+    return found
+
+
+def _figures(columns: dict[str, Tensor]) -> dict[str, Any]:
+    """Figures of some prompts, from one tensor ``(n,)`` for each of their properties."""
+    right, reference, nfe = columns["right"], columns["reference_right"], columns["nfe"].double()
+    count, won, lost = len(right), int((right & ~reference).sum()), int((~right & reference).sum())
+    return {
+        "prompts": count,
+        "exact_match": right.double().mean().item(),
+        "exact_match_interval": wilson(int(right.sum()), count),
+        "paired_difference": {
+            "mean": (won - lost) / count, "interval": paired(won, lost, count), "won": won, "lost": lost,
+        },
+        "sequence_agreement": columns["same"].double().mean().item(),
+        "token_agreement": columns["share"].double().mean().item(),
+        "nfe_mean": nfe.mean().item(),
+        "nfe_median": nfe.median().item(),
+        "nfe_p95": nfe.quantile(0.95).item(),
+        "tokens_per_forward": columns["tokens"].sum().item() / nfe.sum().item(),
+    }  # fmt: skip

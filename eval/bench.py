@@ -1,0 +1,185 @@
+"""Decodes the same prompts with several decoders side by side: ``python eval/bench.py``."""
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+
+from data.compare import Comparison, Run, print_table
+from data.prompts import PromptSource, load_prompts, prompt_hash
+from decoding.entry import command, wandb_mode
+from decoding.record import environment, now, write_aside, write_run_file
+from eval.report import SCHEMA_VERSION, draw, headline, markdown, summary
+from models.errors import InputError
+from models.predictor import MaskPredictor
+
+
+def main(
+    base: str,
+    runs: list[Run],
+    prompts: list[PromptSource],
+    split: Literal["train", "validation", "test"] | None = "test",
+    limit: int | None = None,
+    gen_length: int = 128,
+    block_length: int = 32,
+    batch_size: int = 32,
+    repeats: int = 1,
+    margin: float = 0.01,
+    out: Path = Path("runs/bench"),
+) -> None:
+    """Writes ``bench.json``, ``bench.md``, ``bench.png`` and ``run.yaml``, prints the table, and logs it all to W&B.
+
+    Interrupted, the same command goes on where it stopped: finished decodes are kept in ``decodes/`` until something that
+    they depend on changes.
+
+    Args:
+        base: Folder or hub id of the base model.
+        runs: What to compare; the first of each gen_length is the reference of the others.
+        prompts: Where the prompts come from.
+        split: Takes only the prompts whose hash falls into this split, so that nothing was trained on them; null takes all.
+        limit: Number of prompts, the tasks in turn.
+        gen_length: Generated positions, in tokens.
+        block_length: Positions of a block, in tokens.
+        batch_size: Prompts decoded together.
+        repeats: How often every run is decoded, interleaved; the times are those of the median.
+        margin: Loss of exact match against full_step, from 0 to 1, up to which a decode counts as equally good.
+        out: Folder of the results.
+    """
+    settings = {
+        "base": base, "runs": [asdict(run) for run in runs], "prompts": [asdict(source) for source in prompts],
+        "split": split, "limit": limit, "gen_length": gen_length, "block_length": block_length, "batch_size": batch_size,
+        "repeats": repeats, "margin": margin,
+    }  # fmt: skip
+    if not 0 <= margin < 1:
+        raise InputError("margin", margin, "a share from 0 to 1, 0.01 for one point")
+    mode = wandb_mode()
+    predictor = MaskPredictor.from_pretrained(base)
+    chosen = load_prompts(prompts, split=split, limit=limit)
+    comparison = Comparison(
+        predictor, chosen, runs, gen_length=gen_length, block_length=block_length, batch_size=batch_size,
+        repeats=repeats, folder=out / "decodes", warm_up=True,
+    )  # fmt: skip
+    watch = Watch(comparison)
+    for number, repeat in comparison.work():
+        watch.begin(number, repeat)
+        comparison.decode(number, repeat, watch.tell)
+    watch.end()
+    rows = comparison.rows()
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "command": shlex.join(["python", *sys.argv]),
+        "time": now(),
+        "environment": environment(),
+        "base": {"name": base, "fingerprint": predictor.fingerprint},
+        "prompts": {
+            "sources": settings["prompts"], "split": split, "tasks": dict(Counter(prompt.task for prompt in chosen)),
+            "hashes": [prompt_hash(prompt.prompt) for prompt in chosen],
+        },
+        "scorers": sorted({scorer for row in rows for scorer in row["scorers"]}),
+        "headline": headline(rows, margin),
+        "rows": rows,
+    }  # fmt: skip
+    print_table(rows, f"{len(chosen)} prompts")
+    print(summary(result["headline"]))
+    write_aside(out / "bench.json", json.dumps(result, indent=1) + "\n")
+    write_aside(out / "bench.md", markdown(result))
+    draw(rows, out / "bench.png", margin)
+    write_run_file(out / "run.yaml", settings)
+    if mode != "disabled":
+        log(result, out, settings, mode)
+    print(f"wrote bench.json, bench.md and bench.png to {out}")
+
+
+class Watch:
+    """Says on stderr how far a comparison is and about how long it will take.
+
+    The rest is estimated run by run: from the run's own earlier repeat, else from the others' mean time a prompt.
+
+    Args:
+        comparison: The comparison.
+    """
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.live = sys.stderr.isatty()
+        self.pause = 0.2 if self.live else 20.0  # seconds between two lines of one decode
+        self.columns = os.get_terminal_size(sys.stderr.fileno()).columns if self.live else 0
+
+    def begin(self, number: int, repeat: int) -> None:
+        """A decode begins."""
+        self.number, self.repeat, self.started, self.said = number, repeat, time.monotonic(), -self.pause
+        self.tell(0)
+
+    def tell(self, finished: int) -> None:
+        """Some prompts of it are finished."""
+        passed = time.monotonic() - self.started
+        total = len(self.comparison.prompts_of(self.number))
+        if finished < total and passed - self.said < self.pause:
+            return
+        self.said = passed
+        known = self.seconds_by_run()
+        here = passed / finished * total if finished else self._guess(self.number, known)
+        left = [self._guess(n, known) for n, r in self._waiting() if (n, r) != (self.number, self.repeat)]
+        rest = "?"
+        if here is not None and None not in left:
+            rest = str(timedelta(seconds=round(max(here - passed, 0) + sum(filter(None, left)))))
+        done = len(self.comparison.results)
+        label = self.comparison.runs[self.number].label
+        text = f"decode {done + 1}/{len(self.comparison.runs) * self.comparison.repeats} | about {rest} left | {label}"
+        text += f", {finished} of {total} prompts"
+        sys.stderr.write(f"\r{text[: self.columns - 1]:<{self.columns - 1}}" if self.live else f"{text}\n")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """All is decoded."""
+        if self.live:
+            sys.stderr.write("\n")
+
+    def seconds_by_run(self) -> dict[int, float]:
+        """Seconds of the runs that have been decoded at least once."""
+        return {number: out.seconds for (number, _), out in self.comparison.results.items()}
+
+    def _waiting(self) -> list[tuple[int, int]]:
+        every = [(n, r) for r in range(self.comparison.repeats) for n in range(len(self.comparison.runs))]
+        return [work for work in every if work not in self.comparison.results]
+
+    def _guess(self, number: int, known: dict[int, float]) -> float | None:
+        if number in known:
+            return known[number]
+        if not known:
+            return None
+        size = self.comparison.prompts_of
+        return sum(known.values()) / sum(len(size(n)) for n in known) * len(size(number))
+
+
+def log(result: dict[str, Any], out: Path, settings: dict[str, Any], mode: Any) -> None:
+    """Logs the table, the plots, the picture and the settings to W&B."""
+    columns: list[Any] = ["label", "exact_match", "sequence_agreement", "token_agreement", "nfe_mean", "nfe_p95"]
+    columns += ["tokens_per_forward", "tokens_per_second", "loop_share", "empty_answers", "truncated_correct_answers"]
+    run = wandb.init(
+        project="dlm-accel",
+        job_type="eval",
+        config=settings,
+        mode=mode,
+        dir=out,
+        settings=wandb.Settings(silent=True),
+    )
+    table = wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in result["rows"]])
+    content: dict[str, Any] = {"bench": table, "quality against cost": wandb.Image(str(out / "bench.png"))}
+    for cost in ("nfe_mean", "tokens_per_second"):
+        content[f"exact match against {cost}"] = wandb.plot.scatter(table, cost, "exact_match")
+    run.log(content)
+    run.summary["headline"] = result["headline"]
+    run.finish()
+
+
+if __name__ == "__main__":
+    command(main, "eval/bench")

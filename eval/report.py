@@ -1,0 +1,400 @@
+"""Reads what ``eval/bench.py`` wrote: the equal-quality headline, tables, pictures; compares two results.
+
+``python eval/report.py --before old.json --after new.json``
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.intervals import paired
+from decoding.entry import command
+from decoding.record import write_aside
+from models.errors import InputError
+
+SCHEMA_VERSION = 3
+MARGIN = 0.01
+"""Loss of exact match against full_step, from 0 to 1, up to which a decode counts as equally good."""
+
+Row = dict[str, Any]
+COSTS = {"nfe_mean": "forwards", "tokens_per_second": "speed"}
+
+
+def headline(rows: Sequence[Row], margin: float = MARGIN) -> list[dict[str, Any]]:
+    """For each strategy its cheapest settings among those as good as full_step.
+
+    As good means that the exact match, paired prompt by prompt with full_step's, is at most ``margin`` lower.
+    ``confirmed`` says whether the whole 95 % interval of the difference is above that, so that chance is ruled out.
+    Settings compete within a group only: the same prompts, gen_length, batch size, dtype and temperature.
+
+    Args:
+        rows: Rows of a comparison.
+        margin: The loss that is accepted, from 0 to 1.
+
+    Returns:
+        A mapping for each group with more than one strategy: what its rows have in common, and ``strategies``, where
+        ``forwards`` is the setting of fewest forwards and ``speed`` the one of most tokens a second, or ``None`` where
+        none is as good. ``times`` says how many times fewer forwards, or more tokens a second, that is than full_step (the
+        reference decode itself), the best ``threshold`` and ``oracle`` have; ``None`` where the group has none of these.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_group(row), []).append(row)
+    found = []
+    for key, members in groups.items():
+        names = list(dict.fromkeys(row["settings"]["strategy"] for row in members))
+        if len(names) < 2:
+            continue
+        good = [row for row in members if row["paired_difference"]["mean"] >= -margin]
+        best = {cost: {name: _best(good, name, cost) for name in names} for cost in COSTS}
+        reference = next((row for row in members if row["label"] == row["reference"]), None)
+        entries = []
+        for name in names:
+            tried = [row for row in members if row["settings"]["strategy"] == name]
+            entry: dict[str, Any] = {"strategy": name, "settings_tried": len(tried)}
+            entry["settings_as_good"] = len([row for row in tried if row in good])
+            for cost, title in COSTS.items():
+                baselines = best[cost] | {"full_step": reference}
+                entry[title] = _pick(best[cost][name], baselines, cost, margin)
+            entries.append(entry)
+        common = dict(zip(("gen_length", "batch_size", "dtype", "temperature", "prompts"), key, strict=True))
+        found.append(common | {"margin": margin, "strategies": entries})
+    return found
+
+
+def _group(row: Row) -> tuple[Any, ...]:
+    names = ("gen_length", "batch_size", "dtype", "temperature")
+    return (*(row["settings"][name] for name in names), row["prompts"])
+
+
+def _better(cost: str, row: Row) -> float:
+    """The higher the better."""
+    return -row[cost] if cost == "nfe_mean" else row[cost]
+
+
+def _best(good: Sequence[Row], strategy: str, cost: str) -> Row | None:
+    rows = [row for row in good if row["settings"]["strategy"] == strategy]
+    return max(rows, key=lambda row: _better(cost, row), default=None)
+
+
+def _pick(row: Row | None, baselines: dict[str, Row | None], cost: str, margin: float) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    times = {}
+    for name in ("full_step", "threshold", "oracle"):
+        other = baselines.get(name)
+        ratio = None if other is None else row[cost] / other[cost]
+        times[name] = ratio if ratio is None or cost != "nfe_mean" else 1 / ratio
+    kept = (
+        "label",
+        "reference",
+        "exact_match",
+        "exact_match_interval",
+        "paired_difference",
+        "nfe_mean",
+        "tokens_per_second",
+    )
+    confirmed = row["paired_difference"]["interval"][0] >= -margin
+    return {name: row[name] for name in kept} | {"confirmed": confirmed, "times": times}
+
+
+def summary(groups: Sequence[dict[str, Any]]) -> str:
+    """The headline in a line a strategy, for the terminal."""
+    lines = []
+    for group in groups:
+        lines.append(
+            f"at most {100 * group['margin']:g} point below full_step on {group['prompts']} prompts, gen_length "
+            f"{group['gen_length']}, batch {group['batch_size']}, {group['dtype']}:"
+        )
+        for entry in group["strategies"]:
+            fewest, fastest = entry["forwards"], entry["speed"]
+            if fewest is None:
+                lines.append(f"  {entry['strategy']}: none of {entry['settings_tried']} settings")
+                continue
+            lines.append(
+                f"  {entry['strategy']}: {fewest['nfe_mean']:.2f} forwards ({fewest['label']}), "
+                f"{fastest['tokens_per_second']:.0f} tokens/s ({fastest['label']})"
+            )
+    return "\n".join(lines)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A result as Markdown: headline, all rows, by task, by answer length, and what they were made with."""
+    rows = result["rows"]
+    lines = ["# Decoders side by side", ""]
+    lines += [f"{len(result['prompts']['hashes'])} prompts, {_listed(result['prompts']['tasks'])}; judged by "]
+    lines[-1] += (
+        f"{' and '.join(result['scorers'])}. Base model {result['base']['fingerprint']}, `{result['base']['name']}`."
+    )
+    lines += ["", *_headline_lines(result["headline"])]
+    lines += ["## All runs", "", *_table(rows, _ALL), "", *_NOTES]
+    for title, key in (("task", "by_task"), ("length of full_step's answer, in tokens", "by_length")):
+        lines += ["", f"## By {title}", "", *_parts(rows, key)]
+    where = result["environment"]
+    lines += [
+        "",
+        "## Made with",
+        "",
+        f"`{result['command']}`, {result['time']}, on {where['device']}, {where['threads']} ",
+    ]
+    lines[-1] += f"threads, torch {where['torch']}, transformers {where['transformers']}, commit {where['git']}."
+    lines += ["", "Every row's complete decode settings are in the JSON file beside this one.", ""]
+    return "\n".join(lines)
+
+
+def _headline_lines(groups: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for group in groups:
+        lines += [
+            f"## At equal quality: gen_length {group['gen_length']}, batch {group['batch_size']}, {group['dtype']}",
+            "",
+            f"The cheapest setting of each strategy that answers at most {100 * group['margin']:g} point fewer of "
+            f"{group['prompts']} prompts rightly than full_step does. ✓ where the 95 % interval rules a larger loss out.",
+        ]
+        for title, head, unit in (("forwards", "NFE", "fewer forwards"), ("speed", "tokens/s", "as many tokens/s")):
+            names = ["full_step", "best threshold", "oracle"]
+            lines += ["", "| strategy | setting | exact match | difference to full_step | " + head + " | "]
+            lines[-1] += " | ".join(f"× {unit}: {name}" for name in names) + " |"
+            lines.append("|---|---|---|---|" + "---|" * (1 + len(names)))
+            for entry in group["strategies"]:
+                lines.append(_headline_row(entry, entry[title], head))
+        lines.append("")
+    return lines
+
+
+def _headline_row(entry: dict[str, Any], pick: dict[str, Any] | None, head: str) -> str:
+    if pick is None:
+        return f"| {entry['strategy']} | none of {entry['settings_tried']} is as good |" + " – |" * 6
+    times = ["–" if value is None else f"{value:.2f}×" for value in pick["times"].values()]
+    cost = f"{pick['nfe_mean']:.2f}" if head == "NFE" else f"{pick['tokens_per_second']:.0f}"
+    cells = [entry["strategy"], pick["label"], _percent(pick["exact_match"]), _difference(pick), cost, *times]
+    cells[3] += " ✓" if pick["confirmed"] else ""
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _difference(row: Row) -> str:
+    if row.get("label") == row.get("reference", ""):
+        return "the reference"
+    low, high = row["paired_difference"]["interval"]
+    return f"{100 * row['paired_difference']['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _component(row: Row) -> str:
+    return f"{row['component']['per_forward']:.1f}" if "component" in row else "–"
+
+
+def _memory(row: Row) -> str:
+    return f"{row['memory']['peak'] / 2**20:.0f}" if row["memory"] else "–"
+
+
+_ALL = {
+    "decode": lambda row: row["label"],
+    "prompts": lambda row: str(row["prompts"]),
+    "exact match (95 %)": lambda row: (
+        f"{_percent(row['exact_match'])} "
+        f"({100 * row['exact_match_interval'][0]:.1f} to {100 * row['exact_match_interval'][1]:.1f})"
+    ),
+    "difference (95 %)": _difference,
+    "same text": lambda row: _percent(row["sequence_agreement"]),
+    "same tokens": lambda row: _percent(row["token_agreement"]),
+    "NFE mean / median / p95": lambda row: f"{row['nfe_mean']:.2f} / {row['nfe_median']:.0f} / {row['nfe_p95']:.0f}",
+    "tokens/forward": lambda row: f"{row['tokens_per_forward']:.2f}",
+    "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+    "predictor / helper / loop": lambda row: " / ".join(
+        f"{100 * row[name] / row['seconds']:.0f} %" for name in ("predictor_seconds", "helper_seconds", "loop_seconds")
+    ),
+    "component commits/forward": _component,
+    "empty": lambda row: _percent(row["empty_answers"]),
+    "cut": lambda row: _percent(row["truncated_correct_answers"]),
+    "saved by EoT": lambda row: "–" if (saved := row["forwards_saved_by_eot"]) is None else f"{saved:.1f}",
+    "peak MiB": _memory,
+}
+_NOTES = [
+    "Same text, same tokens: agreement with full_step up to the end of the text. Tokens are counted before the first EoT. "
+    "Predictor / helper / loop: shares of the wall time. Empty: answers without a token. Cut: prompts that full_step answers "
+    "rightly and this decode wrongly, in a text that ends earlier. Saved by EoT: mean forwards fewer than with the rule off.",
+]
+
+
+def _table(rows: Sequence[Row], columns: dict[str, Any]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return lines + [f"| {' | '.join(value(row) for value in columns.values())} |" for row in rows]
+
+
+def _parts(rows: Sequence[Row], key: str) -> list[str]:
+    """Exact match, agreement and forwards of each run in each group of prompts."""
+    names = list(dict.fromkeys(name for row in rows for name in row[key]))
+    if key == "by_length":
+        names.sort(key=lambda name: int(name.split()[0]))
+    counts = {name: max(row[key][name]["prompts"] for row in rows if name in row[key]) for name in names}
+    columns = {"exact match / same text / NFE": lambda row: row["label"]}
+    for name in names:
+        columns[f"{name} ({counts[name]})"] = lambda row, name=name: (
+            f"{100 * part['exact_match']:.1f} / {100 * part['sequence_agreement']:.1f} / {part['nfe_mean']:.2f}"
+            if (part := row[key].get(name))
+            else "–"
+        )
+    return _table(rows, columns)
+
+
+def _listed(tasks: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in tasks.items())
+
+
+def variant(settings: dict[str, Any]) -> str:
+    """What a run has beside its strategy's usual settings; empty where that is nothing."""
+    extra = [name for name in ("filter", "kv_window", "max_lookahead") if settings.get(name) is not None]
+    words = [name for name in extra if (settings["strategy"], name) != ("learn2pd", "filter")]
+    words += [f"{settings['cache']} cache"] * (settings["cache"] != "none")
+    words += [f"EoT {settings['eot']}"] * (settings["eot"] != "filter")
+    return ", ".join(words)
+
+
+def draw(rows: Sequence[Row], target: Path, margin: float = MARGIN) -> None:
+    """Draws quality against forwards and against tokens/s: a colour for each strategy, a line joins its usual settings.
+
+    Other caches, EoT rules and components have a mark of their own, the oracle is a star. The dashed line is the first
+    run's quality, the shaded band what counts as equally good.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+
+    names = list(dict.fromkeys(row["settings"]["strategy"] for row in rows))
+    colours = {name: plt.get_cmap("tab10")(n % 10) for n, name in enumerate(names)}
+    variants = [name for name in dict.fromkeys(variant(row["settings"]) for row in rows) if name]
+    shapes = {name: "sD^vPX<>ph"[n % 10] for n, name in enumerate(variants)} | {"": "o"}
+    words = {
+        "nfe_mean": "forwards per answer (NFE)", "tokens_per_second": "generated tokens per second",
+        "exact_match": "exact match, %", "sequence_agreement": "same text as full_step, %",
+    }  # fmt: skip
+    panels = [("nfe_mean", "exact_match"), ("tokens_per_second", "exact_match"), ("nfe_mean", "sequence_agreement")]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.4), constrained_layout=True)
+    for axis, (cost, quality) in zip(axes, panels, strict=True):
+        for name in names:
+            own = [row for row in rows if row["settings"]["strategy"] == name]
+            usual = sorted((row[cost], 100 * row[quality]) for row in own if not variant(row["settings"]))
+            axis.plot(*zip(*usual, strict=True), color=colours[name], linewidth=1.5) if usual else None
+            for row in own:
+                kind = variant(row["settings"])
+                shape, size = ("*", 15) if name == "oracle" and not kind else (shapes[kind], 6)
+                fill = "white" if kind else colours[name]
+                axis.plot(
+                    row[cost], 100 * row[quality], shape, markersize=size, color=colours[name], markerfacecolor=fill
+                )
+        level = 100 * rows[0][quality]
+        axis.axhline(level, color="grey", linestyle="--", linewidth=1)
+        if quality == "exact_match":
+            axis.axhspan(level - 100 * margin, level, color="grey", alpha=0.15, linewidth=0)
+        axis.set(xlabel=words[cost], ylabel=words[quality], xscale="log")
+        axis.grid(visible=True, which="both", alpha=0.25)
+    marks = [Line2D([], [], color=colours[name], marker="*" if name == "oracle" else "o", label=name) for name in names]
+    marks += [
+        Line2D([], [], color="grey", linestyle="", marker=shapes[kind], markerfacecolor="white", label=kind)
+        for kind in variants
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=8, frameon=False)
+    figure.suptitle(f"{rows[0]['prompts']} prompts, gen_length {rows[0]['settings']['gen_length']}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Reads a result.
+
+    Raises:
+        InputError: Not a result of ``eval/bench.py`` of this version.
+    """
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(str(file), error, "a JSON file written by eval/bench.py") from error
+    found = result.get("schema_version") if isinstance(result, dict) else None
+    if found != SCHEMA_VERSION:
+        raise InputError(f"{file}: schema_version", found, str(SCHEMA_VERSION))
+    return result
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What changed between two results, as Markdown; runs are matched by their names.
+
+    Exact match is paired prompt by prompt where both used the same prompts. Speed is each result's own ratio to its first
+    run, so that two machines can be compared; forwards do not depend on the machine.
+    """
+    lines = ["# Before and after", ""]
+    lines += [f"- {name}: {ours} → {theirs}" for name, ours, theirs in _differences(before, after) if ours != theirs]
+    olds, news = ({row["label"]: row for row in result["rows"]} for result in (before, after))
+    same = before["prompts"]["hashes"] == after["prompts"]["hashes"]
+    columns = (
+        "decode",
+        "exact match",
+        "difference (95 %)",
+        "same text",
+        "NFE",
+        "× forwards",
+        "speed against first run",
+    )
+    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for label in [label for label in olds if label in news]:
+        old, new = olds[label], news[label]
+        speeds = [row["tokens_per_second"] / rows[0]["tokens_per_second"] for row, rows in
+                  ((old, before["rows"]), (new, after["rows"]))]  # fmt: skip
+        cells = [
+            label,
+            f"{_percent(old['exact_match'])} → {_percent(new['exact_match'])}",
+            _paired_change(old["right"], new["right"])
+            if same and old["prompts"] == new["prompts"]
+            else "other prompts",
+            f"{_percent(old['sequence_agreement'])} → {_percent(new['sequence_agreement'])}",
+            f"{old['nfe_mean']:.2f} → {new['nfe_mean']:.2f}",
+            f"{new['nfe_mean'] / old['nfe_mean']:.2f}",
+            f"{speeds[0]:.2f}× → {speeds[1]:.2f}×",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for title, ours, theirs in (("before", olds, news), ("after", news, olds)):
+        only = [label for label in ours if label not in theirs]
+        lines += ["", f"Only {title}: {', '.join(only)}."] if only else []
+    return "\n".join(lines) + "\n"
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What two results depend on: name, before, after."""
+    facts = []
+    for result in (before, after):
+        fact = {"base model": result["base"]["fingerprint"], "scorers": ", ".join(result["scorers"])}
+        fact["prompts"] = f"{len(result['prompts']['hashes'])} ({_listed(result['prompts']['tasks'])})"
+        facts.append(fact | result["environment"])
+    return [(name, facts[0][name], facts[1].get(name)) for name in facts[0]]
+
+
+def _paired_change(old: str, new: str) -> str:
+    won = sum(a + b == "01" for a, b in zip(old, new, strict=True))
+    lost = sum(a + b == "10" for a, b in zip(old, new, strict=True))
+    interval = paired(won, lost, len(old))
+    return _difference({"paired_difference": {"mean": (won - lost) / len(old), "interval": interval}})
+
+
+def main(before: Path, after: Path, out: Path | None = None) -> None:
+    """Prints what changed between two results of ``eval/bench.py``.
+
+    Args:
+        before: The older result, a JSON file.
+        after: The newer one.
+        out: Also writes the comparison to this Markdown file.
+    """
+    text = changes(read(before), read(after))
+    print(text)
+    if out is not None:
+        write_aside(out, text)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,129 @@
+"""The benchmark command, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data.compare import Comparison, Run
+from data.prompts import Prompt
+from eval.bench import Watch
+from models.predictor import MaskPredictor
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = [
+    {"strategy": "full_step", "eot": "off"},
+    {"strategy": "threshold", "options": {"threshold": 0.5}},
+    {"strategy": "oracle", "eot": "off"},
+]
+
+
+def bench(folder: Path, *words: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "eval/bench.py"), *map(str, words)],
+        cwd=folder, env={**os.environ, "WANDB_MODE": "disabled"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, tiny_checkpoint):
+    """A finished benchmark: its folder, the words it was started with, and what it printed."""
+    folder = tmp_path_factory.mktemp("bench")
+    lines = [{"prompt": f"What is {n} + 4?", "answer": "7", "task": "sums"} for n in range(6)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sources = [{"path": "sums.jsonl", "answer_column": "answer"}]
+    words = [
+        "--base", tiny_checkpoint, "--runs", json.dumps(RUNS), "--prompts", json.dumps(sources), "--split", "null",
+        "--limit", 4, "--gen_length", 16, "--block_length", 8, "--repeats", 2,
+    ]  # fmt: skip
+    out = bench(folder, *words)
+    assert out.returncode == 0, out.stderr
+    return folder, words, out
+
+
+def test_everything_a_reader_needs_is_written(done, tiny_checkpoint):
+    folder, _, out = done
+    content = json.loads((folder / "runs/bench/bench.json").read_text())
+    rows = content["rows"]
+    assert content["schema_version"] == 3
+    assert [row["settings"]["strategy"] for row in rows] == ["full_step", "threshold", "oracle"]
+    assert rows[0]["nfe_mean"] == 16
+    assert rows[2]["sequence_agreement"] == 1.0  # the oracle reproduces its reference
+    assert rows[2]["nfe_mean"] < 16
+    needed = {"gen_length", "block_length", "steps", "temperature", "eot", "seed", "cache", "batch_size", "dtype"}
+    for row in rows:
+        assert needed <= set(row["settings"])
+        assert row["settings"]["fingerprints"] == {"base": MaskPredictor.from_pretrained(tiny_checkpoint).fingerprint}
+    assert {"device", "torch", "git"} <= set(content["environment"])
+    assert len(content["prompts"]["hashes"]) == 4
+    assert content["headline"][0]["strategies"][0]["strategy"] == "full_step"
+    assert (folder / "runs/bench/bench.png").stat().st_size > 10_000
+    assert "## At equal quality" in (folder / "runs/bench/bench.md").read_text()
+    assert yaml.safe_load((folder / "runs/bench/run.yaml").read_text())["config"]["repeats"] == 2
+    assert "oracle EoT off" in out.stdout
+    assert "decode 6/6 | about 0:00:" in out.stderr
+
+
+def test_started_again_it_decodes_only_what_is_missing(done):
+    folder, words, _ = done
+    before = json.loads((folder / "runs/bench/bench.json").read_text())
+    next((folder / "runs/bench/decodes").glob("threshold-*")).unlink()
+    again = bench(folder, *words)
+    assert again.returncode == 0, again.stderr
+    told = [line for line in again.stderr.splitlines() if line.startswith("decode")]
+    assert told
+    assert all("threshold 0.5" in line for line in told)
+    after = json.loads((folder / "runs/bench/bench.json").read_text())
+    assert after["rows"][0]["seconds_all"] == before["rows"][0]["seconds_all"]
+    assert after["rows"][1]["nfe_mean"] == before["rows"][1]["nfe_mean"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--repeats", 0], "repeats: found 0"),
+        (["--margin", 2], "margin: found 2"),
+        (["--runs", '[{"strategy": "threshold"}]'], "runs: first of gen_length 16: found 'threshold'"),
+        (["--runs", '[{"strategy": "full_step"}, {"strategy": "nothing"}]'], "strategy: found 'nothing'; accepted: full_step |"),
+        (["--split", "nothing"], "train | validation | test"),
+        (["--repeat", 3], "--repeat 3; accepted: repeats"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_status_2(done, words, message):
+    folder, usual, _ = done
+    out = bench(folder, *usual, *words)
+    assert out.returncode == 2, out.stderr
+    assert message in out.stderr.splitlines()[-1]
+    assert "Traceback" not in out.stderr
+
+
+def test_the_time_left_follows_each_run_s_own_speed(tiny_checkpoint, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("eval.bench.time.monotonic", lambda: clock[0])
+    prompts = [Prompt(str(n), "t", f"word {n}") for n in range(4)]
+    predictor = MaskPredictor.from_pretrained(tiny_checkpoint)
+    comparison = Comparison(
+        predictor, prompts, [Run("full_step"), Run("threshold")], gen_length=8, block_length=8, repeats=2
+    )
+    watch = Watch(comparison)
+
+    def left() -> str:
+        return capsys.readouterr().err.splitlines()[-1].split("| ")[1]
+
+    seconds = {0: 100.0, 1: 10.0}
+    for step, (number, repeat) in enumerate(comparison.work()):
+        watch.begin(number, repeat)
+        begun = left()
+        comparison.decode(number, repeat)
+        comparison.results[number, repeat].seconds = seconds[number]
+        if step == 0:
+            assert begun == "about ? left "
+        if step == 2:  # this run again, and then the other, whose times are known
+            assert begun == "about 0:01:50 left "
+            clock[0] += 30
+            watch.tell(3)
+            assert left() == "about 0:00:20 left "  # three of four in 30 s: 10 more, and the other run's 10

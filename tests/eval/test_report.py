@@ -1,0 +1,148 @@
+"""The equal-quality headline, and what two results say about each other."""
+
+import pytest
+
+from data.intervals import paired, wilson
+from eval.report import changes, draw, headline, markdown, read, summary, variant
+from models.errors import InputError
+
+PROMPTS = 1000
+
+
+def row(strategy, label, lost, nfe, speed, **settings):
+    count = PROMPTS - lost
+    figures = {
+        "exact_match": count / PROMPTS, "exact_match_interval": wilson(count, PROMPTS), "sequence_agreement": 0.9,
+        "paired_difference": {"mean": -lost / PROMPTS, "interval": paired(0, lost, PROMPTS), "won": 0, "lost": lost},
+        "nfe_mean": nfe, "nfe_median": nfe, "nfe_p95": nfe, "token_agreement": 0.9, "tokens_per_forward": 1.0,
+        "prompts": PROMPTS,
+    }  # fmt: skip
+    common = {
+        "gen_length": 128,
+        "batch_size": 32,
+        "dtype": "float32",
+        "temperature": 0.0,
+        "cache": "none",
+        "eot": "filter",
+    }
+    return figures | {
+        "label": label, "reference": "full_step", "settings": {"strategy": strategy} | common | settings,
+        "by_task": {"sums": figures}, "by_length": {"1 to 2": figures}, "tokens_per_second": speed, "seconds": 4.0,
+        "predictor_seconds": 3.0, "helper_seconds": 0.0, "loop_seconds": 1.0, "empty_answers": 0.0,
+        "truncated_correct_answers": lost / PROMPTS, "forwards_saved_by_eot": None, "memory": None,
+        "right": "0" * lost + "1" * count, "scorers": ["final answer"],
+    }  # fmt: skip
+
+
+ROWS = [
+    row("full_step", "full_step", 0, 20.0, 100),
+    row("threshold", "threshold 0.5", 40, 2.0, 1000),
+    row("threshold", "threshold 0.9", 10, 4.0, 500),
+    row("threshold", "threshold 0.95", 0, 5.0, 400),
+    row("learn2pd", "learn2pd", 1, 2.5, 450),
+    row("dico", "dico", 30, 1.0, 2000),
+    row("oracle", "oracle", 0, 2.0, 900),
+]
+
+
+def result(rows=ROWS, **changed):
+    return {
+        "schema_version": 3, "command": "python eval/bench.py", "time": "now", "scorers": ["final answer"],
+        "environment": {"device": "cpu", "threads": 2, "torch": "2", "transformers": "5", "git": "abc"},
+        "base": {"name": "base", "fingerprint": "f"}, "headline": headline(rows), "rows": rows,
+        "prompts": {"sources": [], "split": "test", "tasks": {"sums": PROMPTS}, "hashes": ["h"] * PROMPTS},
+    } | changed  # fmt: skip
+
+
+def entries(rows):
+    (group,) = headline(rows)
+    return {entry["strategy"]: entry for entry in group["strategies"]}
+
+
+def test_the_cheapest_setting_as_good_as_full_step_is_picked():
+    found = entries(ROWS)
+    assert found["threshold"]["forwards"]["label"] == "threshold 0.9"  # 0.5 is cheaper and four points worse
+    assert found["threshold"]["forwards"]["times"] == {"full_step": 5.0, "threshold": 1.0, "oracle": 0.5}
+    assert found["threshold"]["speed"]["times"]["full_step"] == 5.0
+    assert found["learn2pd"]["forwards"]["times"] == {"full_step": 8.0, "threshold": 1.6, "oracle": 0.8}
+    assert found["learn2pd"]["speed"]["times"]["threshold"] == 0.9
+    assert (found["threshold"]["settings_tried"], found["threshold"]["settings_as_good"]) == (3, 2)
+
+
+def test_a_strategy_that_loses_too_much_is_not_picked_however_fast():
+    assert entries(ROWS)["dico"]["forwards"] is None
+    assert "| dico | none of 1 is as good |" in markdown(result())
+    lines = summary(headline(ROWS)).splitlines()
+    assert "  dico: none of 1 settings" in lines
+    assert "  threshold: 4.00 forwards (threshold 0.9), 500 tokens/s (threshold 0.9)" in lines
+
+
+def test_a_loss_that_chance_does_not_rule_out_is_not_confirmed():
+    found = entries(ROWS)
+    assert found["learn2pd"]["forwards"]["confirmed"]  # 1 of 1,000 lost: at most .6 points with 95 %
+    assert not found["threshold"]["forwards"]["confirmed"]  # 10 of 1,000 lost: it may be two points
+
+
+def test_other_conditions_do_not_compete():
+    other = [
+        row("full_step", "full_step b1", 0, 20.0, 50, batch_size=1),
+        row("oracle", "o b1", 0, 1.0, 60, batch_size=1),
+    ]
+    groups = headline([*ROWS, *other])
+    assert [group["batch_size"] for group in groups] == [32, 1]
+    assert groups[0] == headline(ROWS)[0]
+    assert groups[1]["strategies"][1]["forwards"]["times"] == {"full_step": None, "threshold": None, "oracle": 1.0}
+
+
+def test_markdown_has_every_run_and_what_it_was_made_with():
+    text = markdown(result())
+    for entry in ROWS:
+        assert f"| {entry['label']} | {PROMPTS} |" in text
+    assert "`python eval/bench.py`" in text
+    assert "## By task" in text
+    assert "the reference" in text
+
+
+def test_a_picture_is_drawn(tmp_path):
+    draw(ROWS, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_variants_are_what_a_run_has_beside_its_strategy():
+    usual = {"cache": "none", "eot": "filter"}
+    assert variant({"strategy": "apd", "mixture_weight": 0.5, "kv_window": None, **usual}) == ""
+    assert variant({"strategy": "apd", "kv_window": 16, **usual}) == "kv_window"
+    assert variant({"strategy": "learn2pd", "filter": "x", **usual}) == ""
+    assert variant({"strategy": "dico", "filter": "x", **usual}) == "filter"
+    assert variant({"strategy": "full_step", "cache": "dual", "eot": "off"}) == "dual cache, EoT off"
+
+
+def test_changes_are_paired_and_relative_to_each_own_machine():
+    faster = [{**r, "tokens_per_second": 3 * r["tokens_per_second"]} for r in ROWS]
+    faster[4] = row("learn2pd", "learn2pd", 31, 2.0, 3 * 900)
+    text = changes(result(), result([*faster[:6], row("klass", "klass", 0, 3.0, 1)], scorers=["reasoning-gym"]))
+    same = "| threshold 0.9 | 99.0 % → 99.0 % | +0.0 (-0.4 to +0.4) | 90.0 % → 90.0 % | 4.00 → 4.00 | 1.00 | 5.00× → 5.00× |"
+    worse = (
+        "| learn2pd | 99.9 % → 96.9 % | -3.0 (-4.3 to -2.1) | 90.0 % → 90.0 % | 2.50 → 2.00 | 0.80 | 4.50× → 9.00× |"
+    )
+    assert same in text
+    assert worse in text
+    assert "Only before: oracle." in text
+    assert "Only after: klass." in text
+    assert "- scorers: final answer → reasoning-gym" in text
+    other = result(prompts={"tasks": {"sums": PROMPTS}, "hashes": ["other"] * PROMPTS})
+    assert "other prompts" in changes(result(), other)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "a JSON file written by"),
+        ("[]", "schema_version: found None"),
+        ('{"schema_version": 2}', "schema_version: found 2; accepted: 3"),
+    ],
+)
+def test_a_file_that_is_no_result_is_named(tmp_path, content, message):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(InputError, match=f"x.json.*{message}"):
+        read(tmp_path / "x.json")
