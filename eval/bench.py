@@ -67,11 +67,7 @@ def main(
         predictor, chosen, runs, gen_length=gen_length, block_length=block_length, batch_size=batch_size,
         repeats=repeats, folder=out / "decodes", warm_up=True,
     )  # fmt: skip
-    watch = Watch(comparison)
-    for number, repeat in comparison.work():
-        watch.begin(number, repeat)
-        comparison.decode(number, repeat, watch.tell)
-    watch.end()
+    decode(comparison)
     rows = comparison.rows()
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -96,6 +92,20 @@ def main(
     if mode != "disabled":
         log(result, out, settings, mode)
     print(f"wrote bench.json, bench.md and bench.png to {out}")
+
+
+def decode(comparison: Comparison) -> None:
+    """Decodes what is left, saying how far it is."""
+    watch = Watch(comparison)
+    try:
+        for number, repeat in comparison.work():
+            watch.begin(number, repeat)
+            comparison.decode(number, repeat, watch.tell)
+    except KeyboardInterrupt:
+        done = len(comparison.results)
+        raise KeyboardInterrupt(f"interrupted after {done} decodes; the same command goes on from there") from None
+    finally:
+        watch.end()
 
 
 class Watch:
