@@ -260,13 +260,18 @@ def test_the_page_works_in_a_browser(browser, bundled, tmp_path):
     file = tmp_path / "page.html"
     file.write_text(page({"base": "llada-tiny"} | data), encoding="utf-8")
     browser.get(file.as_uri())
+    assert browser.execute_script("return document.querySelectorAll('.text').length") == 4
+    set_step(browser, data["panels"][0]["nfe"])
+    assert texts(browser) == [panel["text"] for panel in data["panels"]]
 
+    data["pieces"][data["panels"][0]["final"][0]] = HOSTILE
+    whole = ["".join(data["pieces"][token] for token in panel["final"][: panel["tokens"]]) for panel in data["panels"]]
+    file.write_text(page({"base": "llada-tiny"} | data), encoding="utf-8")
+    browser.refresh()
     assert browser.execute_script("return document.getElementById('prompt').textContent") == prompt
     masked = "return [...document.querySelectorAll('.text span')].every((span) => span.className === 'masked')"
     assert browser.execute_script(masked)
     start = texts(browser)
-    assert len(start) == 4
-
     browser.find_element(By.TAG_NAME, "body").send_keys(Keys.ARROW_RIGHT)
     first = texts(browser)
     assert first != start
@@ -277,7 +282,7 @@ def test_the_page_works_in_a_browser(browser, bundled, tmp_path):
     assert texts(browser) == first
 
     set_step(browser, data["panels"][0]["nfe"])
-    assert texts(browser) == [panel["text"] for panel in data["panels"]]
+    assert texts(browser) == whole
     browser.find_element(By.ID, "play").click()  # from the end, it begins anew
     assert browser.find_element(By.ID, "play").text == "Pause"
     assert texts(browser) == start
