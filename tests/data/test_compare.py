@@ -130,8 +130,8 @@ def test_a_damaged_decode_is_named(predictor, tmp_path):
 
 
 def test_a_warm_up_measures_memory_and_leaves_the_result_alone(predictor):
-    plain = Comparison(predictor, PROMPTS, RUNS, **LENGTHS)
-    warm = Comparison(predictor, PROMPTS, RUNS, warm_up=True, **LENGTHS)
+    plain = Comparison(predictor, PROMPTS, RUNS, batch_size=2, **LENGTHS)
+    warm = Comparison(predictor, PROMPTS, RUNS, batch_size=2, warm_up=True, **LENGTHS)
     for comparison in (plain, warm):
         finish(comparison)
     for ours, theirs in zip(warm.rows(), plain.rows(), strict=True):
@@ -168,3 +168,4 @@ def test_a_strategy_that_truncates_is_seen_to_be_faster_and_worse():
     assert threshold["exact_match"] == full["exact_match"] > cut["exact_match"]
     assert cut["truncated_correct_answers"] == -cut["paired_difference"]["mean"] > 0
     assert cut["tokens"] < full["tokens"] / 2
+    assert full["forwards_saved_by_eot"] == 128 - full["nfe_mean"] > 50

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from decoding import Decoder, make_strategy
+from decoding.decoder import cut
 from decoding.text import encode
 from models.errors import InputError
 from models.helper import Helper
@@ -137,9 +138,18 @@ def test_a_stop_sequence_saves_forwards_and_changes_no_text(decoder, random_help
         assert ours == full[: min((full.find(s) for s in stop if s in full), default=None)]
     assert (out.nfe <= whole.nfe).all()
     assert (out.nfe[:2] < whole.nfe[:2]).all()
+    if name != "apd":  # which is asked after every step, and steps are no fixed number of tokens
+        for ours, full in zip(out.tokens[:2], whole.tokens[:2], strict=True):
+            texts = [decoder.decode_text(full[: 4 * block]) for block in range(1, 9)]
+            assert len(ours) == 4 * next(n for n, text in enumerate(texts, 1) if any(s in text for s in stop))
     assert out.settings["stop"] == stop
     for ours, full in zip(out.tokens, whole.tokens, strict=True):
         assert ours == full[: len(ours)]
+
+
+def test_the_first_stop_sequence_cuts():
+    assert cut("a b c", ["c", "b"]) == 2
+    assert cut("a b c", ["d"]) is None
 
 
 def test_progress_counts_finished_rows(decoder):
