@@ -1,22 +1,31 @@
 """Makes the prompts that ship in ``data/bundled/`` (needs the ``gym`` extra): ``python data/make_bundle.py``.
 
+The first test prompts of each task are also written to ``eval/tasks/``, as lm-eval reads them; ``python data/make_bundle.py
+tasks`` does only that, from the file that is there, and needs no extra.
+
 The tasks and their restrictions are those the bundled base model is trained on; the seeds are not. Each split keeps only
 prompts whose hash belongs to it, so none of validation or test is ever in a training stream.
 """
 
 import itertools
+import json
+import random
+import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
 from data.gym import GymTask, samples
-from data.prompts import Prompt, split_of
+from data.prompts import Prompt, PromptSource, load_prompts, prompt_hash, split_of
 
 SEEDS = {"train": 10_000_000, "validation": 20_000_000, "test": 30_000_000}
 PER_TASK = {"train": 700, "validation": 128, "test": 512}
 ROOT = Path(__file__).resolve().parent
+TASKS = ROOT.parent / "eval" / "tasks"
+TASK_ROWS = 64
 
 
 def bundled_tasks() -> list[GymTask]:
@@ -41,15 +50,40 @@ def bundle(split: str) -> list[Prompt]:
     return [prompt for prompt in turns if prompt is not None]
 
 
+def choices(prompt: Prompt) -> dict[str, Any]:
+    """A sum with four results to choose from, the right one among them; which, depends on the prompt alone."""
+    right = int(prompt.answer)
+    rng = random.Random(prompt_hash(prompt.prompt))
+    numbers = [right, *rng.sample([right + d for d in range(-5, 6) if d], 3)]
+    rng.shuffle(numbers)
+    return {"prompt": prompt.prompt, "choices": [str(number) for number in numbers], "label": numbers.index(right)}
+
+
+def write_tasks() -> None:
+    """Writes the data of lm-eval's local tasks."""
+    prompts = load_prompts([PromptSource(split="test")], split="test", per_task=TASK_ROWS)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for prompt in prompts:
+        row = {"task": prompt.task, "prompt": prompt.prompt, "answer": prompt.answer}
+        rows.setdefault(prompt.task, []).append(row)
+        if prompt.task == "chain_sum":
+            rows.setdefault("chain_sum_choice", []).append(choices(prompt))
+    for name, lines in rows.items():
+        target = TASKS / f"{name}.jsonl"
+        target.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
+        print(f"{target}: {len(lines)} prompts")
+
+
 def main() -> None:
-    """Writes the three files."""
+    """Writes the three files, and the tasks' data."""
     for split in SEEDS:
         table = pa.Table.from_pylist([vars(prompt) for prompt in bundle(split)])
         target = ROOT / "bundled" / f"{split}.parquet"
         target.parent.mkdir(exist_ok=True)
         pq.write_table(table, target, compression="zstd")
         print(f"{target}: {table.num_rows} prompts")
+    write_tasks()
 
 
 if __name__ == "__main__":
-    main()
+    write_tasks() if sys.argv[1:] == ["tasks"] else main()

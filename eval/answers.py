@@ -1,0 +1,78 @@
+"""Answers that a run has, by request and settings, kept in a file so that an interrupted run continues."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models.errors import InputError
+
+
+def answer_key(**parts: Any) -> str:
+    """32 hex digits of everything an answer depends on: two requests share them only if their answers are the same."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+class Answers:
+    """Records by key: in memory, and in ``answers-rank<n>.jsonl`` where there is a folder.
+
+    Every process writes a file of its own and reads all, so a run may continue on another number of devices. JSON lines,
+    appended: a run that is killed loses at most the line it was writing.
+
+    Args:
+        folder: Folder of the files; ``None`` keeps nothing.
+        rank: Number of this process.
+
+    Raises:
+        InputError: A file holds something else.
+    """
+
+    def __init__(self, folder: Path | None = None, rank: int = 0) -> None:
+        self._records: dict[str, dict[str, Any]] = {}
+        self.file = None if folder is None else folder / f"answers-rank{rank}.jsonl"
+        if folder is None or self.file is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        _mend(self.file)
+        for file in sorted(folder.glob("answers-rank*.jsonl")):
+            self._records |= _read(file)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._records
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._records[key]
+
+    def add(self, records: Mapping[str, dict[str, Any]]) -> None:
+        """Adds finished answers, key to record; they are in the file when this returns."""
+        self._records |= records
+        if self.file is not None:
+            lines = [json.dumps({"key": key} | record, ensure_ascii=False) for key, record in records.items()]
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write("".join(f"{line}\n" for line in lines))
+
+
+def _mend(file: Path) -> None:
+    """Cuts a line off that was being written when the run was killed."""
+    if file.is_file():
+        whole = file.read_bytes()
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if len(kept) < len(whole):
+            with file.open("r+b") as stream:
+                stream.truncate(len(kept))
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    # Another process may be writing its last line.
+    lines = file.read_bytes().split(b"\n")[:-1]
+    records = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            records[record.pop("key")] = record
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{file}: line {number}", error, "an answer as this command writes it; or remove the file"
+            ) from None
+    return records

@@ -1,0 +1,88 @@
+"""Several processes, one a device, that share the requests of a run."""
+
+import logging
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from models.errors import InputError
+
+BACKEND = "gloo"
+"""Only counts and finished answers are exchanged, which are on the CPU anyway."""
+
+TIMEOUT = timedelta(weeks=52)
+"""A process that is done waits for the slowest, and a decode may take days."""
+
+
+def launch(devices: int, device: str | None) -> None:
+    """Starts the other processes of a command with Lightning Fabric, unless torchrun or accelerate has done so.
+
+    Args:
+        devices: Number of processes.
+        device: The command's device; ``cpu`` keeps them off the GPUs.
+
+    Raises:
+        InputError: Fewer devices than processes.
+    """
+    if devices < 1:
+        raise InputError("devices", devices, "a whole number of at least 1")
+    if devices == 1:
+        return
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # every process would introduce itself
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    try:
+        strategy = DDPStrategy(process_group_backend=BACKEND, timeout=TIMEOUT)
+        Fabric(accelerator="cuda" if on_gpu else "cpu", devices=devices, strategy=strategy).launch()
+    except MisconfigurationException as error:
+        raise InputError("devices", f"{devices} ({error})", f"at most {torch.cuda.device_count()}") from error
+
+
+def join() -> tuple[int, int]:
+    """Joins the processes this one was started with, whoever started them: Fabric, torchrun or accelerate.
+
+    Returns:
+        Number of this process, and how many there are.
+    """
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(BACKEND, timeout=TIMEOUT)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_device(asked: str | None) -> str | None:
+    """The device of this process: the one asked for, or with several processes on GPUs, its own.
+
+    Raises:
+        InputError: No such device.
+    """
+    try:
+        usable = asked is None or torch.device(asked).type != "cuda" or torch.cuda.is_available()
+    except RuntimeError:
+        usable = False
+    if not usable:
+        raise InputError("device", repr(asked), "cpu | cuda | cuda:<n>, where there is such a GPU")
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if several and torch.cuda.is_available() and asked != "cpu":
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return asked
+
+
+def gather(value: Any) -> list[Any]:
+    """``value`` of every process, in their order; waits for all of them."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def leave() -> None:
+    """Ends the exchange between the processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
