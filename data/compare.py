@@ -1,6 +1,7 @@
 """Decodes the same prompts in several ways and says what each costs and how good it is, side by side."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -193,7 +194,7 @@ class Comparison:
         self, number: int, chosen: Sequence[int], progress: Callable[[int], None] = lambda finished: None
     ) -> Generation:
         run, strategy = self.runs[number], self.strategies[number]
-        references = self._oracle_text(number)
+        references, done = self._oracle_text(number), itertools.count(1)
         assert run.gen_length is not None
         assert run.block_length is not None
         assert run.batch_size is not None
@@ -201,7 +202,7 @@ class Comparison:
             [self.prompts[n].prompt for n in chosen], gen_length=run.gen_length, block_length=run.block_length,
             eot=run.eot, cache=run.cache, refresh=run.refresh, steps=run.steps, temperature=run.temperature,
             batch_size=run.batch_size, references=None if references is None else references[list(chosen)],
-            progress=progress,
+            finished=lambda index, tokens, nfe: progress(next(done)),
         )  # fmt: skip
 
     def _oracle_text(self, number: int) -> Tensor | None:

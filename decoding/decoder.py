@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from decoding.config import CacheRule, DecodeConfig, EotRule
-from decoding.eot import first_true
 from decoding.loop import check_prompts, decode, decode_steps
 from decoding.output import DecodeOutput, StepResult, StepTrace, empty_output
 from decoding.strategies import Strategy, make_strategy
@@ -104,8 +103,9 @@ class Decoder:
         chat_template: bool = True,
         references: Tensor | None = None,
         stop: Sequence[str] = (),
+        seeds: Sequence[int] | None = None,
         trace: bool = False,
-        progress: Callable[[int], None] = lambda finished: None,
+        finished: Callable[[int, list[int], int], None] | None = None,
     ) -> Generation:
         """Decodes a list of prompts; as one is finished, the next takes its place in the batch.
 
@@ -123,8 +123,9 @@ class Decoder:
             chat_template: Wrap text in the chat template.
             references: ``(B, gen_length)`` int64, for the oracle.
             stop: Texts that end a row: looked for at the end of every block, in the text decoded so far.
+            seeds: Noise seed of each prompt beside ``seed``; its place in the list by default.
             trace: Keep every step.
-            progress: Called after every step with the number of rows that are finished.
+            finished: Called with a prompt's index, its tokens before the first EoT and its NFE as soon as it is decoded.
 
         Raises:
             InputError: A setting, a prompt or a reference that cannot be used, by name.
@@ -135,12 +136,16 @@ class Decoder:
             raise InputError("batch_size", batch_size, "a whole number of at least 1")
         if references is not None and references.shape != (len(ids), gen_length):
             raise InputError("references", tuple(references.shape), f"shape ({len(ids)}, {gen_length})")
+        if seeds is not None and len(seeds) != len(ids):
+            raise InputError("seeds", f"{len(seeds)} for {len(ids)} prompts", "one for each prompt")
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         index = torch.tensor(order)
         whole = decode(
             self.predictor, [ids[i] for i in order], config, self.strategy,
-            None if references is None else references[index], record=trace, seeds=order, batch_size=batch_size,
-            stop=(lambda row, tokens: cut(self._text(tokens), stop) is not None) if stop else None, progress=progress,
+            None if references is None else references[index], record=trace,
+            seeds=order if seeds is None else [seeds[i] for i in order], batch_size=batch_size,
+            stop=(lambda row, region: cut(self.decode_text(self._before_eot(region)), stop) is not None) if stop else None,
+            finished=(lambda row, region, nfe: finished(order[row], self._before_eot(region), nfe)) if finished else None,
         )  # fmt: skip
         _restore(whole, index)
         name = self.strategy.component
@@ -166,15 +171,14 @@ class Decoder:
             return ""
         return str(self.predictor.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def read(self, sequences: Tensor) -> tuple[list[str], list[list[int]]]:
-        """Text and ids of generated regions ``(B, G)`` int64, each up to its first EoT."""
-        ends = first_true(sequences == self.predictor.ids.eot).tolist()
-        tokens = [row[:end] for row, end in zip(sequences.tolist(), ends, strict=True)]
-        return [self.decode_text(row) for row in tokens], tokens
+    def read(self, sequences: Tensor, stop: Sequence[str] = ()) -> tuple[list[str], list[list[int]]]:
+        """Text, up to the first stop sequence, and ids, up to the first EoT, of generated regions ``(B, G)`` int64."""
+        tokens = [self._before_eot(region) for region in sequences.tolist()]
+        return [text[: cut(text, stop)] for text in map(self.decode_text, tokens)], tokens
 
-    def _text(self, tokens: list[int]) -> str:
+    def _before_eot(self, region: list[int]) -> list[int]:
         eot = self.predictor.ids.eot
-        return self.decode_text(tokens[: tokens.index(eot)] if eot in tokens else tokens)
+        return region[: region.index(eot)] if eot in region else region
 
     def _encode(self, prompts: Sequence[PromptLike], config: DecodeConfig, chat_template: bool) -> list[list[int]]:
         if isinstance(prompts, str) or not len(prompts):
@@ -195,9 +199,9 @@ class Decoder:
     def _generation(
         self, output: DecodeOutput, config: DecodeConfig, settings: dict[str, Any], trace: bool
     ) -> Generation:
-        text, tokens = self.read(output.sequences)
+        text, tokens = self.read(output.sequences, settings["stop"])
         return Generation(
-            text=[line[: cut(line, settings["stop"])] for line in text],
+            text=text,
             tokens=tokens,
             sequences=output.sequences,
             nfe=output.nfe,

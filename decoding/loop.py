@@ -27,18 +27,15 @@ def decode(
     seeds: Sequence[int] | None = None,
     batch_size: int | None = None,
     stop: Callable[[int, list[int]], bool] | None = None,
-    progress: Callable[[int], None] = lambda finished: None,
+    finished: Callable[[int, list[int], int], None] | None = None,
 ) -> DecodeOutput:
-    """Decodes prompts to the end; see :func:`decode_steps` for the arguments and errors.
-
-    ``progress`` is told after every step how many rows are finished.
-    """
+    """Decodes prompts to the end; see :func:`decode_steps` for the arguments and errors."""
     output = empty_output(len(prompts), config)
     steps = decode_steps(
-        predictor, prompts, config, strategy, output, references, record, record_eot, seeds, batch_size, stop
+        predictor, prompts, config, strategy, output, references, record, record_eot, seeds, batch_size, stop, finished
     )
     for _ in steps:
-        progress(output.finished)
+        pass
     return output
 
 
@@ -55,6 +52,7 @@ def decode_steps(
     seeds: Sequence[int] | None = None,
     batch_size: int | None = None,
     stop: Callable[[int, list[int]], bool] | None = None,
+    finished: Callable[[int, list[int], int], None] | None = None,
 ) -> Iterator[StepResult]:
     """Decodes prompts, yielding after every step of the batch; ``output`` is filled on the way.
 
@@ -75,6 +73,7 @@ def decode_steps(
         batch_size: Rows decoded together; all by default.
         stop: Called with a row's index and its decoded tokens, from the first generated one on, each time a block of it is
             done (with APD: each step); True ends the row there, as if an EoT followed.
+        finished: Called with a row's index, its generated region and its NFE as soon as the row has ended.
 
     Raises:
         InputError: An empty prompt, one that leaves no room for ``gen_length``, or a strategy that does not fit.
@@ -82,7 +81,7 @@ def decode_steps(
     check_prompts(predictor, prompts, config)
     strategy.prepare(predictor, config)
     request = Request(
-        predictor, prompts, config, strategy, output, references, record, record_eot, seeds, batch_size, stop
+        predictor, prompts, config, strategy, output, references, record, record_eot, seeds, batch_size, stop, finished
     )
     run = ApdRun(request, strategy) if isinstance(strategy, APD) else BlockRun(request, cast(BlockStrategy, strategy))
     while run.state.slots:

@@ -61,7 +61,6 @@ class DecodeOutput:
         sequences: ``(B, gen_length)`` int64, without any MASK id.
         nfe: ``(B,)`` int64, forwards in which the row still had masked positions.
         forward_calls: Batched forwards launched.
-        finished: Rows that have ended.
         counts: Name to ``(B,)`` int64 totals of the strategy's events.
         trace: Steps in order, where recorded.
         predictor_seconds: Wall time inside the predictor's forwards, in seconds.
@@ -72,7 +71,6 @@ class DecodeOutput:
     sequences: Tensor
     nfe: Tensor
     forward_calls: int = 0
-    finished: int = 0
     counts: dict[str, Tensor] = field(default_factory=dict)
     trace: list[StepTrace] = field(default_factory=list)
     predictor_seconds: float = 0.0

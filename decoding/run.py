@@ -35,6 +35,7 @@ class Request:
     seeds: Sequence[int] | None = None
     batch_size: int | None = None
     stop: Callable[[int, list[int]], bool] | None = None
+    finished: Callable[[int, list[int], int], None] | None = None
 
 
 class Run(ABC):
@@ -95,7 +96,6 @@ class Run(ABC):
         self.finished = state.advance()
         if self.request.stop is not None:
             self._stop(self.request.stop)
-        output.finished += len(self.finished)
         result = StepResult(output.forward_calls, current, before & ~state.masked, state.generated)
         output.seconds, output.predictor_seconds = time.perf_counter() - self.started, self.timer.total
         if any(slot.steps > self.config.gen_length for slot in state.slots):
@@ -149,6 +149,8 @@ class Run(ABC):
         for number in self.finished:
             row = state.slots[number].row
             self.sequences[row] = state.generated[number]
+            if self.request.finished is not None:
+                self.request.finished(row, state.generated[number].tolist(), int(self.output.nfe[row]))
             self.noise.forget(row)
         for move in state.release(self.finished):
             self.moved(*move)

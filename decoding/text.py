@@ -10,7 +10,8 @@ from models.errors import InputError
 Message = dict[str, str]
 PromptLike = str | Sequence[Message] | Sequence[int]
 
-_HOLE = "\ue000"  # private-use character that stands for a message's text while the template is rendered
+MARK = "\ue000"
+"""A private-use character that begins a rendered prompt and fences texts in it; it never reaches the model."""
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, chat_template: bool = True) -> list[int]:
@@ -39,28 +40,49 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, chat_template
     if not texts or not texts[-1]:
         raise InputError("prompt", "no text", "a prompt with at least one character")
     if not chat_template:
-        return _plain(tokenizer, "\n".join(texts))
+        return token_ids(tokenizer, _unmarked("\n".join(texts)))
+    return token_ids(tokenizer, render(tokenizer, messages))
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    """The chat template with the messages in it, as one string for :func:`token_ids`.
+
+    It begins with a mark. Where a message holds the text of a special token, each message stands between two marks, so
+    that it stays the characters it is.
+
+    Args:
+        tokenizer: The predictor's tokenizer.
+        messages: Chat messages, ``role`` and ``content``.
+        add_generation_prompt: Open the assistant's turn. Without it, a last message of the assistant is the beginning of the
+            answer, and stays open.
+
+    Raises:
+        InputError: The tokenizer has no chat template.
+    """
     if not tokenizer.chat_template:
         raise InputError("chat_template", "a tokenizer without one", "chat_template=False or another tokenizer")
+    begun = None
+    if not add_generation_prompt and messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        begun, add_generation_prompt = _unmarked(last["content"]), True
+    texts = [_unmarked(message["content"]).strip() for message in messages]
     special = [str(token) for token in tokenizer.all_special_tokens]
-    if not any(token in text for token in special for text in texts):
-        return _rendered(tokenizer, messages)
-    holes = [{**message, "content": f"{_HOLE}{n}{_HOLE}"} for n, message in enumerate(messages)]
-    shell = tokenizer.apply_chat_template(holes, add_generation_prompt=True, tokenize=False)
+    if any(token in text for token in special for text in texts):
+        texts = [f"{MARK}{text}{MARK}" for text in texts]
+    filled = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+    shell = tokenizer.apply_chat_template(filled, add_generation_prompt=add_generation_prompt, tokenize=False)
+    return f"{MARK}{shell}" if begun is None else f"{MARK}{shell}{MARK}{begun}"
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a rendered prompt, or of any other text, in which nothing is a special token."""
+    if not text.startswith(MARK):
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     ids: list[int] = []
-    for number, part in enumerate(str(shell).split(_HOLE)):
-        ids += (
-            _plain(tokenizer, texts[int(part)])
-            if number % 2
-            else tokenizer(part, add_special_tokens=False)["input_ids"]
-        )
+    for number, part in enumerate(text[1:].split(MARK)):
+        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=bool(number % 2))["input_ids"]
     return ids
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+def _unmarked(text: object) -> str:
+    return str(text).replace(MARK, "")

@@ -1,6 +1,5 @@
 """Decodes the same prompts with several decoders side by side: ``python eval/bench.py``."""
 
-import json
 import os
 import shlex
 import sys
@@ -16,9 +15,9 @@ import wandb
 from data.compare import Comparison, Run, print_table
 from data.prompts import PromptSource, load_prompts, prompt_hash
 from decoding.entry import command, wandb_mode
-from decoding.record import environment, now, write_aside, write_run_file
-from eval.report import SCHEMA_VERSION, draw, headline, markdown, summary
-from models.errors import InputError
+from decoding.record import environment, now, write_run_file
+from eval.headline import MARGIN, check_margin, summary
+from eval.report import SCHEMA_VERSION, write
 from models.predictor import MaskPredictor
 
 
@@ -32,7 +31,7 @@ def main(
     block_length: int = 32,
     batch_size: int = 32,
     repeats: int = 1,
-    margin: float = 0.01,
+    margin: float = MARGIN,
     out: Path = Path("runs/bench"),
 ) -> None:
     """Writes ``bench.json``, ``bench.md``, ``bench.png`` and ``run.yaml``, prints the table, and logs it all to W&B.
@@ -49,7 +48,7 @@ def main(
         gen_length: Generated positions, in tokens.
         block_length: Positions of a block, in tokens.
         batch_size: Prompts decoded together.
-        repeats: How often every run is decoded, interleaved; the times are those of the median.
+        repeats: How often every run is decoded, interleaved; the times are those of the median, of two the faster.
         margin: Loss of exact match against full_step, from 0 to 1, up to which a decode counts as equally good.
         out: Folder of the results.
     """
@@ -58,8 +57,7 @@ def main(
         "split": split, "limit": limit, "gen_length": gen_length, "block_length": block_length, "batch_size": batch_size,
         "repeats": repeats, "margin": margin,
     }  # fmt: skip
-    if not 0 <= margin < 1:
-        raise InputError("margin", margin, "a share from 0 to 1, 0.01 for one point")
+    check_margin(margin)
     mode = wandb_mode()
     predictor = MaskPredictor.from_pretrained(base)
     chosen = load_prompts(prompts, split=split, limit=limit)
@@ -80,14 +78,11 @@ def main(
             "hashes": [prompt_hash(prompt.prompt) for prompt in chosen],
         },
         "scorers": sorted({scorer for row in rows for scorer in row["scorers"]}),
-        "headline": headline(rows, margin),
         "rows": rows,
     }  # fmt: skip
+    write(result, out, margin)
     print_table(rows, f"{len(chosen)} prompts")
     print(summary(result["headline"]))
-    write_aside(out / "bench.json", json.dumps(result, indent=1) + "\n")
-    write_aside(out / "bench.md", markdown(result))
-    draw(rows, out / "bench.png", margin)
     write_run_file(out / "run.yaml", settings)
     if mode != "disabled":
         log(result, out, settings, mode)

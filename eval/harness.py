@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from decoding.config import CacheRule, EotRule
 from decoding.entry import command, entry
 from decoding.record import write_aside, write_run_file
-from eval import processes
-from eval.presets import PRESETS, resolve
+from eval.lm import processes
+from eval.lm.presets import PRESETS, resolve
 from models.errors import InputError
 
 if TYPE_CHECKING:  # an extra, imported when it is needed
@@ -236,7 +236,7 @@ def evaluate(settings: dict[str, Any], manager: "TaskManager") -> dict[str, Any]
     """
     import lm_eval
 
-    from eval.diffusion_lm import DiffusionLM
+    from eval.lm.model import DiffusionLM
 
     model = {name: settings[name] for name in MODEL_SETTINGS if settings[name] is not None}
     model |= settings["options"] or {}
@@ -272,7 +272,7 @@ def write_results(results: dict[str, Any], settings: dict[str, Any], overrides: 
     """
     from lm_eval.utils import handle_non_serializable, make_table
 
-    from eval.diffusion_lm import SCHEMA_VERSION
+    from eval.lm.model import SCHEMA_VERSION
 
     def text(value: Any, **layout: Any) -> str:
         return json.dumps(value, default=handle_non_serializable, ensure_ascii=False, **layout)
@@ -309,7 +309,7 @@ def lm_eval_command(args: list[str]) -> None:
     check_installed()
     from lm_eval.__main__ import cli_evaluate
 
-    import eval.diffusion_lm  # noqa: F401 - registers the model
+    import eval.lm.model  # noqa: F401 - registers the model
 
     sys.argv = ["lm-eval", *args]
     try:

@@ -1,6 +1,6 @@
-"""Reads what ``eval/bench.py`` wrote: the equal-quality headline, tables, pictures; compares two results.
+"""Tells what ``eval/bench.py`` found: tables, pictures, and what changed from one result to another.
 
-``python eval/report.py --before old.json --after new.json``
+``python eval/report.py compare --before old.json --after new.json``
 """
 
 import json
@@ -11,112 +11,11 @@ from typing import Any
 from data.intervals import paired
 from decoding.entry import command
 from decoding.record import write_aside
+from eval.headline import MARGIN, check_margin, headline
 from models.errors import InputError
 
 SCHEMA_VERSION = 3
-MARGIN = 0.01
-"""Loss of exact match against full_step, from 0 to 1, up to which a decode counts as equally good."""
-
 Row = dict[str, Any]
-COSTS = {"nfe_mean": "forwards", "tokens_per_second": "speed"}
-
-
-def headline(rows: Sequence[Row], margin: float = MARGIN) -> list[dict[str, Any]]:
-    """For each strategy its cheapest settings among those as good as full_step.
-
-    As good means that the exact match, paired prompt by prompt with full_step's, is at most ``margin`` lower.
-    ``confirmed`` says whether the whole 95 % interval of the difference is above that, so that chance is ruled out.
-    Settings compete within a group only: the same prompts, gen_length, batch size, dtype and temperature.
-
-    Args:
-        rows: Rows of a comparison.
-        margin: The loss that is accepted, from 0 to 1.
-
-    Returns:
-        A mapping for each group with more than one strategy: what its rows have in common, and ``strategies``, where
-        ``forwards`` is the setting of fewest forwards and ``speed`` the one of most tokens a second, or ``None`` where
-        none is as good. ``times`` says how many times fewer forwards, or more tokens a second, that is than full_step (the
-        reference decode itself), the best ``threshold`` and ``oracle`` have; ``None`` where the group has none of these.
-    """
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(_group(row), []).append(row)
-    found = []
-    for key, members in groups.items():
-        names = list(dict.fromkeys(row["settings"]["strategy"] for row in members))
-        if len(names) < 2:
-            continue
-        good = [row for row in members if row["paired_difference"]["mean"] >= -margin]
-        best = {cost: {name: _best(good, name, cost) for name in names} for cost in COSTS}
-        reference = next((row for row in members if row["label"] == row["reference"]), None)
-        entries = []
-        for name in names:
-            tried = [row for row in members if row["settings"]["strategy"] == name]
-            entry: dict[str, Any] = {"strategy": name, "settings_tried": len(tried)}
-            entry["settings_as_good"] = len([row for row in tried if row in good])
-            for cost, title in COSTS.items():
-                baselines = best[cost] | {"full_step": reference}
-                entry[title] = _pick(best[cost][name], baselines, cost, margin)
-            entries.append(entry)
-        common = dict(zip(("gen_length", "batch_size", "dtype", "temperature", "prompts"), key, strict=True))
-        found.append(common | {"margin": margin, "strategies": entries})
-    return found
-
-
-def _group(row: Row) -> tuple[Any, ...]:
-    names = ("gen_length", "batch_size", "dtype", "temperature")
-    return (*(row["settings"][name] for name in names), row["prompts"])
-
-
-def _better(cost: str, row: Row) -> float:
-    """The higher the better."""
-    return -row[cost] if cost == "nfe_mean" else row[cost]
-
-
-def _best(good: Sequence[Row], strategy: str, cost: str) -> Row | None:
-    rows = [row for row in good if row["settings"]["strategy"] == strategy]
-    return max(rows, key=lambda row: _better(cost, row), default=None)
-
-
-def _pick(row: Row | None, baselines: dict[str, Row | None], cost: str, margin: float) -> dict[str, Any] | None:
-    if row is None:
-        return None
-    times = {}
-    for name in ("full_step", "threshold", "oracle"):
-        other = baselines.get(name)
-        ratio = None if other is None else row[cost] / other[cost]
-        times[name] = ratio if ratio is None or cost != "nfe_mean" else 1 / ratio
-    kept = (
-        "label",
-        "reference",
-        "exact_match",
-        "exact_match_interval",
-        "paired_difference",
-        "nfe_mean",
-        "tokens_per_second",
-    )
-    confirmed = row["paired_difference"]["interval"][0] >= -margin
-    return {name: row[name] for name in kept} | {"confirmed": confirmed, "times": times}
-
-
-def summary(groups: Sequence[dict[str, Any]]) -> str:
-    """The headline in a line a strategy, for the terminal."""
-    lines = []
-    for group in groups:
-        lines.append(
-            f"at most {100 * group['margin']:g} point below full_step on {group['prompts']} prompts, gen_length "
-            f"{group['gen_length']}, batch {group['batch_size']}, {group['dtype']}:"
-        )
-        for entry in group["strategies"]:
-            fewest, fastest = entry["forwards"], entry["speed"]
-            if fewest is None:
-                lines.append(f"  {entry['strategy']}: none of {entry['settings_tried']} settings")
-                continue
-            lines.append(
-                f"  {entry['strategy']}: {fewest['nfe_mean']:.2f} forwards ({fewest['label']}), "
-                f"{fastest['tokens_per_second']:.0f} tokens/s ({fastest['label']})"
-            )
-    return "\n".join(lines)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -150,27 +49,34 @@ def _headline_lines(groups: Sequence[dict[str, Any]]) -> list[str]:
             f"## At equal quality: gen_length {group['gen_length']}, batch {group['batch_size']}, {group['dtype']}",
             "",
             f"The cheapest setting of each strategy that answers at most {100 * group['margin']:g} point fewer of "
-            f"{group['prompts']} prompts rightly than full_step does. ✓ where the 95 % interval rules a larger loss out.",
+            f"{group['prompts']} prompts rightly than full_step does; confirmed where the 95 % interval rules a larger loss out.",
         ]
         for title, head, unit in (("forwards", "NFE", "fewer forwards"), ("speed", "tokens/s", "as many tokens/s")):
-            names = ["full_step", "best threshold", "oracle"]
-            lines += ["", "| strategy | setting | exact match | difference to full_step | " + head + " | "]
-            lines[-1] += " | ".join(f"× {unit}: {name}" for name in names) + " |"
-            lines.append("|---|---|---|---|" + "---|" * (1 + len(names)))
-            for entry in group["strategies"]:
-                lines.append(_headline_row(entry, entry[title], head))
+            columns = ["strategy", "setting", "exact match", "difference to full_step", head]
+            columns += [f"× {unit}: {name}" for name in ("full_step", "best threshold", "oracle")]
+            columns += ["confirmed setting", head, f"× {unit}: full_step"]
+            lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+            lines += [_headline_row(entry, title) for entry in group["strategies"]]
         lines.append("")
     return lines
 
 
-def _headline_row(entry: dict[str, Any], pick: dict[str, Any] | None, head: str) -> str:
+def _headline_row(entry: dict[str, Any], title: str) -> str:
+    pick, sure = entry[title], entry[f"{title}_confirmed"]
+    cost, digits = ("nfe_mean", 2) if title == "forwards" else ("tokens_per_second", 0)
+    cells = [entry["strategy"]]
     if pick is None:
-        return f"| {entry['strategy']} | none of {entry['settings_tried']} is as good |" + " – |" * 6
-    times = ["–" if value is None else f"{value:.2f}×" for value in pick["times"].values()]
-    cost = f"{pick['nfe_mean']:.2f}" if head == "NFE" else f"{pick['tokens_per_second']:.0f}"
-    cells = [entry["strategy"], pick["label"], _percent(pick["exact_match"]), _difference(pick), cost, *times]
-    cells[3] += " ✓" if pick["confirmed"] else ""
+        cells += [f"none of {entry['settings_tried']} is as good", *["–"] * 6]
+    else:
+        cells += [pick["label"], _percent(pick["exact_match"]), _difference(pick), f"{pick[cost]:.{digits}f}"]
+        cells += [_times(pick, name) for name in ("full_step", "threshold", "oracle")]
+    cells += ["–"] * 3 if sure is None else [sure["label"], f"{sure[cost]:.{digits}f}", _times(sure, "full_step")]
     return f"| {' | '.join(cells)} |"
+
+
+def _times(pick: dict[str, Any], name: str) -> str:
+    value = pick["times"][name]
+    return "–" if value is None else f"{value:.2f}×"
 
 
 def _percent(value: float) -> str:
@@ -382,7 +288,7 @@ def _paired_change(old: str, new: str) -> str:
     return _difference({"paired_difference": {"mean": (won - lost) / len(old), "interval": interval}})
 
 
-def main(before: Path, after: Path, out: Path | None = None) -> None:
+def compare(before: Path, after: Path, out: Path | None = None) -> None:
     """Prints what changed between two results of ``eval/bench.py``.
 
     Args:
@@ -396,5 +302,32 @@ def main(before: Path, after: Path, out: Path | None = None) -> None:
         write_aside(out, text)
 
 
+def render(result: Path, margin: float = MARGIN) -> None:
+    """Works the headline, the Markdown and the picture of a result out again, and writes them beside it.
+
+    Args:
+        result: A JSON file written by ``eval/bench.py``.
+        margin: Loss of exact match against full_step, from 0 to 1, up to which a decode counts as equally good.
+    """
+    check_margin(margin)
+    write(read(result), result.parent, margin, result.stem)
+    print(f"wrote {result.stem}.json, {result.stem}.md and {result.stem}.png to {result.parent}")
+
+
+def write(result: dict[str, Any], folder: Path, margin: float, name: str = "bench") -> None:
+    """Writes a result as JSON, Markdown and a picture, with its headline.
+
+    Args:
+        result: Everything but the headline.
+        folder: Where to.
+        margin: See :func:`eval.headline.headline`.
+        name: Name of the files, without their ending.
+    """
+    result["headline"] = headline(result["rows"], margin)
+    write_aside(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    write_aside(folder / f"{name}.md", markdown(result))
+    draw(result["rows"], folder / f"{name}.png", margin)
+
+
 if __name__ == "__main__":
-    command(main)
+    command({"compare": compare, "render": render})

@@ -152,11 +152,26 @@ def test_the_first_stop_sequence_cuts():
     assert cut("a b c", ["d"]) is None
 
 
-def test_progress_counts_finished_rows(decoder):
-    seen = []
-    decoder.generate(["the cat", "sat", "on"], batch_size=2, progress=seen.append, **SETTINGS)
-    assert seen == sorted(seen)
-    assert seen[-1] == 3
+def test_every_prompt_is_reported_as_it_is_finished(decoder):
+    seen, prompts = {}, ["on 12 mats the cat", "sat", "the"]
+
+    def finished(index, tokens, nfe):
+        assert index not in seen
+        seen[index] = (tokens, nfe)
+
+    out = decoder.generate(prompts, batch_size=2, finished=finished, **SETTINGS)
+    assert seen == {n: (out.tokens[n], int(out.nfe[n])) for n in range(3)}
+
+
+def test_what_a_prompt_draws_follows_its_seed_not_its_place(decoder):
+    settings = {"temperature": 1.0, **SETTINGS}
+    prompts = ["the cat", "sat on 12 mats", "mats"]
+    whole = decoder.generate(prompts, seeds=[5, 6, 7], **settings)
+    assert decoder.generate(["mats", "the cat"], seeds=[7, 5], **settings).tokens == [whole.tokens[2], whole.tokens[0]]
+    assert decoder.generate(prompts, seeds=[8, 9, 10], **settings).tokens != whole.tokens
+    assert decoder.generate(prompts, seeds=[0, 1, 2], **settings).tokens == decoder.generate(prompts, **settings).tokens
+    with pytest.raises(InputError, match="seeds: found 1 for 3 prompts"):
+        decoder.generate(prompts, seeds=[1], **settings)
 
 
 def test_settings_name_the_weights(decoder):

@@ -11,7 +11,8 @@ import yaml
 
 from data.compare import Comparison, Run
 from data.prompts import Prompt
-from eval.bench import Watch
+from decoding.entry import command
+from eval.bench import Watch, main
 from models.predictor import MaskPredictor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,12 +94,13 @@ def test_started_again_it_decodes_only_what_is_missing(done):
         (["--repeat", 3], "--repeat 3; accepted: repeats"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_status_2(done, words, message):
+def test_bad_input_is_one_line_and_status_2(done, words, message, monkeypatch, capsys):
     folder, usual, _ = done
-    out = bench(folder, *usual, *words)
-    assert out.returncode == 2, out.stderr
-    assert message in out.stderr.splitlines()[-1]
-    assert "Traceback" not in out.stderr
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stop:
+        command(main, "eval/bench", args=[str(word) for word in [*usual, *words]])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_time_left_follows_each_run_s_own_speed(tiny_checkpoint, capsys, monkeypatch):

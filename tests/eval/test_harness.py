@@ -23,14 +23,12 @@ from data.prompts import PromptSource, load_prompts
 from decoding.decoder import Decoder
 from decoding.entry import command
 from decoding.strategies import STRATEGIES
-from decoding.text import encode
-from eval import diffusion_lm
-from eval.answers import Answers
-from eval.diffusion_lm import DiffusionLM
+from decoding.text import encode, render, token_ids
 from eval.harness import lm_eval_command, main
-from eval.likelihood import Pair, draw_masks, greedy_matches, log_likelihoods, mask_counts
-from eval.presets import PRESETS, resolve
-from eval.prompt_text import pair_ids, render, token_ids
+from eval.lm.answers import Answers
+from eval.lm.likelihood import Pair, draw_masks, greedy_matches, log_likelihoods, mask_counts, pair_ids
+from eval.lm.model import DiffusionLM
+from eval.lm.presets import PRESETS, resolve
 from models.causal_lm import scratch_model
 from models.errors import InputError
 from models.filter import FilterConfig, build_filter, save_filter
@@ -368,21 +366,25 @@ def test_other_settings_never_reuse_an_answer(make_lm, tmp_path):
 
 def test_an_interrupted_run_goes_on_where_it_was(make_lm, tmp_path, monkeypatch):
     prompts = [f"What is {n} + 4?" for n in range(6)]
-    decoded: list[int] = []
+    add, kept, decoded = Answers.add, [], []
+
+    def interrupted(self, records):
+        add(self, records)
+        kept.extend(records)
+        if len(kept) == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_lm(answers=tmp_path, batch_size=3).generate_until(generation(prompts))
     generate = Decoder.generate
 
     def counted(self, given, **settings):
-        if sum(decoded) == 4:
-            raise KeyboardInterrupt
         decoded.append(len(given))
         return generate(self, given, **settings)
 
-    monkeypatch.setattr(diffusion_lm, "SAVE_EVERY", 1)
     monkeypatch.setattr(Decoder, "generate", counted)
-    with pytest.raises(KeyboardInterrupt):
-        make_lm(answers=tmp_path, batch_size=2).generate_until(generation(prompts))
-    assert decoded == [2, 2]
-    decoded.clear()
     lm = make_lm(answers=tmp_path, batch_size=2)
     found = lm.generate_until(generation(prompts))
     assert decoded == [2]

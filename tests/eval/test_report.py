@@ -1,9 +1,13 @@
 """The equal-quality headline, and what two results say about each other."""
 
+import json
+
 import pytest
 
 from data.intervals import paired, wilson
-from eval.report import changes, draw, headline, markdown, read, summary, variant
+from decoding.entry import command
+from eval.headline import headline, summary
+from eval.report import changes, compare, draw, markdown, read, render, variant, write
 from models.errors import InputError
 
 PROMPTS = 1000
@@ -80,7 +84,13 @@ def test_a_strategy_that_loses_too_much_is_not_picked_however_fast():
 def test_a_loss_that_chance_does_not_rule_out_is_not_confirmed():
     found = entries(ROWS)
     assert found["learn2pd"]["forwards"]["confirmed"]  # 1 of 1,000 lost: at most .6 points with 95 %
-    assert not found["threshold"]["forwards"]["confirmed"]  # 10 of 1,000 lost: it may be two points
+    assert found["learn2pd"]["forwards_confirmed"] == found["learn2pd"]["forwards"] | {
+        "times": {"full_step": 8.0, "threshold": 2.0, "oracle": 0.8}
+    }
+    threshold = found["threshold"]
+    assert not threshold["forwards"]["confirmed"]  # 10 of 1,000 lost: it may be two points
+    assert (threshold["forwards_confirmed"]["label"], threshold["speed_confirmed"]["label"]) == ("threshold 0.95",) * 2
+    assert found["dico"]["speed_confirmed"] is None
 
 
 def test_other_conditions_do_not_compete():
@@ -146,3 +156,22 @@ def test_a_file_that_is_no_result_is_named(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(InputError, match=f"x.json.*{message}"):
         read(tmp_path / "x.json")
+
+
+def test_a_result_is_rendered_again_with_another_margin(tmp_path, capsys):
+    write(result(), tmp_path, 0.01)
+    command({"render": render}, args=["render", "--result", str(tmp_path / "bench.json"), "--margin", "0.05"])
+    again = read(tmp_path / "bench.json")
+    assert again["rows"] == json.loads(json.dumps(ROWS))
+    assert again["headline"][0]["strategies"][1]["forwards"]["label"] == "threshold 0.5"  # four points are allowed now
+    assert "at most 5 point fewer" in (tmp_path / "bench.md").read_text()
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    assert "wrote bench.json" in capsys.readouterr().out
+
+
+def test_two_files_are_compared(tmp_path, capsys):
+    for name in ("before", "after"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result()))
+    words = ["compare", "--before", str(tmp_path / "before.json"), "--after", str(tmp_path / "after.json")]
+    command({"compare": compare}, args=[*words, "--out", str(tmp_path / "changes.md")])
+    assert (tmp_path / "changes.md").read_text() in capsys.readouterr().out

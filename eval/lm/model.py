@@ -18,23 +18,22 @@ from tqdm import tqdm
 
 from data.prompts import tokenizer_hash
 from decoding.config import CacheRule, DecodeConfig, EotRule
-from decoding.decoder import Decoder
+from decoding.decoder import Decoder, cut
 from decoding.record import environment
 from decoding.strategies import STRATEGIES
-from eval import processes
-from eval.answers import Answers, answer_key
-from eval.likelihood import Pair, greedy_matches, log_likelihoods
-from eval.lm_requests import Asked, Job, generation_arguments, groups, number, portions, positive
-from eval.prompt_text import MARK, pair_ids, render, token_ids
-from eval.tally import Sums, Tally, summary
+from decoding.text import MARK, render, token_ids
+from eval.lm import processes
+from eval.lm.answers import Answers, Sums, Tally, answer_key, summary
+from eval.lm.likelihood import Pair, greedy_matches, log_likelihoods, pair_ids
+from eval.lm.requests import Asked, Job, generation_arguments, groups, number, portions, positive
 from models.errors import InputError
 
 SCHEMA_VERSION = 1
-BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
+BUNDLED = Path(__file__).resolve().parents[2] / "models" / "bundled"
 BASE = str(BUNDLED / "llada-tiny")
 
 SAVE_EVERY = 8
-"""Batches between two savings of finished answers. The batch runs dry at each, so a small number costs speed."""
+"""Batches of log-likelihoods between two savings."""
 
 
 @register_model("dlm-accel")
@@ -52,7 +51,7 @@ class DiffusionLM(LM):
         gen_length: Generated positions; ``None`` is the request's ``max_gen_toks``, rounded up to whole blocks.
         block_length: Positions of a block.
         steps: Denoising steps, for strategies with a quota; ``None`` is one token each.
-        temperature: ``None`` is the request's: 0 unless it asks to sample. Above 0, requests are decoded one at a time.
+        temperature: ``None`` is the request's: 0 unless it asks to sample.
         eot: End-of-text rule.
         cache: Which keys and values are reused.
         refresh: Forwards of a block from one on the whole sequence to the next.
@@ -143,8 +142,7 @@ class DiffusionLM(LM):
         todo = {job.key: job for job in jobs if job.key not in self.answers}
         with self._bar(len(todo), "generate_until", disable_tqdm) as bar:
             for group in groups(todo.values()):
-                for chunk in portions(group, SAVE_EVERY * self.batch_size):
-                    self._decode(chunk, bar)
+                self._decode(group, bar)
         for job in {job.key: job for job in jobs}.values():
             answer = self.answers[job.key]
             self.generation.add(
@@ -154,7 +152,7 @@ class DiffusionLM(LM):
         return [self.answers[job.key]["text"] for job in jobs]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Estimates the log-probability of each continuation; see :mod:`eval.likelihood`.
+        """Estimates the log-probability of each continuation; see :mod:`eval.lm.likelihood`.
 
         Raises:
             InputError: A context or continuation that is too long.
@@ -212,25 +210,24 @@ class DiffusionLM(LM):
         return DecodeConfig(length, temperature=temperature, **self.decode)
 
     def _decode(self, jobs: Sequence[Job], bar: tqdm) -> None:
-        """Decodes requests of equal settings and keeps their answers."""
-        # Noise is seeded by the place in a call, which another batch or process would change: each alone, by its own seed.
-        calls = [[job] for job in jobs] if jobs[0].config.temperature else [jobs]
-        for call in calls:
-            config, stop = call[0].config, call[0].stop
-            if config.temperature:
-                config = replace(config, seed=int(call[0].key[:8], 16))
-            out = self.decoder.generate(
-                [job.prompt for job in call], stop=stop, batch_size=self.batch_size,
-                progress=_advance(bar), **asdict(config),
-            )  # fmt: skip
-            parts = zip(call, out.text, out.tokens, out.nfe.tolist(), strict=True)
-            self.answers.add({job.key: {"text": text, "tokens": len(ids), "nfe": nfe} for job, text, ids, nfe in parts})
-            self.generation.add(
-                self._settings(call[0].config, stop), forward_calls=out.forward_calls, seconds=out.seconds,
-                predictor_seconds=out.predictor_seconds, helper_seconds=out.helper_seconds,
-            )  # fmt: skip
-            for job, text in zip(call, out.text, strict=True):
-                self.cache_hook.add_partial("generate_until", job.arguments, text)
+        """Decodes requests of equal settings; every answer is kept as soon as it is there."""
+        config, stop = jobs[0].config, jobs[0].stop
+
+        def finished(index: int, tokens: list[int], nfe: int) -> None:
+            text = self.decoder.decode_text(tokens)
+            text = text[: cut(text, stop)]
+            self.answers.add({jobs[index].key: {"text": text, "tokens": len(tokens), "nfe": nfe}})
+            self.cache_hook.add_partial("generate_until", jobs[index].arguments, text)
+            bar.update()
+
+        out = self.decoder.generate(
+            [job.prompt for job in jobs], stop=stop, batch_size=self.batch_size, finished=finished,
+            seeds=[int(job.key[:8], 16) for job in jobs], **asdict(config),
+        )  # fmt: skip
+        self.generation.add(
+            self._settings(config, stop), forward_calls=out.forward_calls, seconds=out.seconds,
+            predictor_seconds=out.predictor_seconds, helper_seconds=out.helper_seconds,
+        )  # fmt: skip
 
     def _score(self, pairs: Sequence[Pair], greedy: bool, name: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
         fingerprint = self.decoder.predictor.fingerprint
@@ -284,7 +281,7 @@ class DiffusionLM(LM):
     # Chat template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The rendered prompt, with the marks of :mod:`eval.prompt_text` in it.
+        """The rendered prompt, with the marks of :mod:`decoding.text` in it.
 
         Raises:
             InputError: The tokenizer has no chat template.

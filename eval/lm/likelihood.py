@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
 
 from decoding.config import DecodeConfig
 from decoding.loop import decode
 from decoding.strategies import make_strategy
+from decoding.text import MARK, token_ids
 from models.predictor import MaskPredictor
 
 MAX_POSITIONS = 8192
@@ -24,6 +26,29 @@ class Pair:
 
     prompt: list[int]
     answer: list[int]
+
+
+def pair_ids(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of a context and of what follows it.
+
+    In running text the continuation's ids are those of the whole less the context's, and spaces that end the context go to
+    the continuation, since a token begins with its space. A rendered prompt that opens the assistant's turn keeps its own
+    end, which is the template's, and the answer is tokenised by itself, as in training.
+
+    Args:
+        tokenizer: The predictor's tokenizer.
+        context: A rendered prompt or any other text; may be empty.
+        continuation: What is to be scored.
+    """
+    head, text = "", context
+    if context.startswith(MARK):
+        if context.count(MARK) % 2:
+            return token_ids(tokenizer, context), token_ids(tokenizer, continuation)
+        head, _, text = context.rpartition(MARK)
+    stripped = text.rstrip()
+    before = token_ids(tokenizer, stripped)
+    after = token_ids(tokenizer, text + continuation)[len(before) :] or token_ids(tokenizer, continuation)
+    return token_ids(tokenizer, head) + before, after
 
 
 @dataclass(frozen=True)

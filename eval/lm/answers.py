@@ -1,12 +1,15 @@
-"""Answers that a run has, by request and settings, kept in a file so that an interrupted run continues."""
+"""What a run has: answers, kept in a file so that an interrupted run continues, and sums of what they cost."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from models.errors import InputError
+
+Sums = dict[str, dict[str, float]]
+"""Decode settings, as JSON, to name to sum."""
 
 
 def answer_key(**parts: Any) -> str:
@@ -76,3 +79,41 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
                 f"{file}: line {number}", error, "an answer as this command writes it; or remove the file"
             ) from None
     return records
+
+
+class Tally:
+    """Sums of one process.
+
+    Attributes:
+        sums: See :data:`Sums`.
+    """
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+
+    def add(self, settings: Mapping[str, Any], **amounts: float) -> None:
+        """Adds amounts to the sums of these settings."""
+        sums = self.sums.setdefault(json.dumps(settings, sort_keys=True), {})
+        for name, amount in amounts.items():
+            sums[name] = sums.get(name, 0) + amount
+
+
+def summary(processes: Iterable[Sums]) -> list[dict[str, Any]]:
+    """One row for each decode settings, over all processes.
+
+    ``answers``, ``reused`` (of them, finished in an earlier run), ``nfe_mean``, ``tokens`` (before the first EoT),
+    ``tokens_per_forward`` and ``empty_answers`` are of all answers; ``forward_calls`` and the seconds, summed over
+    processes, of this run alone.
+    """
+    total = Tally()
+    for sums in processes:
+        for settings, amounts in sums.items():
+            total.add(json.loads(settings), **amounts)
+    return [{"settings": json.loads(settings)} | _means(amounts) for settings, amounts in total.sums.items()]
+
+
+def _means(amounts: dict[str, float]) -> dict[str, float]:
+    row = {name: amount for name, amount in amounts.items() if name != "nfe"}
+    if nfe := amounts.get("nfe"):
+        row |= {"nfe_mean": nfe / amounts["answers"], "tokens_per_forward": amounts["tokens"] / nfe}
+    return row

@@ -20,7 +20,7 @@ class Job:
     """A request to be decoded.
 
     Attributes:
-        key: See :func:`eval.answers.answer_key`.
+        key: See :func:`eval.lm.answers.answer_key`.
         prompt: Token ids.
         config: Decode settings.
         stop: Texts that end the answer.
@@ -62,9 +62,9 @@ def generation_arguments(arguments: dict[str, Any]) -> Asked:
 
 
 def groups(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Jobs of equal settings together, the longest prompts first: what does not fit in memory fails at once."""
+    """Jobs of equal settings together."""
     found: dict[tuple[DecodeConfig, tuple[str, ...]], list[Job]] = {}
-    for job in sorted(jobs, key=lambda job: -len(job.prompt)):
+    for job in jobs:
         found.setdefault((job.config, job.stop), []).append(job)
     return list(found.values())
 

@@ -1,0 +1,123 @@
+"""At equal quality: the cheapest setting of each strategy that is as good as full_step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from models.errors import InputError
+
+MARGIN = 0.01
+"""Loss of exact match against full_step, from 0 to 1, up to which a decode counts as equally good."""
+
+Row = dict[str, Any]
+COSTS = {"nfe_mean": "forwards", "tokens_per_second": "speed"}
+
+
+def headline(rows: Sequence[Row], margin: float = MARGIN) -> list[dict[str, Any]]:
+    """For each strategy its cheapest settings among those as good as full_step.
+
+    As good means that the exact match, paired prompt by prompt with full_step's, is at most ``margin`` lower; confirmed, that
+    the whole 95 % interval of the difference is above that, so that a larger loss is no matter of chance. Settings
+    compete within a group only: the same prompts, gen_length, batch size, dtype and temperature.
+
+    Args:
+        rows: Rows of a comparison.
+        margin: The loss that is accepted, from 0 to 1.
+
+    Returns:
+        A mapping for each group with more than one strategy: what its rows have in common, and ``strategies``, where
+        ``forwards`` is the setting of fewest forwards and ``speed`` the one of most tokens a second, or ``None`` where
+        none is as good; ``forwards_confirmed`` and ``speed_confirmed`` are those among the confirmed. ``times`` says how
+        many times fewer forwards, or more tokens a second, that is than full_step (the reference decode itself), the best
+        ``threshold`` and ``oracle`` have; ``None`` where the group has none of these.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_group(row), []).append(row)
+    found = []
+    for key, members in groups.items():
+        names = list(dict.fromkeys(row["settings"]["strategy"] for row in members))
+        if len(names) < 2:
+            continue
+        good = [row for row in members if row["paired_difference"]["mean"] >= -margin]
+        sure = [row for row in good if confirmed(row, margin)]
+        reference = next((row for row in members if row["label"] == row["reference"]), None)
+        entries: list[dict[str, Any]] = []
+        for name in names:
+            tried = [row for row in members if row["settings"]["strategy"] == name]
+            entries.append({"strategy": name, "settings_tried": len(tried)})
+            entries[-1]["settings_as_good"] = len([row for row in tried if row in good])
+        for cost, title in COSTS.items():
+            for rows_as_good, ending in ((good, ""), (sure, "_confirmed")):
+                best = {name: _best(rows_as_good, name, cost) for name in names}
+                for entry in entries:
+                    baselines = best | {"full_step": reference}
+                    entry[title + ending] = _pick(best[entry["strategy"]], baselines, cost, margin)
+        common = dict(zip(("gen_length", "batch_size", "dtype", "temperature", "prompts"), key, strict=True))
+        found.append(common | {"margin": margin, "strategies": entries})
+    return found
+
+
+def check_margin(margin: float) -> None:
+    """Raises an InputError for a margin out of range."""
+    if not 0 <= margin < 1:
+        raise InputError("margin", margin, "a share from 0 to 1, 0.01 for one point")
+
+
+def confirmed(row: Row, margin: float) -> bool:
+    """Whether chance is ruled out as the reason why a decode looks as good as full_step."""
+    return row["label"] == row["reference"] or row["paired_difference"]["interval"][0] >= -margin
+
+
+def _group(row: Row) -> tuple[Any, ...]:
+    names = ("gen_length", "batch_size", "dtype", "temperature")
+    return (*(row["settings"][name] for name in names), row["prompts"])
+
+
+def _better(cost: str, row: Row) -> float:
+    """The higher the better."""
+    return -row[cost] if cost == "nfe_mean" else row[cost]
+
+
+def _best(good: Sequence[Row], strategy: str, cost: str) -> Row | None:
+    rows = [row for row in good if row["settings"]["strategy"] == strategy]
+    return max(rows, key=lambda row: _better(cost, row), default=None)
+
+
+def _pick(row: Row | None, baselines: dict[str, Row | None], cost: str, margin: float) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    times = {}
+    for name in ("full_step", "threshold", "oracle"):
+        other = baselines.get(name)
+        ratio = None if other is None else row[cost] / other[cost]
+        times[name] = ratio if ratio is None or cost != "nfe_mean" else 1 / ratio
+    kept = (
+        "label",
+        "reference",
+        "exact_match",
+        "exact_match_interval",
+        "paired_difference",
+        "nfe_mean",
+        "tokens_per_second",
+    )
+    return {name: row[name] for name in kept} | {"confirmed": confirmed(row, margin), "times": times}
+
+
+def summary(groups: Sequence[dict[str, Any]]) -> str:
+    """The headline in a line a strategy, for the terminal."""
+    lines = []
+    for group in groups:
+        lines.append(
+            f"at most {100 * group['margin']:g} point below full_step on {group['prompts']} prompts, gen_length "
+            f"{group['gen_length']}, batch {group['batch_size']}, {group['dtype']}:"
+        )
+        for entry in group["strategies"]:
+            fewest, fastest = entry["forwards"], entry["speed"]
+            if fewest is None:
+                lines.append(f"  {entry['strategy']}: none of {entry['settings_tried']} settings")
+                continue
+            lines.append(
+                f"  {entry['strategy']}: {fewest['nfe_mean']:.2f} forwards ({fewest['label']}), "
+                f"{fastest['tokens_per_second']:.0f} tokens/s ({fastest['label']})"
+            )
+    return "\n".join(lines)
