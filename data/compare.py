@@ -122,7 +122,8 @@ class Comparison:
         ready = strategies or {}
         self.strategies = [ready.get(run.label) or make_strategy(run.strategy, **run.options) for run in self.runs]
         self.folder, self.warm_up, self.warm = folder, warm_up, set[int]()
-        self.code = _code_hash() if folder else ""
+        self.key = _surroundings() if folder else []
+        self.files: dict[tuple[int, int], Path] = {}
         self.results: dict[tuple[int, int], Generation] = {}
         self.extras: dict[tuple[int, int], dict[str, Any]] = {}
 
@@ -145,6 +146,11 @@ class Comparison:
             for number in range(len(self.runs)):
                 if not self._stored(number, repeat):
                     yield number, repeat
+
+    def left(self) -> list[tuple[int, int]]:
+        """What :meth:`work` will still give, as far as can be told; an oracle's text may depend on what is not decoded yet."""
+        every = ((number, repeat) for repeat in range(self.repeats) for number in range(len(self.runs)))
+        return [item for item in every if item not in self.results and not self._kept(*item)]
 
     def decode(self, number: int, repeat: int, progress: Callable[[int], None] = lambda finished: None) -> None:
         """Decodes a run once, and keeps it.
@@ -212,27 +218,32 @@ class Comparison:
 
     def _stored(self, number: int, repeat: int) -> bool:
         """Reads a decode that an earlier call has finished; False if there is none."""
-        if self.folder is None or not (file := self._file(number, repeat)).is_file():
+        if not self._kept(number, repeat):
             return False
         decoder = Decoder(self.predictor, self.strategies[number])
-        self.results[number, repeat], self.extras[number, repeat] = _load(file, decoder)
+        self.results[number, repeat], self.extras[number, repeat] = _load(self._file(number, repeat), decoder)
         return True
+
+    def _kept(self, number: int, repeat: int) -> bool:
+        known = self.runs[number].strategy != "oracle" or (self.reference[number], 0) in self.results
+        return self.folder is not None and known and self._file(number, repeat).is_file()
 
     def _file(self, number: int, repeat: int) -> Path:
         """Where a decode is kept: its name changes with everything that its content depends on."""
         assert self.folder is not None
+        if (number, repeat) in self.files:
+            return self.files[number, repeat]
         references = self._oracle_text(number)
         strategy = self.strategies[number]
-        known = environment()
         key = [
             asdict(self.runs[number]) | {"label": ""}, strategy.settings(), strategy.fingerprints(), repeat,
             self.predictor.fingerprint, str(self.predictor.dtype), str(self.predictor.device),
-            [prompt_hash(prompt.prompt) for prompt in self.prompts_of(number)], self.code,
+            [prompt_hash(prompt.prompt) for prompt in self.prompts_of(number)], self.key,
             None if references is None else hashlib.sha256(references.numpy().tobytes()).hexdigest(),
-            {name: known[name] for name in ("device", "threads", "torch", "transformers")},
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        return self.folder / f"{self.runs[number].strategy}-{digest}.safetensors"
+        self.files[number, repeat] = self.folder / f"{self.runs[number].strategy}-{digest}.safetensors"
+        return self.files[number, repeat]
 
 
 def compare(
@@ -296,13 +307,14 @@ def _forwards_without_eot(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -
     return next((other["nfe_mean"] for other in same), None)
 
 
-def _code_hash() -> str:
-    """Identity of the code that a decode runs through, whether it is committed or not."""
+def _surroundings() -> list[Any]:
+    """What a decode depends on besides its settings: the code it runs through, committed or not, and the machine."""
     digest = hashlib.sha256()
     for package in (models, decoding, data):
         for file in sorted(Path(package.__path__[0]).rglob("*.py")):
             digest.update(file.read_bytes())
-    return digest.hexdigest()
+    known = environment()
+    return [digest.hexdigest(), *(known[name] for name in ("device", "threads", "torch", "transformers"))]
 
 
 def _save(file: Path, out: Generation, extra: dict[str, Any]) -> None:

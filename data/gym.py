@@ -4,6 +4,7 @@ Each task is reasoning-gym's own generator; a restriction only drops samples or 
 question. Samples are addressed by ``(task, seed, index)``, so any part of a stream can be made again.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -90,8 +91,12 @@ def _entries(dataset: Any, task: GymTask, offset: int) -> Iterator[dict[str, Any
 
 def score(task: str, text: str, prompt: Prompt) -> float:
     """reasoning-gym's own score in ``[0, 1]`` of the final answer in ``text``."""
+    entry = {"question": prompt.prompt, "answer": prompt.answer, "metadata": json.loads(prompt.metadata)}
+    return float(_judge(task)(final_answer(task, text), entry))
+
+
+@functools.cache
+def _judge(task: str) -> Callable[[str, dict[str, Any]], float]:
     import reasoning_gym  # pyright: ignore[reportMissingImports]  # an extra
 
-    entry = {"question": prompt.prompt, "answer": prompt.answer, "metadata": json.loads(prompt.metadata)}
-    judge: Callable[[str, dict[str, Any]], float] = reasoning_gym.get_score_answer_fn(task)  # pyright: ignore
-    return float(judge(final_answer(task, text), entry))
+    return reasoning_gym.get_score_answer_fn(task)  # pyright: ignore

@@ -121,6 +121,7 @@ class Watch:
     def begin(self, number: int, repeat: int) -> None:
         """A decode begins."""
         self.number, self.repeat, self.started, self.said = number, repeat, time.monotonic(), -self.pause
+        self.later = [n for n, r in self.comparison.left() if (n, r) != (number, repeat)]
         self.tell(0)
 
     def tell(self, finished: int) -> None:
@@ -132,13 +133,13 @@ class Watch:
         self.said = passed
         known = self.seconds_by_run()
         here = passed / finished * total if finished else self._guess(self.number, known)
-        left = [self._guess(n, known) for n, r in self._waiting() if (n, r) != (self.number, self.repeat)]
+        left = [self._guess(n, known) for n in self.later]
         rest = "?"
         if here is not None and None not in left:
             rest = str(timedelta(seconds=round(max(here - passed, 0) + sum(filter(None, left)))))
-        done = len(self.comparison.results)
+        total_decodes = len(self.comparison.runs) * self.comparison.repeats
         label = self.comparison.runs[self.number].label
-        text = f"decode {done + 1}/{len(self.comparison.runs) * self.comparison.repeats} | about {rest} left | {label}"
+        text = f"decode {total_decodes - len(self.later)}/{total_decodes} | about {rest} left | {label}"
         text += f", {finished} of {total} prompts"
         sys.stderr.write(f"\r{text[: self.columns - 1]:<{self.columns - 1}}" if self.live else f"{text}\n")
         sys.stderr.flush()
@@ -151,10 +152,6 @@ class Watch:
     def seconds_by_run(self) -> dict[int, float]:
         """Seconds of the runs that have been decoded at least once."""
         return {number: out.seconds for (number, _), out in self.comparison.results.items()}
-
-    def _waiting(self) -> list[tuple[int, int]]:
-        every = [(n, r) for r in range(self.comparison.repeats) for n in range(len(self.comparison.runs))]
-        return [work for work in every if work not in self.comparison.results]
 
     def _guess(self, number: int, known: dict[int, float]) -> float | None:
         if number in known:

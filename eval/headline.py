@@ -89,8 +89,9 @@ def _pick(row: Row | None, baselines: dict[str, Row | None], cost: str, margin: 
     times = {}
     for name in ("full_step", "threshold", "oracle"):
         other = baselines.get(name)
-        ratio = None if other is None else row[cost] / other[cost]
-        times[name] = ratio if ratio is None or cost != "nfe_mean" else 1 / ratio
+        ours, theirs = (0, 0) if other is None else (row[cost], other[cost])
+        more, less = (theirs, ours) if cost == "nfe_mean" else (ours, theirs)
+        times[name] = more / less if less else None  # texts without a token have no speed
     kept = (
         "label",
         "reference",

@@ -251,8 +251,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> str:
     lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for label in [label for label in olds if label in news]:
         old, new = olds[label], news[label]
-        speeds = [row["tokens_per_second"] / rows[0]["tokens_per_second"] for row, rows in
-                  ((old, before["rows"]), (new, after["rows"]))]  # fmt: skip
+        speeds = [_speed(old, before["rows"][0]), _speed(new, after["rows"][0])]
         cells = [
             label,
             f"{_percent(old['exact_match'])} → {_percent(new['exact_match'])}",
@@ -262,7 +261,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> str:
             f"{_percent(old['sequence_agreement'])} → {_percent(new['sequence_agreement'])}",
             f"{old['nfe_mean']:.2f} → {new['nfe_mean']:.2f}",
             f"{new['nfe_mean'] / old['nfe_mean']:.2f}",
-            f"{speeds[0]:.2f}× → {speeds[1]:.2f}×",
+            " → ".join(speeds),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     for title, ours, theirs in (("before", olds, news), ("after", news, olds)):
@@ -279,6 +278,11 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[st
         fact["prompts"] = f"{len(result['prompts']['hashes'])} ({_listed(result['prompts']['tasks'])})"
         facts.append(fact | result["environment"])
     return [(name, facts[0][name], facts[1].get(name)) for name in facts[0]]
+
+
+def _speed(row: Row, first: Row) -> str:
+    speed = first["tokens_per_second"]
+    return f"{row['tokens_per_second'] / speed:.2f}×" if speed else "–"
 
 
 def _paired_change(old: str, new: str) -> str:

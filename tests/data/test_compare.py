@@ -99,7 +99,11 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(predictor, tmp_path)
     whole = [(run.label, repeat) for repeat in range(2) for run in RUNS]
     assert finish(Comparison(predictor, PROMPTS, RUNS, **settings), decodes=4) == whole[:4]
     second = Comparison(predictor, PROMPTS, RUNS, **settings)
+    assert second.left() == [(1, 0), (1, 1), (2, 1)]  # the oracle's text is not read yet
+    next(second.work())
+    assert second.left() == [(1, 1), (2, 1)]
     assert finish(second) == whole[4:]
+    assert second.left() == []
     third = Comparison(predictor, PROMPTS, RUNS, **settings)
     assert finish(third) == []
     assert third.rows() == second.rows()

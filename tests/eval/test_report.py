@@ -104,6 +104,15 @@ def test_other_conditions_do_not_compete():
     assert groups[1]["strategies"][1]["forwards"]["times"] == {"full_step": None, "threshold": None, "oracle": 1.0}
 
 
+def test_a_decode_that_writes_nothing_has_no_speed(tmp_path):
+    rows = [{**r, "tokens_per_second": 0.0} for r in ROWS]
+    assert entries(rows)["learn2pd"]["speed"]["times"] == {"full_step": None, "threshold": None, "oracle": None}
+    assert entries(rows)["learn2pd"]["forwards"]["times"]["full_step"] == 8.0
+    write(result(rows), tmp_path, 0.01)
+    assert "| – |" in (tmp_path / "bench.md").read_text()
+    assert "–" in changes(result(rows), result(rows))
+
+
 def test_markdown_has_every_run_and_what_it_was_made_with():
     text = markdown(result())
     for entry in ROWS:
