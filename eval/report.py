@@ -165,7 +165,7 @@ def draw(rows: Sequence[Row], target: Path, margin: float = MARGIN) -> None:
     """Draws quality against forwards and against tokens/s: a colour for each strategy, a line joins its usual settings.
 
     Other caches, EoT rules and components have a mark of their own, the oracle is a star. The dashed line is the first
-    run's quality, the shaded band what counts as equally good.
+    run's quality, the shaded band what counts as equally good. Runs on other prompts or of another length are left out.
     """
     import matplotlib as mpl
 
@@ -173,6 +173,7 @@ def draw(rows: Sequence[Row], target: Path, margin: float = MARGIN) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
+    rows = [row for row in rows if (row["reference"], row["prompts"]) == (rows[0]["label"], rows[0]["prompts"])]
     names = list(dict.fromkeys(row["settings"]["strategy"] for row in rows))
     colours = {name: plt.get_cmap("tab10")(n % 10) for n, name in enumerate(names)}
     variants = [name for name in dict.fromkeys(variant(row["settings"]) for row in rows) if name]
