@@ -18,7 +18,7 @@ import decoding
 import models
 from data.measure import measure
 from data.memory import PeakMemory
-from data.prompts import Prompt, prompt_hash
+from data.prompts import Prompt, prompt_hash, tokenizer_hash
 from decoding.config import CacheRule, EotRule
 from decoding.decoder import Decoder, Generation
 from decoding.record import environment, now
@@ -122,7 +122,7 @@ class Comparison:
         ready = strategies or {}
         self.strategies = [ready.get(run.label) or make_strategy(run.strategy, **run.options) for run in self.runs]
         self.folder, self.warm_up, self.warm = folder, warm_up, set[int]()
-        self.key = _surroundings() if folder else []
+        self.surroundings = [*_surroundings(), _tokenizer(predictor)] if folder else []
         self.files: dict[tuple[int, int], Path] = {}
         self.results: dict[tuple[int, int], Generation] = {}
         self.extras: dict[tuple[int, int], dict[str, Any]] = {}
@@ -194,6 +194,7 @@ class Comparison:
         return rows
 
     def prompts_of(self, number: int) -> Sequence[Prompt]:
+        """The prompts that a run decodes."""
         return self.prompts[: self.runs[number].limit]
 
     def _generate(
@@ -238,7 +239,7 @@ class Comparison:
         key = [
             asdict(self.runs[number]) | {"label": ""}, strategy.settings(), strategy.fingerprints(), repeat,
             self.predictor.fingerprint, str(self.predictor.dtype), str(self.predictor.device),
-            [prompt_hash(prompt.prompt) for prompt in self.prompts_of(number)], self.key,
+            [prompt_hash(prompt.prompt) for prompt in self.prompts_of(number)], self.surroundings,
             None if references is None else hashlib.sha256(references.numpy().tobytes()).hexdigest(),
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -315,6 +316,10 @@ def _surroundings() -> list[Any]:
             digest.update(file.read_bytes())
     known = environment()
     return [digest.hexdigest(), *(known[name] for name in ("device", "threads", "torch", "transformers"))]
+
+
+def _tokenizer(predictor: MaskPredictor) -> str:
+    return "" if predictor.tokenizer is None else tokenizer_hash(predictor.tokenizer)
 
 
 def _save(file: Path, out: Generation, extra: dict[str, Any]) -> None:

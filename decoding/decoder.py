@@ -165,6 +165,13 @@ class Decoder:
         ids = self._encode([prompt], config, chat_template)
         yield from decode_steps(self.predictor, ids, config, self.strategy, output or empty_output(1, config))
 
+    def settings(self, config: DecodeConfig) -> dict[str, Any]:
+        """Everything that a text depends on beside its prompt: decode settings, the strategy's, dtype and fingerprints."""
+        return config.settings() | self.strategy.settings() | {
+            "dtype": str(self.predictor.dtype).removeprefix("torch."),
+            "fingerprints": {"base": self.predictor.fingerprint} | self.strategy.fingerprints(),
+        }  # fmt: skip
+
     def decode_text(self, tokens: Sequence[int]) -> str:
         """Text of generated ids, special tokens left out."""
         if self.predictor.tokenizer is None:
@@ -211,13 +218,7 @@ class Decoder:
             seconds=output.seconds,
             predictor_seconds=output.predictor_seconds,
             helper_seconds=output.helper_seconds,
-            settings=config.settings()
-            | self.strategy.settings()
-            | settings
-            | {
-                "dtype": str(self.predictor.dtype).removeprefix("torch."),
-                "fingerprints": {"base": self.predictor.fingerprint} | self.strategy.fingerprints(),
-            },
+            settings=self.settings(config) | settings,
         )
 
 

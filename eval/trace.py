@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from decoding.config import CacheRule, DecodeConfig, EotRule
+from decoding.decoder import Decoder
 from decoding.entry import command
 from decoding.generate import BUNDLED
 from decoding.loop import decode_steps
@@ -170,9 +171,7 @@ def trace(
     panels: list[dict[str, Any]] = []
     for strategy in strategies:
         done = decode(predictor, ids, strategy, config, reference)
-        settings = done.config.settings() | strategy.settings() | {"chat_template": chat_template}
-        settings["dtype"] = str(predictor.dtype).removeprefix("torch.")
-        settings["fingerprints"] = {"base": predictor.fingerprint} | strategy.fingerprints()
+        settings = Decoder(predictor, strategy).settings(done.config) | {"chat_template": chat_template}
         panel = panel_of(done, predictor) | {"strategy": strategy.name, "settings": settings}
         panels.append(panel | compared(panel, panels[0] if panels else panel))
     pieces, special = vocabulary(panels, predictor.tokenizer)

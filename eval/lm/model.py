@@ -95,7 +95,7 @@ class DiffusionLM(LM):
         self.decode |= {name: whole[name] for name in ("block_length", "steps", "refresh")}
         if steps is not None and gen_length is None:
             raise InputError("steps", f"{steps} without gen_length", "null, or gen_length with it")
-        self._config(generation_arguments({}))  # refuses wrong settings before anything is loaded
+        config = self._config(generation_arguments({}))  # refuses wrong settings before anything is loaded
         options |= strategy_options(base, strategy, {"filter": filter, "helper": helper})
         self._rank, self._world_size = processes.join()
         self.base, device = base, processes.own_device(device)
@@ -103,10 +103,7 @@ class DiffusionLM(LM):
         predictor = self.decoder.predictor
         self.tokenizer: Any = predictor.tokenizer
         self._device, self.max_length = predictor.device, predictor.max_length
-        self.identity: dict[str, Any] = self.decoder.strategy.settings() | {
-            "dtype": str(predictor.dtype).removeprefix("torch."),
-            "fingerprints": {"base": predictor.fingerprint} | self.decoder.strategy.fingerprints(),
-        }
+        self.settings = self.decoder.settings(config)  # once: fingerprints are read off the weights
         self.answers = Answers(None if answers is None else Path(answers), self.rank)
         self.generation, self.likelihood = Tally(), Tally()
         self.everyone: list[tuple[Sums, Sums]] = []
@@ -232,7 +229,7 @@ class DiffusionLM(LM):
     def _score(self, pairs: Sequence[Pair], greedy: bool, name: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
         fingerprint = self.decoder.predictor.fingerprint
         settings = {
-            "mc_samples": self.mc_samples, "seed": self.seed, "greedy_check": greedy, "dtype": self.identity["dtype"],
+            "mc_samples": self.mc_samples, "seed": self.seed, "greedy_check": greedy, "dtype": self.settings["dtype"],
             "fingerprints": {"base": fingerprint},
         }  # fmt: skip
         keys = [answer_key(prompt=pair.prompt, answer=pair.answer, settings=settings) for pair in pairs]
@@ -255,7 +252,7 @@ class DiffusionLM(LM):
         self.answers.add({key: {"log_likelihood": value, "greedy": match} for key, value, match in found})
 
     def _settings(self, config: DecodeConfig, stop: Sequence[str]) -> dict[str, Any]:
-        return config.settings() | self.identity | {"stop": list(stop)}
+        return self.settings | config.settings() | {"stop": list(stop)}
 
     def _bos(self, text: str) -> list[int]:
         return [self.decoder.predictor.ids.bos] if self.add_bos and not text.startswith(MARK) else []

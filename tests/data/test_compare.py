@@ -1,12 +1,14 @@
 """Several decodes of the same prompts, side by side."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data.compare import Comparison, Run, compare
 from data.prompts import Prompt, PromptSource, load_prompts
+from decoding.record import environment
 from decoding.strategies import BlockStrategy, Decision
 from models.errors import InputError
 from models.predictor import MaskPredictor
@@ -123,6 +125,29 @@ def test_only_what_something_changed_for_is_decoded_again(predictor, tmp_path):
     assert finish(Comparison(predictor, PROMPTS, renamed, **settings)) == []
     assert len(finish(Comparison(predictor, PROMPTS[:2], RUNS, **settings))) == 3
     assert len(finish(Comparison(predictor, PROMPTS, RUNS, **settings | {"block_length": 4}))) == 3
+
+
+def test_another_machine_code_or_chat_template_is_decoded_anew(predictor, tmp_path, monkeypatch):
+    settings = {"folder": tmp_path / "decodes", **LENGTHS}
+
+    def decoded():
+        return len(finish(Comparison(predictor, PROMPTS, RUNS, **settings)))
+
+    assert (decoded(), decoded()) == (3, 0)
+    with monkeypatch.context() as patch:
+        known = environment()
+        patch.setattr("data.compare.environment", lambda: known | {"threads": known["threads"] + 1})
+        assert (decoded(), decoded()) == (3, 0)
+    (tmp_path / "code").mkdir()
+    with monkeypatch.context() as patch:
+        for text in ("one", "another"):
+            (tmp_path / "code" / "loop.py").write_text(text)
+            patch.setattr("data.compare.decoding", SimpleNamespace(__path__=[str(tmp_path / "code")]))
+            assert (decoded(), decoded()) == (3, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor.tokenizer, "chat_template", predictor.tokenizer.chat_template + " ")
+        assert (decoded(), decoded()) == (3, 0)
+    assert decoded() == 0
 
 
 def test_a_damaged_decode_is_named(predictor, tmp_path):

@@ -12,7 +12,7 @@ import yaml
 from data.compare import Comparison, Run
 from data.prompts import Prompt
 from decoding.entry import command
-from eval.bench import Watch, main
+from eval.bench import Watch, decode, main
 from models.predictor import MaskPredictor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +67,7 @@ def test_everything_a_reader_needs_is_written(done, tiny_checkpoint):
     assert yaml.safe_load((folder / "runs/bench/run.yaml").read_text())["config"]["repeats"] == 2
     assert "oracle EoT off" in out.stdout
     assert "decode 6/6 | about 0:00:" in out.stderr
+    assert "oracle EoT off, 4 of 4 prompts" in out.stderr
 
 
 def test_started_again_it_decodes_only_what_is_missing(done):
@@ -101,6 +102,22 @@ def test_bad_input_is_one_line_and_status_2(done, words, message, monkeypatch, c
         command(main, "eval/bench", args=[str(word) for word in [*usual, *words]])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_interrupted_benchmark_says_how_it_goes_on(tiny_checkpoint, monkeypatch):
+    prompts = [Prompt(str(n), "t", f"word {n}") for n in range(2)]
+    predictor = MaskPredictor.from_pretrained(tiny_checkpoint)
+    comparison = Comparison(predictor, prompts, [Run("full_step"), Run("threshold")], gen_length=8, block_length=8)
+    decode_one = comparison.decode
+
+    def interrupted(number, repeat, progress):
+        if number:
+            raise KeyboardInterrupt
+        decode_one(number, repeat, progress)
+
+    monkeypatch.setattr(comparison, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="after 1 decodes; the same command goes on"):
+        decode(comparison)
 
 
 def test_the_time_left_follows_each_run_s_own_speed(tiny_checkpoint, capsys, monkeypatch):

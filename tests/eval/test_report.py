@@ -6,7 +6,7 @@ import pytest
 
 from data.intervals import paired, wilson
 from decoding.entry import command
-from eval.headline import headline, summary
+from eval.headline import confirmed, headline, summary
 from eval.report import changes, compare, draw, markdown, read, render, variant, write
 from models.errors import InputError
 
@@ -91,6 +91,9 @@ def test_a_loss_that_chance_does_not_rule_out_is_not_confirmed():
     assert not threshold["forwards"]["confirmed"]  # 10 of 1,000 lost: it may be two points
     assert (threshold["forwards_confirmed"]["label"], threshold["speed_confirmed"]["label"]) == ("threshold 0.95",) * 2
     assert found["dico"]["speed_confirmed"] is None
+    unsure = {"paired_difference": ROWS[4]["paired_difference"] | {"interval": (-0.1, 0.1)}}
+    assert not confirmed(ROWS[4] | unsure, 0.01)
+    assert confirmed(ROWS[0] | unsure, 0.01)  # the reference is as good as itself
 
 
 def test_other_conditions_do_not_compete():
@@ -125,6 +128,13 @@ def test_markdown_has_every_run_and_what_it_was_made_with():
 def test_a_picture_is_drawn(tmp_path):
     draw(ROWS, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_runs_on_other_prompts_are_not_drawn(tmp_path):
+    draw(ROWS, tmp_path / "a.png")
+    draw([*ROWS, ROWS[5] | {"prompts": 64}, ROWS[5] | {"reference": "another"}], tmp_path / "b.png")
+    draw([*ROWS, ROWS[5] | {"nfe_mean": 9.0}], tmp_path / "c.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes() != (tmp_path / "c.png").read_bytes()
 
 
 def test_variants_are_what_a_run_has_beside_its_strategy():
