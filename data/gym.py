@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.prompts import Prompt, final_answer
+from data.prompt import Prompt, final_answer
 from models.errors import InputError
 
 

@@ -1,7 +1,7 @@
 """Labels from decode traces: which guesses were already final, and where the text ends. Pure functions of tensors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Records:
         final: ``(R, K)`` bool, True where the guess equals the reference's token.
         tail: ``(R, K)`` bool, True at and after the reference's first EoT.
         prompt: ``(R,)`` int64, index of the prompt in ``prompt_ids``.
-        states: ``(R,)`` int64, index into ``STATES``: which decode the row was recorded in.
+        passes: ``(R,)`` int64, index into ``PASSES``: which decode the row was recorded in.
         block: ``(R,)`` int64, number of the active block.
         step: ``(R,)`` int64, forwards this row of the decode had before.
         prompt_ids: Id of each prompt.
@@ -30,14 +30,14 @@ class Records:
     final: Tensor
     tail: Tensor
     prompt: Tensor
-    states: Tensor
+    passes: Tensor
     block: Tensor
     step: Tensor
     prompt_ids: list[str]
     splits: list[str]
 
 
-STATES = ("full_step", "oracle", "filter")
+PASSES = ("full_step", "oracle", "filter")
 """The decodes that records come from: the reference itself, the oracle's pass, and a trained filter's own pass."""
 
 
@@ -105,7 +105,7 @@ def collect(trace: Sequence[StepTrace]) -> StepTrace:
         rows=rows[order],
         block=join([part.block for part in trace]),
         step=step[order],
-        evidence=Evidence(**{f.name: join([getattr(p.evidence, f.name) for p in trace]) for f in fields(Evidence)}),
+        evidence=Evidence.cat([part.evidence for part in trace]).each(lambda values: values[order]),
         transfer=join([part.transfer for part in trace]),
         committed=join([part.committed for part in trace]),
         eot_probability=join_if_recorded([part.eot_probability for part in trace]),
@@ -145,28 +145,27 @@ def records_of(
     """Records of one batch straight from its traces, without the way through shards.
 
     Args:
-        traces: For each of the ``STATES`` that was decoded, its trace; rows count the prompts.
+        traces: For each of the ``PASSES`` that was decoded, its trace; rows count the prompts.
         references: ``(P, G)`` int64, the full-step sequences.
         prompt_ids: Id of each prompt.
         splits: Split of each prompt.
         eot_id: Id of EoT.
 
     Returns:
-        Records ordered by states, prompt and step.
+        Records ordered by pass, prompt and step.
     """
-    parts = [(STATES.index(name), collect(trace)) for name, trace in traces.items()]
+    parts = [(PASSES.index(name), collect(trace)) for name, trace in traces.items()]
     marks = [labels(steps, references, eot_id) for _, steps in parts]
 
     def join(name: str) -> Tensor:
         return torch.cat([getattr(steps, name) for _, steps in parts])
 
-    evidence = {f.name: torch.cat([getattr(s.evidence, f.name) for _, s in parts]) for f in fields(Evidence)}
     return Records(
-        evidence=Evidence(**evidence),
+        evidence=Evidence.cat([steps.evidence for _, steps in parts]),
         final=torch.cat([final for final, _ in marks]),
         tail=torch.cat([tail for _, tail in marks]),
         prompt=join("rows"),
-        states=torch.cat([torch.full_like(steps.rows, number) for number, steps in parts]),
+        passes=torch.cat([torch.full_like(steps.rows, number) for number, steps in parts]),
         block=join("block"),
         step=join("step"),
         prompt_ids=prompt_ids,

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from data.gym import GymTask, samples
-from data.prompts import Prompt, PromptSource, load_prompts, prompt_hash, split_of
+from data.prompt import Prompt
+from data.prompts import PromptSource, load_prompts, prompt_hash, split_of
 
 SEEDS = {"train": 10_000_000, "validation": 20_000_000, "test": 30_000_000}
 PER_TASK = {"train": 700, "validation": 128, "test": 512}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,11 @@ import pyarrow.parquet as pq
 from data.tables import SEQUENCE_COLUMNS, STEP_COLUMNS
 from models.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 COLUMNS = {"steps": STEP_COLUMNS, "sequences": SEQUENCE_COLUMNS}
 """The two kinds of files of a shard and their columns."""
+_OLDER = {"states": "pass"}  # schema version 1: name of a column to the one it has now
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class RolloutKey:
     Attributes:
         fingerprint: Fingerprint of the base model's weights.
         tokenizer_hash: Hash of the tokenizer and its chat template.
-        settings: Decode settings, the states recorded, and ``eot_id``, on which the labels depend; JSON values only.
+        settings: Decode settings, the passes recorded, and ``eot_id``, on which the labels depend; JSON values only.
     """
 
     fingerprint: str
@@ -44,7 +46,9 @@ class Rollouts:
     def tables(self, kind: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The ``"steps"`` or ``"sequences"`` tables, in the order of the shards."""
         for shard in self.manifest["shards"]:
-            yield pq.read_table(self.folder / shard[kind]["file"], columns=list(columns or COLUMNS[kind]))
+            file = self.folder / shard[kind]["file"]
+            there, names = _columns(file), list(columns or COLUMNS[kind])
+            yield pq.read_table(file, columns=[there[name] for name in names]).rename_columns(names)
 
 
 def open_rollouts(
@@ -76,7 +80,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a set, finished or not.
 
     Raises:
-        InputError: There is none, it cannot be read, or it has another schema version.
+        InputError: There is none, it cannot be read, or it has a schema version that is not known.
     """
     path = folder / MANIFEST
     try:
@@ -84,12 +88,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(str(path), error, "the manifest of a rollout set") from error
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if found != SCHEMA_VERSION:
-        raise InputError(f"{path}: schema_version", found, str(SCHEMA_VERSION))
+    if found not in (1, SCHEMA_VERSION):
+        raise InputError(f"{path}: schema_version", found, f"1 | {SCHEMA_VERSION}")
     required = ("complete", "model_fingerprint", "tokenizer_hash", "settings", "sources", "shards")
     if missing := [name for name in required if name not in manifest]:
         raise InputError(f"{path}: {missing[0]}", "no such field", f"the fields {', '.join(required)}")
+    if found == 1:
+        warnings.warn(
+            f"{path}: schema_version 1; its states are read as passes, its EoT rule filter as commit", stacklevel=2
+        )
+        settings = renamed(manifest["settings"])
+        settings |= {"eot": "commit"} if settings.get("eot") == "filter" else {}
+        manifest |= {
+            "schema_version": SCHEMA_VERSION,
+            "settings": settings,
+            "shards": list(map(renamed, manifest["shards"])),
+        }
     return manifest
+
+
+def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings or the record of a shard, in which schema version 1 called ``states`` what are ``passes`` now."""
+    return {"passes" if name == "states" else name: value for name, value in record.items()}
 
 
 def check_key(
@@ -114,13 +134,19 @@ def _check_file(path: Path, described: Mapping[str, Any], columns: Sequence[str]
     if not path.is_file():
         raise InputError(str(path), "no such file", f"the shard of {described['rows']} rows that {MANIFEST} lists")
     try:
-        there = pq.read_schema(path).names
+        there = _columns(path)
     except (pa.ArrowException, OSError) as error:
         raise InputError(str(path), f"a corrupt or truncated file ({error})", "an intact Parquet shard") from error
     if missing := [column for column in columns if column not in there]:
         raise InputError(f"{path}: column {missing[0]!r}", f"columns {', '.join(there)}", ", ".join(columns))
     if not intact(path, described):
         raise InputError(f"{path}: sha256", f"{sha256(path)} (corrupt or truncated)", described["sha256"])
+
+
+def _columns(path: Path) -> dict[str, str]:
+    """The name that each column of a file has now, and the one it has there."""
+    names: list[str] = pq.read_schema(path).names
+    return {_OLDER.get(name, name): name for name in names}
 
 
 def describe(path: Path, rows: int) -> dict[str, Any]:

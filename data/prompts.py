@@ -1,4 +1,4 @@
-"""Prompts: where they come from, how they are split and encoded, how an answer is judged."""
+"""Prompts: where they come from, how they are split and encoded."""
 
 import csv
 import hashlib
@@ -12,32 +12,13 @@ from typing import Any, Literal, get_args
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from data.gym import GymTask, samples
+from data.prompt import Prompt, final_answer
 from decoding.text import encode
 from models.errors import InputError
 
 Split = Literal["train", "validation", "test"]
 BUNDLED = Path(__file__).resolve().parent / "bundled"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One instruction.
-
-    Attributes:
-        id: Unique within its source.
-        task: Name used to report results apart.
-        prompt: The user's message, before the chat template.
-        response: The reference response, as text; empty where the source has none.
-        answer: The final answer inside the response; empty where the source has none.
-        metadata: JSON text that the task's scorer may need.
-    """
-
-    id: str
-    task: str
-    prompt: str
-    response: str = ""
-    answer: str = ""
-    metadata: str = "{}"
 
 
 @dataclass
@@ -92,11 +73,6 @@ def split_of(text: str, validation: float = 0.05, test: float = 0.05) -> Split:
     if place < test:
         return "test"
     return "validation" if place < test + validation else "train"
-
-
-def final_answer(task: str, text: str) -> str:
-    """The part of a response that is judged: what follows ``####`` for worked answers, else all of it."""
-    return text.rsplit("####", 1)[-1].strip() if task.startswith("gsm") else text.strip()
 
 
 def load_prompts(
@@ -211,8 +187,6 @@ def _bundled(source: PromptSource) -> Iterator[Prompt]:
 
 
 def _gym(source: PromptSource) -> Iterator[Prompt]:
-    from data.gym import GymTask, samples  # data.gym itself imports Prompt from here
-
     if source.size is None:
         raise InputError(f"{source.path}: size", None, "the number of prompts to generate")
     unique: dict[str, Prompt] = {}

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from data.labels import STATES, Records, history
+from data.labels import PASSES, Records, history
 from data.manifest import (
     COLUMNS,
     MANIFEST,
@@ -33,11 +33,12 @@ from data.manifest import (
     intact,
     open_rollouts,
     read_manifest,
+    renamed,
     write_json,
 )
-from data.prompts import Prompt
+from data.prompt import Prompt
+from data.provenance import now, versions
 from data.tables import RolloutBatch, fixed, ragged, sequences_table, steps_table
-from decoding.record import now, versions
 from models.errors import InputError
 from models.features import Evidence
 
@@ -51,7 +52,7 @@ __all__ = [
     "load_sequences",
     "open_rollouts",
 ]
-_REPEATED = ("prompt_id", "split", "states", "task")  # the same in many rows
+_REPEATED = ("prompt_id", "split", "pass", "task")  # the same in many rows
 _FLOATS = [f"{name}.list.element" for name in ("confidence", "margin", "entropy")]
 
 
@@ -97,7 +98,7 @@ class ShardWriter:
 
     def written(self) -> list[dict[str, Any]]:
         """What is written so far, one record a shard, in order. A damaged shard does not count: it is decoded again."""
-        records = [json.loads(file.read_text()) for file in sorted(self.folder.glob("shard-*.json"))]
+        records = [renamed(json.loads(file.read_text())) for file in sorted(self.folder.glob("shard-*.json"))]
         return [r for r in records if all(intact(self.folder / r[kind]["file"], r[kind]) for kind in COLUMNS)]
 
     def write(self, batch: RolloutBatch) -> None:
@@ -108,7 +109,7 @@ class ShardWriter:
             "name": name,
             "prompts": hashes,
             "splits": dict(sorted(Counter(batch.splits).items())),
-            "states": {states: int(nfe.sum()) for states, nfe in batch.nfe.items()},
+            "passes": {name: int(nfe.sum()) for name, nfe in batch.nfe.items()},
             "steps": self._write_table(f"steps-{name}.parquet", steps_table(batch, self.eot_id)),
             "sequences": self._write_table(f"sequences-{name}.parquet", sequences_table(batch, self.eot_id)),
         }
@@ -141,11 +142,11 @@ class ShardWriter:
                 found = f"{len(prompts)} {problem}, the first with hash {prompts[0]}"
                 raise InputError(f"{self.folder}: prompts", found, "each prompt once; run the rollout again")
         self._sweep(records)
-        splits, states = Counter(), Counter()
+        splits, passes = Counter(), Counter()
         for record in records:
             splits.update(record["splits"])
-            states.update(record["states"])
-        counts = {"prompts": len(count), "splits": dict(sorted(splits.items())), "steps": dict(sorted(states.items()))}
+            passes.update(record["passes"])
+        counts = {"prompts": len(count), "splits": dict(sorted(splits.items())), "steps": dict(sorted(passes.items()))}
         self.manifest |= {"complete": True, "finished": now(), "counts": counts, "shards": records}
         write_json(self.folder / MANIFEST, self.manifest)
         return Rollouts(self.folder, self.manifest)
@@ -170,7 +171,7 @@ class Sequences:
         tokens: Prompt token ids of each, chat template included.
         references: ``(P, G)`` int64.
         first_eot: ``(P,)`` int64, ``G`` where there is none.
-        nfe: For each of the states recorded, ``(P,)`` int64 forwards.
+        nfe: For each of the passes recorded, ``(P,)`` int64 forwards.
     """
 
     prompts: list[Prompt]
@@ -205,35 +206,35 @@ def load_sequences(rollouts: Rollouts | str | Path, limit: int | None = None) ->
 
 
 def load_records(
-    rollouts: Rollouts | str | Path, states: Sequence[str] | None = None, limit: int | None = None
+    rollouts: Rollouts | str | Path, passes: Sequence[str] | None = None, limit: int | None = None
 ) -> Records:
     """Reads the steps of a rollout set into dense tensors.
 
     Args:
         rollouts: An opened set, or the folder of one, which is then verified.
-        states: Which of ``STATES`` to read; all that were recorded by default.
+        passes: Which of ``PASSES`` to read; all that were recorded by default.
         limit: Read the first prompts only, this many.
 
     Returns:
-        Records ordered by prompt, states and step.
+        Records ordered by prompt, pass and step.
 
     Raises:
-        InputError: The set does not verify, or does not hold the states asked for.
+        InputError: The set does not verify, or does not hold the passes asked for.
     """
     rollouts = _opened(rollouts)
     recorded = _recorded(rollouts)
-    for name in states or ():
+    for name in passes or ():
         if name not in recorded:
-            raise InputError("states", repr(name), f"{' | '.join(recorded)}, recorded in {rollouts.folder}")
+            raise InputError("passes", repr(name), f"{' | '.join(recorded)}, recorded in {rollouts.folder}")
     prompts = _in_order(pa.concat_tables(rollouts.tables("sequences", ["index", "prompt_id", "split"]))).slice(0, limit)
     # The narrow columns first: they say where each row of the files goes, so the wide ones are laid down only once.
-    keep, keys = _keys(rollouts, prompts["prompt_id"].combine_chunks(), states or recorded)
-    order = np.lexsort((keys["step"], keys["states"], keys["prompt"]))
-    prompt, which, block, step = (torch.from_numpy(keys[name][order]) for name in ("prompt", "states", "block", "step"))
+    keep, keys = _keys(rollouts, prompts["prompt_id"].combine_chunks(), passes or recorded)
+    order = np.lexsort((keys["step"], keys["pass"], keys["prompt"]))
+    prompt, which, block, step = (torch.from_numpy(keys[name][order]) for name in ("prompt", "pass", "block", "step"))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     wide = _wide(rollouts, keep, place)
-    stable, previous = history(wide["masked"], wide["token"], wide["confidence"], prompt * len(STATES) + which, block)
+    stable, previous = history(wide["masked"], wide["token"], wide["confidence"], prompt * len(PASSES) + which, block)
     final, tail = wide.pop("final"), wide.pop("tail")
     ids, splits = prompts["prompt_id"].to_pylist(), prompts["split"].to_pylist()
     return Records(
@@ -246,7 +247,7 @@ def _opened(rollouts: Rollouts | str | Path) -> Rollouts:
 
 
 def _recorded(rollouts: Rollouts) -> list[str]:
-    return [name for name in STATES if name in rollouts.manifest["counts"]["steps"]]
+    return [name for name in PASSES if name in rollouts.manifest["counts"]["steps"]]
 
 
 def _in_order(sequences: pa.Table) -> pa.Table:
@@ -254,18 +255,18 @@ def _in_order(sequences: pa.Table) -> pa.Table:
 
 
 def _keys(
-    rollouts: Rollouts, prompt_ids: pa.Array, states: Sequence[str]
+    rollouts: Rollouts, prompt_ids: pa.Array, passes: Sequence[str]
 ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """Which rows of each shard to keep, and prompt, states, block and step of those, in the order of the files."""
+    """Which rows of each shard to keep, and prompt, pass, block and step of those, in the order of the files."""
     keep, columns = [], []
-    wanted = np.array([STATES.index(name) for name in states])
-    for table in rollouts.tables("steps", ["prompt_id", "states", "block", "step"]):
+    wanted = np.array([PASSES.index(name) for name in passes])
+    for table in rollouts.tables("steps", ["prompt_id", "pass", "block", "step"]):
         prompt = _index_in(table["prompt_id"], prompt_ids)
-        which = _index_in(table["states"], pa.array(STATES))
+        which = _index_in(table["pass"], pa.array(PASSES))
         keep.append((prompt >= 0) & np.isin(which, wanted))
         rows = (prompt, which, table["block"].to_numpy(), table["step"].to_numpy())
         columns.append(np.stack([column.astype(np.int64)[keep[-1]] for column in rows]))
-    return keep, dict(zip(("prompt", "states", "block", "step"), np.concatenate(columns, axis=1), strict=True))
+    return keep, dict(zip(("prompt", "pass", "block", "step"), np.concatenate(columns, axis=1), strict=True))
 
 
 def _index_in(column: pa.ChunkedArray, values: pa.Array) -> np.ndarray:

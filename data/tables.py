@@ -8,12 +8,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from data.labels import STATES, collect, first_eot, labels
-from data.prompts import Prompt, prompt_hash, split_of
+from data.labels import PASSES, collect, first_eot, labels
+from data.prompt import Prompt
+from data.prompts import prompt_hash, split_of
 from decoding.output import StepTrace
 
 STEP_COLUMNS = (
-    "prompt_id", "split", "states", "block", "step",
+    "prompt_id", "split", "pass", "block", "step",
     "masked", "token", "confidence",  # K values each, for every position of the active block
     "margin", "entropy",  # one value for each True in masked
     "final", "tail",  # K values each
@@ -22,7 +23,7 @@ STEP_COLUMNS = (
 )  # fmt: skip
 SEQUENCE_COLUMNS = (
     "index", "prompt_id", "prompt_hash", "split", "task", "prompt", "response", "answer", "metadata",
-    "prompt_tokens", "reference", "first_eot", *(f"nfe_{states}" for states in STATES),
+    "prompt_tokens", "reference", "first_eot", *(f"nfe_{name}" for name in PASSES),
 )  # fmt: skip
 
 
@@ -35,8 +36,8 @@ class RolloutBatch:
         prompts: The prompts.
         tokens: Prompt token ids of each.
         references: ``(b, G)`` int64, the full-step sequences.
-        nfe: For each of the states decoded, ``(b,)`` int64 forwards.
-        traces: For each of the states decoded, its trace with EoT evidence; rows count the prompts of the batch.
+        nfe: For each of the passes decoded, ``(b,)`` int64 forwards.
+        traces: For each of the passes decoded, its trace with EoT evidence; rows count the prompts of the batch.
     """
 
     index: list[int]
@@ -58,7 +59,7 @@ class RolloutBatch:
 
 
 def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
-    """One row a forward, with ``STEP_COLUMNS``; ordered by states, prompt and step.
+    """One row a forward, with ``STEP_COLUMNS``; ordered by pass, prompt and step.
 
     Raises:
         ValueError: A trace was decoded without ``record_eot``.
@@ -66,7 +67,7 @@ def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
     ids = np.array([prompt.id for prompt in batch.prompts], dtype=object)
     splits = np.array(batch.splits, dtype=object)
     tables = []
-    for states, trace in batch.traces.items():
+    for name, trace in batch.traces.items():
         steps = collect(trace)
         if steps.eot_probability is None or steps.eot_top is None:
             raise ValueError("the trace has no EoT evidence: decode with record_eot=True")
@@ -76,7 +77,7 @@ def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
         columns = {
             "prompt_id": pa.array(ids[rows], pa.string()),
             "split": pa.array(splits[rows], pa.string()),
-            "states": pa.array([states] * len(rows), pa.string()),
+            "pass": pa.array([name] * len(rows), pa.string()),
             "block": pa.array(steps.block.numpy().astype(np.int16)),
             "step": pa.array(steps.step.numpy().astype(np.int16)),
             "masked": _fixed(evidence.masked),
@@ -95,7 +96,7 @@ def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
 
 
 def sequences_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
-    """One row a prompt, with ``SEQUENCE_COLUMNS``; ``nfe`` is null for states that were not decoded."""
+    """One row a prompt, with ``SEQUENCE_COLUMNS``; ``nfe`` is null for passes that were not decoded."""
     prompts = batch.prompts
     columns = {
         "index": pa.array(batch.index, pa.int64()),
@@ -110,9 +111,9 @@ def sequences_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
         "reference": _fixed(batch.references.int()),
         "first_eot": pa.array(first_eot(batch.references, eot_id).numpy().astype(np.int32)),
     }
-    for states in STATES:
-        nfe = batch.nfe[states].tolist() if states in batch.nfe else [None] * len(prompts)
-        columns[f"nfe_{states}"] = pa.array(nfe, pa.int32())
+    for name in PASSES:
+        nfe = batch.nfe[name].tolist() if name in batch.nfe else [None] * len(prompts)
+        columns[f"nfe_{name}"] = pa.array(nfe, pa.int32())
     return pa.table([columns[name] for name in SEQUENCE_COLUMNS], names=list(SEQUENCE_COLUMNS))
 
 

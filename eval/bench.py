@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import wandb
 
-from data.compare import Comparison, Run, print_table
 from data.prompts import PromptSource, load_prompts, prompt_hash
-from decoding.entry import command, wandb_mode
-from decoding.record import environment, now, write_run_file
+from data.provenance import environment, now, write_run_file
+from eval.command import command, wandb_mode
+from eval.compare import Comparison, Run, print_table
 from eval.headline import MARGIN, check_margin, summary
 from eval.report import SCHEMA_VERSION, write
 from models.predictor import MaskPredictor

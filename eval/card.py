@@ -7,10 +7,10 @@ import yaml
 
 from data.gym import score
 from data.prompts import PromptSource, load_prompts
+from data.provenance import environment
 from decoding.decoder import Decoder
-from decoding.entry import command
-from decoding.record import environment
 from decoding.strategies import make_strategy
+from eval.command import command
 from models.predictor import MaskPredictor
 
 
@@ -53,7 +53,7 @@ this repository runs on a laptop. It knows the four reasoning-gym tasks below an
 
 ## Accuracy
 
-Full-step decoding (one token a forward; gen_length 128, block_length 32, EoT rule `filter`, temperature 0), held-out
+Full-step decoding (one token a forward; gen_length 128, block_length 32, EoT rule `commit`, temperature 0), held-out
 prompts of `data/bundled/test.parquet`, judged by reasoning-gym's own scorer:
 
 | task | prompts | exact (score 1) | mean score |

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.provenance import write_aside, write_run_file
 from decoding.config import CacheRule, EotRule
-from decoding.entry import command, entry
-from decoding.record import write_aside, write_run_file
+from eval.command import command, entry
 from eval.lm import processes
 from eval.lm.presets import PRESETS, resolve
 from models.errors import InputError
@@ -51,7 +51,7 @@ def main(
     block_length: int | None = None,
     steps: int | None = None,
     temperature: float | None = None,
-    eot: EotRule = "filter",
+    eot: EotRule = "commit",
     cache: CacheRule = "none",
     refresh: int | None = None,
     seed: int = 0,

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.intervals import paired
-from decoding.entry import command
-from decoding.record import write_aside
+from data.provenance import write_aside
+from eval.command import command
 from eval.headline import MARGIN, check_margin, headline
+from eval.intervals import paired
+from models.checkpoint import current_eot_rule
 from models.errors import InputError
 
 SCHEMA_VERSION = 3
@@ -157,7 +158,7 @@ def variant(settings: dict[str, Any]) -> str:
     extra = [name for name in ("filter", "kv_window", "max_lookahead") if settings.get(name) is not None]
     words = [name for name in extra if (settings["strategy"], name) != ("learn2pd", "filter")]
     words += [f"{settings['cache']} cache"] * (settings["cache"] != "none")
-    words += [f"EoT {settings['eot']}"] * (settings["eot"] != "filter")
+    words += [f"EoT {settings['eot']}"] * (settings["eot"] != "commit")
     return ", ".join(words)
 
 
@@ -227,6 +228,8 @@ def read(file: Path) -> dict[str, Any]:
     found = result.get("schema_version") if isinstance(result, dict) else None
     if found != SCHEMA_VERSION:
         raise InputError(f"{file}: schema_version", found, str(SCHEMA_VERSION))
+    for row in result["rows"]:
+        row["settings"]["eot"] = current_eot_rule(row["settings"]["eot"], f"{file}: eot")
     return result
 
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from data.provenance import write_aside
 from decoding.config import CacheRule, DecodeConfig, EotRule
 from decoding.decoder import Decoder
-from decoding.entry import command
 from decoding.generate import BUNDLED
 from decoding.loop import decode_steps
 from decoding.output import StepTrace, empty_output
-from decoding.record import write_aside
 from decoding.strategies import APD, STRATEGIES, Strategy, make_strategy
 from decoding.text import encode
+from eval.command import command
 from models.errors import InputError
 from models.predictor import MaskPredictor
 
@@ -40,7 +40,7 @@ def main(
     block_length: int = 32,
     steps: int | None = None,
     temperature: float = 0.0,
-    eot: EotRule = "filter",
+    eot: EotRule = "commit",
     cache: CacheRule = "none",
     seed: int = 0,
     chat_template: bool = True,

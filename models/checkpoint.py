@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,6 +120,19 @@ def load_component(
         if key not in config:
             raise InputError(f"{file}: {key}", "nothing", "a value; every key is required")
     return config, _read_tensors(folder / TENSORS)
+
+
+def current_eot_rule(found: Any, where: str) -> Any:
+    """The EoT rule that a file names. Older files call ``commit`` ``filter``, which is accepted and told.
+
+    Args:
+        found: What the file says.
+        where: The file and the field, for the message.
+    """
+    if found != "filter":
+        return found
+    warnings.warn(f"{where}: found 'filter', the older name of 'commit'; read as 'commit'", stacklevel=2)
+    return "commit"
 
 
 def load_tensors(net: nn.Module, tensors: Mapping[str, Tensor], file: str | Path) -> None:

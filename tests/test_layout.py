@@ -3,10 +3,12 @@
 import runpy
 import subprocess
 import sys
-from importlib.metadata import packages_distributions
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("models", "decoding", "data", "train", "eval")
@@ -17,6 +19,55 @@ def test_imports_go_one_way():
     tool = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([tool], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+BLOCKED = """
+import sys
+from importlib import import_module
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+
+class Only(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] not in blocked:
+            return super().find_spec(name, path, target)
+
+blocked, modules = set(sys.argv[1].split()), sys.argv[2].split()
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Only]
+for module in modules:
+    import_module(module)
+
+from decoding import Decoder
+bundled = "models/bundled/"
+decoder = Decoder.from_pretrained(bundled + "llada-tiny", "learn2pd", filter=bundled + "filter-llada-tiny", device="cpu")
+assert decoder.generate(["State the final answer to the following arithmetic problem: 7 - 2 ="], gen_length=32).tokens
+assert not blocked & {name.partition(".")[0] for name in sys.modules}
+"""
+
+
+def test_a_decode_needs_only_what_it_computes_with():
+    # Whoever serves with decoding/ shall not have to install what trains, tracks, draws or reads command lines.
+    allowed, waiting = set(), ["torch", "transformers", "safetensors", "tokenizers", "numpy"]
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in allowed:
+            continue
+        allowed.add(name)
+        try:
+            needed = [Requirement(line) for line in requires(name) or ()]
+        except PackageNotFoundError:  # for another system
+            continue
+        waiting += [need.name for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
+    # transformers brings rich for its own command line.
+    blocked = {
+        top for top, names in packages_distributions().items() if not {canonicalize_name(n) for n in names} & allowed
+    }
+    blocked = (blocked | {"rich", "jsonargparse", "data", "eval", "train"}) - {"models", "decoding"}
+    files = [file for package in ("models", "decoding") for file in sorted((ROOT / package).rglob("*.py"))]
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    command = [sys.executable, "-c", BLOCKED, " ".join(blocked), " ".join(names)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("folder", ["train", "eval", "decoding", "data"])

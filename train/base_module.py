@@ -1,11 +1,24 @@
 """LLaDA's pre-training objective in its supervised form, as a LightningModule."""
 
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor
 
+from data import gym, stories
+from data.base_data import BaseDataModule
+from data.prompt import Prompt
+from data.prompts import encode_prompts
+from decoding.config import DecodeConfig
+from decoding.loop import decode
+from decoding.strategies import FullStep
 from models import LLaDAConfig, LLaDAModelLM
+from models.predictor import MaskPredictor, TokenIds
 
 
 class BaseModule(LightningModule):
@@ -26,16 +39,20 @@ class BaseModule(LightningModule):
         weight_decay: Decoupled weight decay of the matrices.
         warmup_steps: Optimizer steps of linear warm-up.
         decay_steps: Optimizer steps of linear decay before ``max_steps``.
+        start: Exported model to begin from, of the same shape; by default random weights.
         compile: Run the blocks through ``torch.compile``.
+        probes: Validation prompts decoded with full_step at each validation, whose exact match is logged; 0 decodes none.
+        probe_length: Their generation length, in tokens.
     """
 
     def __init__(
         self, d_model: int, n_layers: int, n_heads: int, mlp_hidden_size: int, max_sequence_length: int,
         vocab_size: int, rope_theta: float, learning_rate: float, weight_decay: float, warmup_steps: int,
-        decay_steps: int, compile: bool,
+        decay_steps: int, compile: bool, start: Path | None = None, probes: int = 64, probe_length: int = 128,
     ) -> None:  # fmt: skip
         super().__init__()
         self.save_hyperparameters()
+        self.probes, self.probe_length = probes, probe_length
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_steps, self.decay_steps, self.compiled = warmup_steps, decay_steps, compile
         self.automatic_optimization = False  # two optimizers
@@ -45,6 +62,8 @@ class BaseModule(LightningModule):
             rope_theta=rope_theta, mask_token_id=None, eos_token_id=None, pad_token_id=None,
         )  # fmt: skip
         self.model = LLaDAModelLM(config)
+        if start is not None:
+            self.model.load_state_dict(MaskPredictor.from_pretrained(start).model.state_dict())
 
     def setup(self, stage: str) -> None:
         if self.compiled and stage == "fit":
@@ -55,9 +74,7 @@ class BaseModule(LightningModule):
         blocks = self.model.model.transformer["blocks"]
         matrices = [p for p in blocks.parameters() if p.ndim == 2]
         rest = [p for p in self.parameters() if all(p is not matrix for matrix in matrices)]
-        muon = torch.optim.Muon(
-            matrices, lr=self.learning_rate, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = WideMuon(matrices, lr=self.learning_rate, weight_decay=self.weight_decay)
         return [muon, torch.optim.AdamW(rest, lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
     def rate(self, step: int) -> float:
@@ -86,3 +103,74 @@ class BaseModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.log("validation/loss", self.loss(batch), prog_bar=True, sync_dist=True, batch_size=1)
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.probes or self.trainer.sanity_checking:
+            return
+        data: BaseDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        words = data.tokenizer
+        ids = TokenIds(
+            words.mask_token_id, words.eos_token_id, words.convert_tokens_to_ids("<|eot_id|>"), words.pad_token_id,
+            words.bos_token_id,
+        )  # fmt: skip
+        model = copy.deepcopy(self.model)  # a predictor freezes what it is given
+        predictor = MaskPredictor(
+            model, ids, model.config.vocab_size, model.config.max_sequence_length, tokenizer=words
+        )
+        prompts = data.probes(self.probes)
+        config = DecodeConfig(gen_length=self.probe_length)
+        output = decode(predictor, encode_prompts(prompts, words), config, FullStep())
+        right: dict[str, list[float]] = {}
+        for prompt, text in zip(prompts, words.batch_decode(output.sequences, skip_special_tokens=True), strict=True):
+            right.setdefault(prompt.task, []).append(judge(text, prompt))
+        self.log_dict(
+            {f"validation/exact/{task}": sum(each) / len(each) for task, each in right.items()}, rank_zero_only=True
+        )
+        every = [one for each in right.values() for one in each]
+        self.log("validation/exact", sum(every) / len(every), prog_bar=True, rank_zero_only=True)
+
+
+class WideMuon(torch.optim.Muon):
+    """PyTorch's Muon with Newton-Schulz in fp32, all matrices of a shape together.
+
+    PyTorch's own runs in bf16: on a CPU without instructions for it, as long as forward and backward.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, matrices in shapes.items():
+                updates = []
+                for matrix in matrices:
+                    assert matrix.grad is not None
+                    momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                    momentum.lerp_(matrix.grad, 1 - group["momentum"])
+                    updates.append(matrix.grad.lerp(momentum, group["momentum"]))
+                rate = (
+                    group["lr"] * 0.2 * max(shape) ** 0.5
+                )  # the root mean square of AdamW's updates (arXiv 2502.16982)
+                for matrix, update in zip(matrices, orthogonal(torch.stack(updates), group), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+
+def orthogonal(matrices: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """The nearest orthogonal matrices ``(n, r, c)``, roughly, by the Newton-Schulz iteration of Muon."""
+    a, b, c = group["ns_coefficients"]
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def judge(text: str, prompt: Prompt) -> float:
+    """1 if the answer is right, by the task's own scorer."""
+    if prompt.task in stories.TASKS:
+        return float(stories.score(text, prompt).exact)
+    return float(gym.score(prompt.task, text, prompt) == 1)

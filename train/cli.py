@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from decoding.entry import CONFIGS, CommandParser, command, entry, wandb_mode
+from eval.command import CONFIGS, CommandParser, command, entry, wandb_mode
 from models.errors import InputError
 from train.callbacks import checkpoints, progress
 from train.folder import CHECKPOINTS, RunFile, check_same_run, load_checkpoint, named_checkpoint
@@ -59,6 +59,7 @@ class Spec:
     before: Mapping[str, Callable[["Command"], None]] = field(default_factory=dict)
     after: Mapping[str, Callable[["Command"], None]] = field(default_factory=dict)
     verbs: Sequence[str] = ()
+    precision: str | None = None
 
 
 class TrainParser(CommandParser, LightningArgumentParser):
@@ -151,6 +152,8 @@ class Command(LightningCLI):
         if self.spec.callbacks is not None:
             callbacks += self.spec.callbacks(self.folder)
         self.trainer_defaults["callbacks"] = callbacks
+        if configured["precision"] is None and self.spec.precision is not None:
+            kwargs["precision"] = self.spec.precision
         if configured["logger"] in (None, True):
             kwargs["logger"] = loggers(self.folder, JOB_TYPES[subcommand], self.settings)
         try:
@@ -172,6 +175,7 @@ def run(
     callbacks: Callable[[Path], list[Callback]] | None = None,
     before: Mapping[str, Callable[[Command], None]] | None = None,
     after: Mapping[str, Callable[[Command], None]] | None = None,
+    precision: str | None = None,
 ) -> None:
     """Runs a command of this package from the words it was started with.
 
@@ -187,9 +191,10 @@ def run(
         callbacks: Makes the command's own callbacks for a run folder.
         before: Subcommand to a function called right before it, with trainer, model and data set up.
         after: Subcommand to a function called when it is done.
+        precision: The Trainer's precision where the settings leave it to the command.
 
     Raises:
-        SystemExit: See :func:`decoding.entry.entry`.
+        SystemExit: See :func:`eval.command.entry`.
     """
     quiet()
     verbs = verbs or {}
@@ -198,7 +203,7 @@ def run(
         return command({word: verbs[word]}, f"{name}/{word}")
     spec = Spec(
         name, module, data, subcommands, settings or {}, links, checkpoint, callbacks, before or {}, after or {},
-        tuple(verbs),
+        tuple(verbs), precision,
     )  # fmt: skip
     return entry(lambda: _lightning(spec))
 

@@ -12,11 +12,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import WandbLogger
 
-from data.compare import Run, compare, print_table
+from data.filter_data import FilterDataModule
 from data.manifest import open_rollouts
-from data.module import FilterDataModule
 from data.prompts import PromptSource, load_prompts
 from decoding.strategies import Strategy, make_strategy
+from eval.compare import Run, compare, print_table
 from models.errors import InputError
 from models.filter import FilterConfig, save_filter
 from models.predictor import MaskPredictor
@@ -149,7 +149,7 @@ def card(config: FilterConfig, rows: list[dict[str, Any]], settings: dict[str, A
         "",
         f"Says which guesses of the mask predictor `{config.base_fingerprint}` are already final (arXiv 2509.25188).",
         f"Trained on rollouts of gen_length {config.gen_length}, block_length {config.block_length}, EoT rule "
-        f"`{config.eot_rule}`, states {', '.join(settings['data']['states'])}; "
+        f"`{config.eot_rule}`, passes {', '.join(settings['data']['passes'])}; "
         f"prompts: {', '.join(source['path'] for source in settings['pipeline']['sources'])}, "
         f"limit {settings['pipeline']['rollout_limit']}.",
         "",

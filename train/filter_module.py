@@ -16,7 +16,7 @@ from torchmetrics.classification import (
     BinaryRecall,
 )
 
-from data.module import FilterBatch, FilterDataModule
+from data.filter_data import FilterBatch, FilterDataModule
 from models.errors import InputError
 from models.features import FEATURES
 from models.filter import FilterConfig, build_filter

@@ -8,7 +8,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from decoding.record import write_run_file
+from data.provenance import write_run_file
 from models.errors import InputError
 
 CHECKPOINTS = {"best": ["best"], "last": ["last"], "trained": ["best", "last"]}

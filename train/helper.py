@@ -14,11 +14,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import WandbLogger
 
-from data.compare import Run, compare, print_table
-from data.helper_module import HelperDataModule
+from data.helper_data import HelperDataModule
 from data.manifest import MANIFEST, open_rollouts, read_manifest
 from data.prompts import PromptSource, load_prompts
 from decoding.strategies import Strategy, make_strategy
+from eval.compare import Run, compare, print_table
 from models.errors import InputError
 from models.helper import Helper, HelperConfig, save_helper
 from models.predictor import MaskPredictor
@@ -72,13 +72,13 @@ def roll_out(command: Command) -> None:
         open_rollouts(folder)  # several processes would roll out the same prompts; train/rollout.py shares them out
         return
     # Only references are read here; a folder made for a filter, which holds more, serves as it is.
-    states = read_manifest(folder)["settings"]["states"] if (folder / MANIFEST).is_file() else ["full_step"]
-    if "filter" in states:
+    passes = read_manifest(folder)["settings"]["passes"] if (folder / MANIFEST).is_file() else ["full_step"]
+    if "filter" in passes:
         open_rollouts(folder)
         return
     rollout(
         pipeline.base, folder, sources=pipeline.sources, limit=pipeline.rollout_limit, batch_size=pipeline.batch_size,
-        gen_length=pipeline.gen_length, block_length=pipeline.block_length, states=states,
+        gen_length=pipeline.gen_length, block_length=pipeline.block_length, passes=passes,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from data.helper_module import HelperDataModule, TextBatch
+from data.helper_data import HelperDataModule, TextBatch
 from models.causal_lm import (
     add_lora,
     check_same_ids,
@@ -245,7 +245,8 @@ class HelperModule(LightningModule):
         ids = F.pad(batch.ids, (0, max(0, positions.shape[1] - batch.ids.shape[1])))[:, : positions.shape[1]]
         ids = torch.where(positions < column[:, None], ids, self.predictor.ids.mask)
         flat = torch.arange(len(batch), device=column.device) * positions.shape[1] + column
-        said = self.predictor(ids, positions < ends[:, None], positions, flat).clone().float()  # usable in a backward
+        hidden = self.predictor(ids, positions < ends[:, None], positions, flat)
+        said = self.predictor.logits(hidden).clone().float()  # usable in a backward
         said[:, self.predictor.ids.mask] = -torch.inf
         logits, token = said[:, : self.vocab_size].topk(min(self.kl_top_k, self.vocab_size - 1))
         return logits.log_softmax(-1), token

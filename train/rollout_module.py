@@ -11,10 +11,11 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from data.labels import STATES
+from data.labels import PASSES
 from data.manifest import read_manifest
-from data.prompts import Prompt, PromptSource, Split, encode_prompts, prompt_hash, tokenizer_hash
-from data.rollout_module import PromptBatch, RolloutData
+from data.prompt import Prompt
+from data.prompts import PromptSource, Split, encode_prompts, prompt_hash, tokenizer_hash
+from data.rollout_data import PromptBatch, RolloutData
 from data.shards import RolloutBatch, RolloutKey, Rollouts, ShardWriter
 from decoding.config import DecodeConfig
 from decoding.loop import decode
@@ -37,9 +38,9 @@ class RolloutModule(LightningModule):
         gen_length: Generated positions, in tokens.
         block_length: Positions of one block.
         steps: Denoising steps of the reference; null for one token a step.
-        eot: ``filter``: a committed EoT ends the row, as it does in use. ``off``: the padding is decoded too.
-        states: Decodes to record: full_step, oracle, filter. The reference is decoded in any case.
-        filter: Folder of an exported filter, for the states of that name.
+        eot: ``commit``: a committed EoT ends the row, as it does in use. ``off``: the padding is decoded too.
+        passes: Decodes to record: full_step, oracle, filter. The reference is decoded in any case.
+        filter: Folder of an exported filter, for the pass of that name.
         chat_template: Wrap prompts in the chat template.
         dtype: Dtype of the weights; null for the checkpoint's on a GPU and float32 on a CPU.
     """
@@ -51,27 +52,27 @@ class RolloutModule(LightningModule):
         gen_length: int = 128,
         block_length: int = 32,
         steps: int | None = None,
-        eot: Literal["filter", "off"] = "filter",
-        states: list[str] = ["full_step", "oracle"],  # noqa: B006  # never changed, and it shows in --help
+        eot: Literal["commit", "off"] = "commit",
+        passes: list[str] = ["full_step", "oracle"],  # noqa: B006  # never changed, and it shows in --help
         filter: Path | None = None,
         chat_template: bool = True,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ) -> None:
         super().__init__()
-        if eot not in ("filter", "off"):
+        if eot not in ("commit", "off"):
             # The published rule may cut a row in one decode where it does not in another: no reference for the others.
-            raise InputError("eot", repr(eot), "filter | off")
-        for name in states:
-            if name not in STATES:
-                raise InputError("states", repr(name), " | ".join(STATES))
-        if not states:
-            raise InputError("states", "none", " | ".join(STATES))
-        if ("filter" in states) != (filter is not None):
-            raise InputError("filter", filter, "the folder of an exported filter if states has filter, else null")
+            raise InputError("eot", repr(eot), "commit | off")
+        for name in passes:
+            if name not in PASSES:
+                raise InputError("passes", repr(name), " | ".join(PASSES))
+        if not passes:
+            raise InputError("passes", "none", " | ".join(PASSES))
+        if ("filter" in passes) != (filter is not None):
+            raise InputError("filter", filter, "the folder of an exported filter if passes has filter, else null")
         # Temperature 0: a label says whether the guess was already what greedy decoding ends up with.
         self.decoding = DecodeConfig(gen_length, block_length, steps, eot=eot)
         self.base, self.out, self.filter, self.chat_template, self.dtype_name = base, out, filter, chat_template, dtype
-        self.states = [name for name in STATES if name in states]
+        self.passes = [name for name in PASSES if name in passes]
         self.predictor: MaskPredictor | None = None
 
     def setup(self, stage: str) -> None:
@@ -84,7 +85,7 @@ class RolloutModule(LightningModule):
         self.predictor = MaskPredictor.from_pretrained(self.base, device=self.trainer.strategy.root_device, dtype=dtype)
         self.strategies: dict[str, Strategy] = {
             name: make_strategy("learn2pd", filter=self.filter) if name == "filter" else make_strategy(name)
-            for name in self.states
+            for name in self.passes
         }
         key, request = self.key(), [self.trainer.datamodule.request()]  # type: ignore[attr-defined]
         if self.trainer.is_global_zero:
@@ -98,7 +99,7 @@ class RolloutModule(LightningModule):
         assert self.predictor is not None
         assert self.predictor.tokenizer is not None
         settings = self.decoding.settings() | {
-            "states": self.states,
+            "passes": self.passes,
             "filter": fingerprint(Path(self.filter)) if self.filter else None,
             "chat_template": self.chat_template,
             "dtype": str(next(self.predictor.model.parameters()).dtype).removeprefix("torch."),
@@ -127,7 +128,7 @@ class RolloutModule(LightningModule):
         self.trainer.predict_loop.return_predictions = False
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> RolloutBatch:
-        """The references of a batch, and the trace of each of the states."""
+        """The references of a batch, and the trace of each of the passes."""
         full = self._decode(batch, make_strategy("full_step"), None)
         runs = {
             name: full if name == "full_step" else self._decode(batch, strategy, full.sequences)
@@ -161,7 +162,7 @@ class RolloutModule(LightningModule):
             logger.log_metrics(self.summary())
 
     def summary(self) -> dict[str, float]:
-        """What there is to say about a finished run: sizes, mean NFE of each of the states, and this run's speed."""
+        """What there is to say about a finished run: sizes, mean NFE of each of the passes, and this run's speed."""
         counts = self.rollouts.manifest["counts"]
         seconds = time.perf_counter() - self.started
         return {

@@ -188,7 +188,9 @@ def _masked_log_probability(predictor: MaskPredictor, rows: Sequence[Row]) -> Te
     attention = (columns >= pad).to(device) if pad.any() else None
     positions = (columns - pad).clamp(min=0).to(device)
     at = masked.flatten().nonzero()[:, 0].to(device)
-    logits = predictor(ids.masked_fill(masked, predictor.ids.mask).to(device), attention, positions, at)
+    logits = predictor.logits(
+        predictor(ids.masked_fill(masked, predictor.ids.mask).to(device), attention, positions, at)
+    )
     values = -cross_entropy(logits.float(), ids[masked].to(device), reduction="none")
     row_of = masked.nonzero()[:, 0]
     return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_of, values.double().cpu())

@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.prompts import tokenizer_hash
+from data.provenance import environment
 from decoding.config import CacheRule, DecodeConfig, EotRule
 from decoding.decoder import Decoder, cut
-from decoding.record import environment
 from decoding.strategies import STRATEGIES
 from decoding.text import MARK, render, token_ids
 from eval.lm import processes
@@ -76,7 +76,7 @@ class DiffusionLM(LM):
     def __init__(
         self, base: str = BASE, strategy: str = "full_step", filter: str | None = None, helper: str | None = None,
         gen_length: int | None = None, block_length: int = 32, steps: int | None = None, temperature: float | None = None,
-        eot: EotRule = "filter", cache: CacheRule = "none", refresh: int | None = None, seed: int = 0,
+        eot: EotRule = "commit", cache: CacheRule = "none", refresh: int | None = None, seed: int = 0,
         dtype: str | None = None, device: str | None = None, compile: bool = False, batch_size: int | str = 32,
         mc_samples: int = 128, greedy_check: bool = False, add_bos: bool = False, truncate: bool = False,
         answers: str | Path | None = None, **options: Any,

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from data.prompts import final_answer
+from data.prompt import final_answer
 
 
 def load(file: str, **_: Any) -> dict[str, Dataset]:

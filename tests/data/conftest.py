@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from data.prompts import Prompt
+from data.prompt import Prompt
 from data.shards import RolloutBatch, RolloutKey
 from decoding.config import DecodeConfig
 from decoding.loop import decode
@@ -100,5 +100,5 @@ def noise() -> Callable[..., RolloutBatch]:
 
 @pytest.fixture
 def key() -> RolloutKey:
-    settings = {"gen_length": 16, "block_length": 4, "states": ["full_step", "oracle"], "eot_id": EOT}
+    settings = {"gen_length": 16, "block_length": 4, "passes": ["full_step", "oracle"], "eot_id": EOT}
     return RolloutKey("f" * 16, "a" * 16, settings)

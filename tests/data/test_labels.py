@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.labels import STATES, collect, ended, first_eot, history, labels, of_block, records_of
+from data.labels import PASSES, collect, ended, first_eot, history, labels, of_block, records_of
 
 EOT = 62
 
@@ -20,7 +20,7 @@ def test_columns_of_the_active_block() -> None:
     assert of_block(region, torch.tensor([2, 0]), 2).tolist() == [[4, 5], [6, 7]]
 
 
-@pytest.mark.parametrize("eot", ["off", "filter"])
+@pytest.mark.parametrize("eot", ["off", "commit"])
 def test_final_is_the_match_with_the_reference_on_masked_positions(decoded, eot: str) -> None:
     batch = decoded(5, eot=eot)
     for trace in batch.traces.values():
@@ -58,14 +58,14 @@ def test_collect_orders_rows_that_finish_at_different_times(decoded) -> None:
         assert steps.step[steps.rows == row].tolist() == list(range(int(batch.nfe["oracle"][row])))
 
 
-@pytest.mark.parametrize("states", ["full_step", "oracle"])
-@pytest.mark.parametrize("eot", ["off", "filter"])
-def test_history_equals_what_the_decoder_saw(decoded, states: str, eot: str) -> None:
+@pytest.mark.parametrize("name", ["full_step", "oracle"])
+@pytest.mark.parametrize("eot", ["off", "commit"])
+def test_history_equals_what_the_decoder_saw(decoded, name: str, eot: str) -> None:
     """A filter trained on another history than it is served decides differently without any error."""
-    steps = collect(decoded(6, gen_length=32, block_length=8, eot=eot).traces[states])
+    steps = collect(decoded(6, gen_length=32, block_length=8, eot=eot).traces[name])
     evidence = steps.evidence
     stable, previous = history(evidence.masked, evidence.token, evidence.confidence, steps.rows, steps.block)
-    assert evidence.stable.max() > (0 if states == "oracle" else 1)
+    assert evidence.stable.max() > (0 if name == "oracle" else 1)
     assert torch.equal(stable, evidence.stable)
     assert torch.equal(previous, evidence.previous)
 
@@ -82,5 +82,5 @@ def test_records_straight_from_traces(decoded) -> None:
     records = records_of(batch.traces, batch.references, ["a", "b", "c"], batch.splits, EOT)
     total = sum(int(nfe.sum()) for nfe in batch.nfe.values())
     assert records.final.shape == records.evidence.token.shape == (total, 4)
-    assert records.states.unique().tolist() == [STATES.index("full_step"), STATES.index("oracle")]
+    assert records.passes.unique().tolist() == [PASSES.index("full_step"), PASSES.index("oracle")]
     assert records.prompt.unique().tolist() == [0, 1, 2]

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import prompts as module
-from data.prompts import Prompt, PromptSource, encode_prompts, load_prompts, prompt_hash, split_of, tokenizer_hash
+from data.prompt import Prompt
+from data.prompts import PromptSource, encode_prompts, load_prompts, prompt_hash, split_of, tokenizer_hash
 from models.errors import InputError
 from models.tokenizer import train_tokenizer
 

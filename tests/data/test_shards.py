@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data.labels import collect, records_of
+from data.manifest import MANIFEST, describe
 from data.shards import RolloutKey, ShardWriter, load_records, load_sequences, open_rollouts
 from models.errors import InputError
 from models.features import Evidence
@@ -50,12 +51,12 @@ def test_records_come_back_exactly(folder: Path, batches) -> None:
     start = 0
     for batch in batches:
         for row in range(len(batch.prompts)):
-            for number, states in enumerate(("full_step", "oracle")):
-                steps = collect(batch.traces[states])
+            for number, name in enumerate(("full_step", "oracle")):
+                steps = collect(batch.traces[name])
                 mine = (steps.rows == row).nonzero()[:, 0]
                 there = slice(start, start + len(mine))
                 start += len(mine)
-                assert (records.states[there] == number).all()
+                assert (records.passes[there] == number).all()
                 assert (records.prompt[there] == batch.index[row]).all()
                 assert torch.equal(records.step[there], steps.step[mine])
                 assert torch.equal(records.block[there], steps.block[mine])
@@ -69,7 +70,7 @@ def test_records_come_back_exactly(folder: Path, batches) -> None:
 
 
 def test_labels_come_back_exactly(folder: Path, batches) -> None:
-    records = load_records(folder, states=["oracle"])
+    records = load_records(folder, passes=["oracle"])
     expected = [records_of({"oracle": b.traces["oracle"]}, b.references, [], [], EOT) for b in batches]
     assert torch.equal(records.final, torch.cat([part.final for part in expected]))
     assert torch.equal(records.tail, torch.cat([part.tail for part in expected]))
@@ -88,8 +89,8 @@ def test_sequences_come_back_exactly(folder: Path, batches) -> None:
     assert sequences.prompts == [prompt for batch in batches for prompt in batch.prompts]
     assert sequences.tokens == [tokens for batch in batches for tokens in batch.tokens]
     assert torch.equal(sequences.references, torch.cat([batch.references for batch in batches]))
-    for states in ("full_step", "oracle"):
-        assert torch.equal(sequences.nfe[states], torch.cat([batch.nfe[states] for batch in batches]))
+    for name in ("full_step", "oracle"):
+        assert torch.equal(sequences.nfe[name], torch.cat([batch.nfe[name] for batch in batches]))
 
 
 def test_end_of_text_evidence_is_stored_for_every_open_position(folder: Path, batches) -> None:
@@ -184,6 +185,43 @@ def test_a_set_can_be_extended_and_stays_readable_meanwhile(folder: Path, key, b
     assert open_rollouts(folder).manifest["counts"]["prompts"] == 11
 
 
+def as_version_1(folder: Path) -> None:
+    """Rewrites a set as the first schema had it."""
+
+    def older(record: dict) -> dict:
+        return {"states" if name == "passes" else name: value for name, value in record.items()}
+
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for number, shard in enumerate(manifest["shards"]):
+        file = folder / shard["steps"]["file"]
+        table = pq.read_table(file)
+        names = ["states" if name == "pass" else name for name in table.column_names]
+        pq.write_table(table.rename_columns(names), file)
+        manifest["shards"][number] = older(shard) | {"steps": describe(file, table.num_rows)}
+        (folder / f"shard-{shard['name']}.json").write_text(json.dumps(manifest["shards"][number]))
+    settings = older(manifest["settings"]) | {"eot": "filter"}
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"schema_version": 1, "settings": settings}))
+
+
+def test_a_set_of_the_first_schema_is_read_extended_and_told(tmp_path: Path, key, batches, decoded) -> None:
+    key = replace(key, settings=key.settings | {"eot": "commit"})
+    write_all(tmp_path, key, batches)
+    before = load_records(tmp_path)
+    as_version_1(tmp_path)
+    with pytest.warns(UserWarning, match=r"schema_version 1; its states are read as passes"):
+        older = load_records(tmp_path)
+    assert all(
+        torch.equal(getattr(older, name), getattr(before, name)) for name in ("passes", "final", "block", "step")
+    )
+    assert older.prompt_ids == before.prompt_ids
+    with pytest.warns(UserWarning, match="EoT rule filter as commit"):
+        write_all(tmp_path, key, [*batches, decoded(4, 8)])
+    manifest = open_rollouts(tmp_path).manifest
+    assert manifest["settings"]["eot"] == "commit"
+    assert manifest["counts"]["prompts"] == 12
+    assert torch.equal(load_records(tmp_path).final[: len(before.final)], before.final)
+
+
 def test_a_missing_or_repeated_prompt_is_refused(tmp_path: Path, key, decoded) -> None:
     writer = ShardWriter(tmp_path, key)
     writer.write(decoded(3, 0))
@@ -220,7 +258,7 @@ def test_another_model_or_setting_is_refused_by_name(folder: Path, key) -> None:
 def test_another_schema_is_refused(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    with pytest.raises(InputError, match="schema_version: found 99; accepted: 1"):
+    with pytest.raises(InputError, match=r"schema_version: found 99; accepted: 1 \| 2"):
         load_records(folder)
 
 
@@ -258,6 +296,6 @@ def test_a_missing_shard_is_named_and_a_rerun_repairs_it(folder: Path, key, batc
     assert contents(folder) == before
 
 
-def test_states_that_were_not_recorded_are_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"states: found 'filter'; accepted: full_step \| oracle"):
-        load_records(folder, states=["filter"])
+def test_passes_that_were_not_recorded_are_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"passes: found 'filter'; accepted: full_step \| oracle"):
+        load_records(folder, passes=["filter"])

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data.compare import Comparison, Run
-from data.prompts import Prompt
-from decoding.entry import command
+from data.prompt import Prompt
 from eval.bench import Watch, decode, main
+from eval.command import command
+from eval.compare import Comparison, Run
 from models.predictor import MaskPredictor
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,9 +21,9 @@ from lm_eval.tasks import TaskManager
 import data.make_bundle as make_bundle
 from data.prompts import PromptSource, load_prompts
 from decoding.decoder import Decoder
-from decoding.entry import command
 from decoding.strategies import STRATEGIES
 from decoding.text import encode, render, token_ids
+from eval.command import command
 from eval.harness import lm_eval_command, main
 from eval.lm.answers import Answers
 from eval.lm.likelihood import Pair, draw_masks, greedy_matches, log_likelihoods, mask_counts, pair_ids
@@ -51,14 +51,14 @@ def components(tmp_path_factory: pytest.TempPathFactory, predictor: MaskPredicto
     folder, ids = tmp_path_factory.mktemp("components"), predictor.ids
     torch.manual_seed(0)
     made_for = {"vocab_size": predictor.vocab_size, "mask_id": ids.mask, "base_fingerprint": predictor.fingerprint}
-    config = FilterConfig(block_length=8, gen_length=32, threshold=0.4, eot_rule="filter", **made_for)
+    config = FilterConfig(block_length=8, gen_length=32, threshold=0.4, eot_rule="commit", **made_for)
     save_filter(folder / "filter", build_filter(config), config, "# random\n")
     model = scratch_model(
         predictor.vocab_size, d_model=32, n_layers=1, n_heads=4, n_kv_heads=4, mlp_hidden_size=64, max_length=256,
         tie_embeddings=True, rope_theta=1e4, eot_id=ids.eot,
     )  # fmt: skip
     save_helper(
-        folder / "helper", model, HelperConfig(eot_id=ids.eot, gen_length=32, eot_rule="filter", **made_for), "#\n"
+        folder / "helper", model, HelperConfig(eot_id=ids.eot, gen_length=32, eot_rule="commit", **made_for), "#\n"
     )
     return folder
 
@@ -189,7 +189,7 @@ def exact(predictor: MaskPredictor, pair: Pair) -> tuple[float, dict[tuple[int, 
             at = torch.tensor([len(pair.prompt) + place for place in mask])
             wanted = ids[0, at]
             ids[0, at] = predictor.ids.mask
-            logits = predictor(ids, None, torch.arange(ids.shape[1])[None], at)
+            logits = predictor.logits(predictor(ids, None, torch.arange(ids.shape[1])[None], at))
             sums[mask] = logits.float().log_softmax(-1).gather(1, wanted[:, None]).sum().item()
             total += sums[mask] / len(masks) / length * length / count
     return total, sums
@@ -353,7 +353,7 @@ def test_a_line_that_was_being_written_is_lost_alone(tmp_path):
 def test_other_settings_never_reuse_an_answer(make_lm, tmp_path):
     requests, pairs = generation(PROMPTS), scoring([("Tom has", " 12 apples")])
     settings = [{"strategy": "full_step"}, {"strategy": "threshold"}, {"strategy": "threshold", "threshold": 0.5},
-                {"eot": "filter"}, {"gen_length": 16}, {"cache": "dual"}, {"dtype": "bfloat16"}, {"mc_samples": 2}]  # fmt: skip
+                {"eot": "commit"}, {"gen_length": 16}, {"cache": "dual"}, {"dtype": "bfloat16"}, {"mc_samples": 2}]  # fmt: skip
     for given in settings:
         lm = make_lm(answers=tmp_path, **given)
         lm.generate_until(requests)

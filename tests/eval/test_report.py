@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from data.intervals import paired, wilson
-from decoding.entry import command
+from eval.command import command
 from eval.headline import confirmed, headline, summary
+from eval.intervals import paired, wilson
 from eval.report import changes, compare, draw, markdown, read, render, variant, write
 from models.errors import InputError
 
@@ -27,7 +27,7 @@ def row(strategy, label, lost, nfe, speed, **settings):
         "dtype": "float32",
         "temperature": 0.0,
         "cache": "none",
-        "eot": "filter",
+        "eot": "commit",
     }
     return figures | {
         "label": label, "reference": "full_step", "settings": {"strategy": strategy} | common | settings,
@@ -138,7 +138,7 @@ def test_runs_on_other_prompts_are_not_drawn(tmp_path):
 
 
 def test_variants_are_what_a_run_has_beside_its_strategy():
-    usual = {"cache": "none", "eot": "filter"}
+    usual = {"cache": "none", "eot": "commit"}
     assert variant({"strategy": "apd", "mixture_weight": 0.5, "kv_window": None, **usual}) == ""
     assert variant({"strategy": "apd", "kv_window": 16, **usual}) == "kv_window"
     assert variant({"strategy": "learn2pd", "filter": "x", **usual}) == ""
@@ -186,6 +186,13 @@ def test_a_result_is_rendered_again_with_another_margin(tmp_path, capsys):
     assert "at most 5 point fewer" in (tmp_path / "bench.md").read_text()
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     assert "wrote bench.json" in capsys.readouterr().out
+
+
+def test_a_result_with_the_older_name_of_the_eot_rule_is_read_and_told(tmp_path):
+    text = json.dumps(result())
+    (tmp_path / "old.json").write_text(text.replace('"eot": "commit"', '"eot": "filter"'))
+    with pytest.warns(UserWarning, match=r"old\.json: eot: found 'filter', the older name of 'commit'"):
+        assert read(tmp_path / "old.json") == json.loads(text)
 
 
 def test_two_files_are_compared(tmp_path, capsys):

@@ -11,9 +11,9 @@ import pytest
 
 from decoding import Decoder, make_strategy
 from decoding.config import DecodeConfig
-from decoding.entry import command
 from decoding.generate import BUNDLED
 from decoding.output import empty_output
+from eval.command import command
 from eval.trace import TEMPLATE, main, page, spaced, trace
 from models.predictor import MaskPredictor
 
@@ -48,7 +48,7 @@ def state_after(panel, step, mask, eot):
     ]
 
 
-@pytest.mark.parametrize("eot", ["off", "filter", "published"])
+@pytest.mark.parametrize("eot", ["off", "commit", "published"])
 @pytest.mark.parametrize(("name", "options"), [("full_step", {}), ("threshold", {"threshold": 0.2}), ("dico", {})])
 def test_every_step_is_the_decodes_own(predictor, name, options, eot):
     # A drop shown at the wrong step would tell a wrong story of the rule for the end of the text.
@@ -62,7 +62,7 @@ def test_every_step_is_the_decodes_own(predictor, name, options, eot):
     assert [state_after(panel, step, ids.mask, ids.eot) for step in range(1, len(states) + 1)] == states
     assert panel["final"] == states[-1]
     assert any(panel["drop"]) == (eot != "off")
-    if name == "full_step" and eot == "filter":
+    if name == "full_step" and eot == "commit":
         assert any(commit and drop for commit, drop in zip(panel["commit"], panel["drop"], strict=True))
 
 

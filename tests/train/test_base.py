@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from models.errors import InputError
 from models.predictor import MaskPredictor
 from train.base import export
-from train.base_module import BaseModule
+from train.base_module import BaseModule, WideMuon
 
 
 @pytest.fixture
@@ -60,3 +60,27 @@ def test_export_names_what_it_cannot_read(trained, tmp_path: Path):
     with pytest.raises(InputError, match="tokenizer"):
         export(checkpoint, tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_wide_muon_is_pytorchs_muon_up_to_bf16():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (4, 9), (6, 4))]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    wide = WideMuon(ours, lr=0.01, weight_decay=0.1)
+    plain = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        wide.step()
+        plain.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-4)
+
+
+def test_training_can_begin_from_an_exported_model(trained, tmp_path: Path):
+    module, checkpoint, tokenizer = trained
+    export(checkpoint, tokenizer, tmp_path / "out")
+    settings = {**module.hparams, "start": tmp_path / "out"}
+    begun = BaseModule(**settings)
+    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), begun.parameters(), strict=True))

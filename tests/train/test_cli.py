@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from decoding.entry import wandb_mode
+from eval.command import wandb_mode
 from models.errors import InputError
 from train.callbacks import ProgressLines
 from train.cli import run

@@ -6,8 +6,8 @@ import torch
 from lightning import Trainer
 from torchmetrics import Metric
 
+from data.filter_data import Batches, FilterBatch, FilterDataModule
 from data.labels import Records
-from data.module import Batches, FilterBatch, FilterDataModule
 from models.errors import InputError
 from models.features import Evidence
 from train.filter_module import FilterModule
@@ -30,7 +30,7 @@ def records(rows: int = 4000, length: int = 16, seed: int = 0, everywhere: bool 
     evidence = Evidence(masked, zero.long(), seen, zero, zero, zero.long(), zero)
     number = torch.arange(rows)
     return Records(
-        evidence, final, tail, prompt=number % PROMPTS, states=number // PROMPTS % 2, block=zero[:, 0].long(),
+        evidence, final, tail, prompt=number % PROMPTS, passes=number // PROMPTS % 2, block=zero[:, 0].long(),
         step=number, prompt_ids=[str(i) for i in range(PROMPTS)], splits=SPLITS,
     )  # fmt: skip
 
@@ -146,10 +146,10 @@ def test_the_published_network_trains_in_one_batch_and_knows_what_it_was_shown(t
         assert 0 < metrics["validation/loss"] < 1
 
 
-def test_splits_go_by_prompt_and_states_by_name():
+def test_splits_go_by_prompt_and_passes_by_name():
     given = records(400)
-    given.evidence.token = given.prompt[:, None].expand(-1, 16) * 2 + given.states[:, None]
-    module = data(given, states=["oracle"])
+    given.evidence.token = given.prompt[:, None].expand(-1, 16) * 2 + given.passes[:, None]
+    module = data(given, passes=["oracle"])
     module.setup("fit")
     for split, part in module.parts.items():
         seen = part.evidence.token[:, 0]
@@ -161,7 +161,7 @@ def test_splits_go_by_prompt_and_states_by_name():
 def test_records_come_from_the_rollout_folder(monkeypatch):
     asked = []
     monkeypatch.setattr("data.shards.load_records", lambda *given: asked.append(given) or records(400))
-    module = FilterDataModule(Path("rollouts"), states=["oracle"])
+    module = FilterDataModule(Path("rollouts"), passes=["oracle"])
     module.setup("fit")
     module.setup("validate")  # a second stage reads nothing again
     assert asked == [(Path("rollouts"), ["oracle"])]
@@ -205,7 +205,7 @@ def test_the_order_changes_with_the_epoch_and_repeats_with_the_seed():
 
 @pytest.mark.parametrize(
     ("settings", "field"),
-    [({"batch_size": 0}, "batch_size"), ({"tail_weight": -1.0}, "tail_weight"), ({"states": ["greedy"]}, "states")],
+    [({"batch_size": 0}, "batch_size"), ({"tail_weight": -1.0}, "tail_weight"), ({"passes": ["greedy"]}, "passes")],
 )
 def test_a_bad_data_setting_is_refused_by_name(settings, field):
     with pytest.raises(InputError) as error:

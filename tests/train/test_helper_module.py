@@ -13,7 +13,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from data.helper_module import HelperDataModule, TextBatch, Texts
+from data.helper_data import HelperDataModule, TextBatch, Texts
 from models.causal_lm import scratch_model
 from models.errors import InputError
 from models.helper import Helper
@@ -49,7 +49,7 @@ def data(texts: Texts, predictor: MaskPredictor):
     def make(batch_size: int = 5) -> HelperDataModule:
         module = HelperDataModule(Path("rollouts"), batch_size=batch_size)
         module.parts = {"train": texts, "validation": texts, "test": texts}
-        settings = {"eot_id": predictor.ids.eot, "gen_length": 12, "eot": "filter"}
+        settings = {"eot_id": predictor.ids.eot, "gen_length": 12, "eot": "commit"}
         module.manifest = {"model_fingerprint": predictor.fingerprint, "settings": settings}
         return module
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data.prompts import PromptSource
-from data.rollout_module import plan
+from data.rollout_data import plan
 from data.shards import load_records, load_sequences
 from models import LLaDAConfig, LLaDAModelLM
 from models.errors import InputError
@@ -114,7 +114,7 @@ def test_records_of_a_rollout(base: Path, sources, tmp_path: Path) -> None:
     assert (sequences.nfe["oracle"] <= sequences.nfe["full_step"]).all()
     assert len(records.final) == sum(int(nfe.sum()) for nfe in sequences.nfe.values())
     # On the reference's own path, at least the guess that is committed is final.
-    on_path = records.states == 0
+    on_path = records.passes == 0
     assert records.final[on_path].any(1).all()
     manifest = found.manifest
     assert manifest["counts"] == {
@@ -177,10 +177,10 @@ def test_a_prompt_too_long_for_the_model_is_named_before_any_is_decoded(base: Pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"states": ["full"]}, r"states: found 'full'; accepted: full_step \| oracle \| filter"),
-        ({"states": []}, "states: found none"),
-        ({"states": ["filter"]}, "filter: found None; accepted: the folder of an exported filter"),
-        ({"eot": "published"}, r"eot: found 'published'; accepted: filter \| off"),
+        ({"passes": ["full"]}, r"passes: found 'full'; accepted: full_step \| oracle \| filter"),
+        ({"passes": []}, "passes: found none"),
+        ({"passes": ["filter"]}, "filter: found None; accepted: the folder of an exported filter"),
+        ({"eot": "published"}, r"eot: found 'published'; accepted: commit \| off"),
         ({"block_length": 5}, "block_length: found 5; accepted: a divisor of gen_length 16"),
         ({"batch_size": 0}, "batch_size: found 0"),
     ],

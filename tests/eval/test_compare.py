@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data.compare import Comparison, Run, compare
-from data.prompts import Prompt, PromptSource, load_prompts
-from decoding.record import environment
+from data.prompt import Prompt
+from data.prompts import PromptSource, load_prompts
+from data.provenance import environment
 from decoding.strategies import BlockStrategy, Decision
+from eval.compare import Comparison, Run, compare
 from models.errors import InputError
 from models.predictor import MaskPredictor
 
@@ -17,7 +18,7 @@ LENGTHS = {"gen_length": 16, "block_length": 8}
 
 
 def test_labels_tell_runs_apart():
-    labels = {Run("threshold", {"threshold": t}, eot=e).label for t in (0.5, 0.9) for e in ("off", "filter")}
+    labels = {Run("threshold", {"threshold": t}, eot=e).label for t in (0.5, 0.9) for e in ("off", "commit")}
     assert labels == {"threshold 0.5", "threshold 0.9", "threshold 0.5 EoT off", "threshold 0.9 EoT off"}
     assert Run("dico", {"filter": "x"}, cache="dual", batch_size=8, dtype="bfloat16").label == (
         "dico + filter dual cache batch 8 bfloat16"
@@ -136,13 +137,13 @@ def test_another_machine_code_or_chat_template_is_decoded_anew(predictor, tmp_pa
     assert (decoded(), decoded()) == (3, 0)
     with monkeypatch.context() as patch:
         known = environment()
-        patch.setattr("data.compare.environment", lambda: known | {"threads": known["threads"] + 1})
+        patch.setattr("eval.compare.environment", lambda: known | {"threads": known["threads"] + 1})
         assert (decoded(), decoded()) == (3, 0)
     (tmp_path / "code").mkdir()
     with monkeypatch.context() as patch:
         for text in ("one", "another"):
             (tmp_path / "code" / "loop.py").write_text(text)
-            patch.setattr("data.compare.decoding", SimpleNamespace(__path__=[str(tmp_path / "code")]))
+            patch.setattr("eval.compare.decoding", SimpleNamespace(__path__=[str(tmp_path / "code")]))
             assert (decoded(), decoded()) == (3, 0)
     with monkeypatch.context() as patch:
         patch.setattr(predictor.tokenizer, "chat_template", predictor.tokenizer.chat_template + " ")

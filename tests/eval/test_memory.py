@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from data.memory import PeakMemory
+from eval.memory import PeakMemory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident memory is read from /proc")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from data.gym import score
-from data.intervals import paired, wilson
-from data.prompts import Prompt, final_answer
+from data.prompt import Prompt, final_answer
 from decoding.decoder import Generation
 from decoding.eot import first_true
+from eval.intervals import paired, wilson
 
 
 def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Tensor, list[str]]:

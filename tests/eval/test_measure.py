@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from data.gym import GymTask, samples
-from data.intervals import paired
-from data.measure import agreement, judge, measure, span
-from data.prompts import Prompt
+from data.prompt import Prompt
 from decoding.decoder import Generation
+from eval.intervals import paired
+from eval.measure import agreement, judge, measure, span
 
 EOT = 9
 
@@ -75,7 +75,7 @@ def test_spans_of_lengths():
 
 
 def test_without_reasoning_gym_the_final_answer_decides(monkeypatch):
-    monkeypatch.setattr("data.measure.find_spec", lambda name: None)
+    monkeypatch.setattr("eval.measure.find_spec", lambda name: None)
     prompts = [Prompt("a", "gsm_symbolic", "p", answer="4", metadata='{"source_dataset": "gsm_symbolic"}')] * 3
     right, scorers = judge(prompts, ["2+2=4\n#### 4", "#### 5", "4 of them"])
     assert right.tolist() == [True, False, False]

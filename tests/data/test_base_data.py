@@ -5,21 +5,18 @@ import itertools
 import pytest
 import torch
 
-from data.base_module import BaseDataModule, MaskedBatches
+from data.base_data import BaseDataModule, MaskedBatches, mixture
 from data.gym import GymTask, samples
 from data.prompts import split_of
+from data.stories import StoryTask
 from models.errors import InputError
 
-pytest.importorskip("reasoning_gym")
-TASKS = [
-    GymTask("chain_sum", weight=2, options={"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}),
-    GymTask("gsm_symbolic", templates=[43], max_number=20),
-]
+TASKS = [StoryTask("story", weight=2, max_events=4), StoryTask("short")]
 
 
 @pytest.fixture
 def stream(tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr("data.base_module._CHUNK", 64)
+    monkeypatch.setattr("data.base_data._CHUNK", 64)
 
     def make(start=0, stride=1, counts=None, split="train"):
         return MaskedBatches(
@@ -57,7 +54,14 @@ def test_only_responses_are_masked_and_weighted_by_one_over_t(stream):
         masked = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
         masked[batch["masked"]] = True
         masked = masked.view_as(batch["input_ids"])
-        assert torch.equal(masked, batch["input_ids"] == mask)
+        # Every second row is a state of block-wise decoding: what lies right of its block is masked too, but not learned.
+        hidden = batch["input_ids"] == mask
+        assert torch.equal(masked[::2], hidden[::2])
+        assert not (masked & ~hidden).any()
+        for loss, unseen in zip(masked[1::2], hidden[1::2], strict=True):
+            assert loss.nonzero().max() - loss.nonzero().min() < 32
+            assert unseen[loss.nonzero().max() :].sum() >= loss[loss.nonzero().max() :].sum()
+            assert not (unseen & ~loss)[: loss.nonzero().max()].any()
         assert masked.any(1).all(), "a row without a masked position teaches nothing"
         assert not masked[:, :5].any(), "the chat template's head is never masked"
         assert (batch["labels"] != mask).all()
@@ -77,8 +81,24 @@ def test_nothing_of_the_other_splits_is_trained_on(stream, tiny_tokenizer):
             assert split_of(text.split("\n\n", 1)[1]) == "train"
 
 
+def test_a_reasoning_gym_task_is_part_of_the_mixture():
+    pytest.importorskip("reasoning_gym")
+    found = mixture([*TASKS, GymTask("chain_sum", options={"max_terms": 3})], 40, 3, "train")
+    assert {prompt.task for prompt in found} == {"story", "short", "chain_sum"}
+
+
+def test_a_tokenizer_of_another_size_is_refused_before_training(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    data = BaseDataModule(TASKS, tmp_path, len(tiny_tokenizer) + 1, 1, 2048, 32, 512, [1.0], 1)
+    with pytest.raises(
+        InputError, match=f"vocab_size: found {len(tiny_tokenizer) + 1}; accepted: {len(tiny_tokenizer)}"
+    ):
+        data.setup("fit")
+
+
 def test_restrictions_hold():
-    for prompt in itertools.islice(samples(TASKS[1], 3), 20):
+    pytest.importorskip("reasoning_gym")
+    for prompt in itertools.islice(samples(GymTask("gsm_symbolic", templates=[43], max_number=20), 3), 20):
         assert "Together, they have" in prompt.response
         assert int(prompt.answer) <= 20
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from data.intervals import Z, paired, wilson
+from eval.intervals import Z, paired, wilson
 
 
 def test_wilson_interval():

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 
-from data.prompts import Prompt, PromptSource, Split, load_prompts, prompt_hash
+from data.prompt import Prompt
+from data.prompts import PromptSource, Split, load_prompts, prompt_hash
 from models.errors import InputError
 
 _WINDOW = 16  # batches whose prompts are sorted by length together

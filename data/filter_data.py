@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from data.labels import STATES, Records
+from data.labels import PASSES, Records
 from models.errors import InputError
 from models.features import Evidence
 
@@ -43,8 +43,7 @@ class FilterBatch:
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "FilterBatch":
-        evidence = Evidence(**{f.name: change(getattr(self.evidence, f.name)) for f in fields(Evidence)})
-        return FilterBatch(evidence, change(self.final), change(self.tail), change(self.weight))
+        return FilterBatch(self.evidence.each(change), change(self.final), change(self.tail), change(self.weight))
 
 
 class Batches:
@@ -91,7 +90,7 @@ class FilterDataModule(LightningDataModule):
     Args:
         rollouts: Folder of the shards.
         batch_size: Records in a training batch on one device; null for all of them (the published recipe).
-        states: Decodes whose records are used, of :data:`data.labels.STATES`.
+        passes: Decodes whose records are used, of :data:`data.labels.PASSES`.
         tail_weight: Weight in the loss of positions at and after the reference's first EoT, which are up to nine tenths
             of all positions and nearly all easy.
         seed: Seed of the order of batches.
@@ -101,7 +100,7 @@ class FilterDataModule(LightningDataModule):
         self,
         rollouts: Path,
         batch_size: int | None = 2048,
-        states: list[str] = ["full_step", "oracle"],  # noqa: B006  # never changed, and it shows in --help
+        passes: list[str] = ["full_step", "oracle"],  # noqa: B006  # never changed, and it shows in --help
         tail_weight: float = 0.1,
         seed: int = 0,
     ) -> None:
@@ -110,10 +109,10 @@ class FilterDataModule(LightningDataModule):
             raise InputError("batch_size", batch_size, "a positive integer, or null for one batch of everything")
         if not 0 <= tail_weight < math.inf:
             raise InputError("tail_weight", tail_weight, "a number from 0")
-        for name in states:
-            if name not in STATES:
-                raise InputError("states", name, ", ".join(STATES))
-        self.rollouts, self.batch_size, self.states, self.tail_weight = Path(rollouts), batch_size, states, tail_weight
+        for name in passes:
+            if name not in PASSES:
+                raise InputError("passes", name, ", ".join(PASSES))
+        self.rollouts, self.batch_size, self.passes, self.tail_weight = Path(rollouts), batch_size, passes, tail_weight
         self.seed = seed
         self.records: Records | None = None
         self.parts: dict[str, FilterBatch] = {}
@@ -129,14 +128,14 @@ class FilterDataModule(LightningDataModule):
         if self.records is None:
             from data.shards import load_records
 
-            self.records = load_records(self.rollouts, self.states)
+            self.records = load_records(self.rollouts, self.passes)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         for split in ("train", "validation", "test"):
             part = self._part(self.records, split, device)
             # A rollout of few prompts may well hold none of the test split, which only `test` reads.
             if not len(part) and (split != "test" or stage == "test"):
                 raise InputError(
-                    f"{self.rollouts}: split", f"no {split} record in the states {', '.join(self.states)}",
+                    f"{self.rollouts}: split", f"no {split} record in the passes {', '.join(self.passes)}",
                     "rollouts of prompts of every split; roll out more prompts",
                 )  # fmt: skip
             self.parts[split] = part
@@ -144,9 +143,9 @@ class FilterDataModule(LightningDataModule):
 
     def _part(self, records: Records, split: str, device: torch.device) -> FilterBatch:
         """All records of one split, on the device."""
-        wanted = torch.tensor([STATES.index(name) for name in self.states])
+        wanted = torch.tensor([PASSES.index(name) for name in self.passes])
         in_split = torch.tensor([name == split for name in records.splits], dtype=torch.bool)
-        rows = (in_split[records.prompt] & torch.isin(records.states, wanted)).nonzero()[:, 0]
+        rows = (in_split[records.prompt] & torch.isin(records.passes, wanted)).nonzero()[:, 0]
         weight = records.evidence.masked * torch.where(records.tail, self.tail_weight, 1.0)
         return FilterBatch(records.evidence, records.final, records.tail, weight).take(rows).to(device)
 

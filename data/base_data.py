@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,17 +12,27 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data.gym import GymTask, samples
-from data.prompts import Prompt, split_of
+from data import gym, stories
+from data.gym import GymTask
+from data.prompt import Prompt
+from data.prompts import split_of
+from data.stories import StoryTask
 from models.errors import InputError
 from models.tokenizer import train_tokenizer
 
 _BLOCK = 32  # EoT tokens in one further block after the answer
 _CHUNK = 2048  # samples that are generated, sorted into lengths and shuffled together
-_SEED_STRIDE = 1_000_000  # between the reasoning-gym seeds of two chunks
+_SEED_STRIDE = 1_000_000  # between the seeds of two chunks
+
+Task = StoryTask | GymTask
 
 
-def mixture(tasks: list[GymTask], count: int, seed: int, split: str) -> list[Prompt]:
+def samples(task: Task, seed: int) -> Iterator[Prompt]:
+    """Endless prompts of a task, of our own generator or of reasoning-gym."""
+    return stories.samples(task, seed) if isinstance(task, StoryTask) else gym.samples(task, seed)
+
+
+def mixture(tasks: Sequence[Task], count: int, seed: int, split: str) -> list[Prompt]:
     """About ``count`` prompts of one split, the tasks in proportion to their weights; no prompt text twice."""
     total = sum(task.weight for task in tasks)
     prompts: list[Prompt] = []
@@ -57,7 +67,7 @@ class MaskedBatches(IterableDataset):
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, tasks: list[GymTask], split: str, seed: int, tokens: int,
+        self, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], split: str, seed: int, tokens: int,
         length_step: int, max_length: int, more_blocks: list[float], start: int = 0, stride: int = 1,
         counts: list[int] | None = None,
     ) -> None:  # fmt: skip
@@ -115,22 +125,32 @@ class MaskedBatches(IterableDataset):
         return batches
 
     def _noise(self, rows: list[tuple[list[int], int, int]], number: int) -> dict[str, Tensor]:
-        """Masks each response at its own ratio t; the ratios of a batch are spread evenly over (0, 1]."""
+        """Masks each region at its own ratio t; the ratios of a batch are spread evenly over (0, 1].
+
+        Every second row is masked over its whole region, as LLaDA is trained. The others are states that block-wise decoding
+        passes through: one block masked at ratio t, what is left of it visible, what is right of it masked and not learned.
+        """
         generator = torch.Generator().manual_seed(hash((self.seed, number)) % 2**63)
         batch, length = len(rows), rows[0][2]
         ids = torch.full((batch, length), self.eot_id)
         for row, (tokens, _, _) in enumerate(rows):
             ids[row, : len(tokens)] = torch.tensor(tokens)
         prompt = torch.tensor([row[1] for row in rows])[:, None]
-        response = torch.arange(length)[None] >= prompt
-        count = response.sum(1)
+        place = torch.arange(length)[None] - prompt
+        region = place >= 0
+        answer = torch.tensor([len(row[0]) for row in rows])[:, None] - prompt
+        block = (torch.rand(batch, 1, generator=generator) * answer).long() // _BLOCK
+        blockwise = torch.arange(batch)[:, None] % 2 == 1
+        active = region & (~blockwise | (place // _BLOCK == block))
+        count = active.sum(1)
         ratio = (torch.randperm(batch, generator=generator) + torch.rand(1, generator=generator)) / batch
         masked_count = (ratio * count).round().clamp(min=1)
-        noise = torch.rand(batch, length, generator=generator).masked_fill(~response, 2)
+        noise = torch.rand(batch, length, generator=generator).masked_fill(~active, 2)
         masked = noise.argsort(1).argsort(1) < masked_count[:, None]
+        hidden = masked | (blockwise & (place // _BLOCK > block))
         weight = (count / masked_count)[:, None].expand(-1, length)[masked] / count.sum()
         return {
-            "input_ids": ids.masked_fill(masked, self.mask_id),
+            "input_ids": ids.masked_fill(hidden, self.mask_id),
             "masked": masked.flatten().nonzero()[:, 0],
             "labels": ids[masked],
             "weight": weight,
@@ -141,7 +161,8 @@ class BaseDataModule(LightningDataModule):
     """Streams for ``train/base.py``; trains the tokenizer first where the folder does not hold one.
 
     Args:
-        tasks: Tasks and their restrictions.
+        tasks: Tasks of our own generator.
+        gym: Further tasks of reasoning-gym (the ``gym`` extra).
         tokenizer: Folder of the tokenizer.
         vocab_size: Size of a newly trained tokenizer.
         seed: Seed of the training stream; validation uses ``seed - 1``.
@@ -152,15 +173,16 @@ class BaseDataModule(LightningDataModule):
         validation_batches: Batches in one validation pass.
 
     Raises:
-        InputError: Lengths that cannot be batched.
+        InputError: Lengths that cannot be batched; or, in ``setup``, a tokenizer of another size than ``vocab_size``.
     """
 
     def __init__(
-        self, tasks: list[GymTask], tokenizer: Path, vocab_size: int, seed: int, tokens: int, length_step: int,
-        max_length: int, more_blocks: list[float], validation_batches: int,
+        self, tasks: list[StoryTask], tokenizer: Path, vocab_size: int, seed: int, tokens: int, length_step: int,
+        max_length: int, more_blocks: list[float], validation_batches: int, gym: list[GymTask] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.tasks, self.folder, self.vocab_size, self.seed, self.tokens = tasks, tokenizer, vocab_size, seed, tokens
+        self.tasks: list[Task] = [*tasks, *(gym or [])]
+        self.folder, self.vocab_size, self.seed, self.tokens = tokenizer, vocab_size, seed, tokens
         self.length_step, self.max_length, self.more_blocks = length_step, max_length, more_blocks
         self.validation_batches = validation_batches
         self.batches_done = 0
@@ -174,10 +196,23 @@ class BaseDataModule(LightningDataModule):
         if not (self.folder / "tokenizer.json").is_file():
             prompts = mixture(self.tasks, 20_000, self.seed, "train")
             texts = [f"{prompt.prompt}\n\n{prompt.response}" for prompt in prompts]
-            train_tokenizer(texts + ["user\n\n", "assistant\n\n"] * 2000, self.vocab_size).save_pretrained(self.folder)
+            numbers = [
+                f"{number} {number}\n" for number in range(100)
+            ] * 200  # each is one token, whatever the tasks hold
+            train_tokenizer(texts + numbers + ["user\n\n", "assistant\n\n"] * 2000, self.vocab_size).save_pretrained(
+                self.folder
+            )
 
     def setup(self, stage: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        if len(self.tokenizer) != self.vocab_size:
+            raise InputError(
+                "vocab_size", self.vocab_size, f"{len(self.tokenizer)}, the size of the tokenizer {self.folder}"
+            )
+
+    def probes(self, count: int) -> list[Prompt]:
+        """Validation prompts that the training decodes now and then, about ``count``, the tasks by weight."""
+        return mixture(self.tasks, count, self.seed - 1, "validation")
 
     def _stream(self, split: str, seed: int, start: int, stride: int) -> MaskedBatches:
         return MaskedBatches(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.helper_module import HelperDataModule, TextBatches, Texts, split_texts
+from data.helper_data import HelperDataModule, TextBatches, Texts, split_texts
 from data.shards import Sequences, ShardWriter
 from models.errors import InputError
 

@@ -16,13 +16,14 @@ from torch import Tensor
 import data
 import decoding
 import models
-from data.measure import measure
-from data.memory import PeakMemory
-from data.prompts import Prompt, prompt_hash, tokenizer_hash
+from data.prompt import Prompt
+from data.prompts import prompt_hash, tokenizer_hash
+from data.provenance import environment, now
 from decoding.config import CacheRule, EotRule
 from decoding.decoder import Decoder, Generation
-from decoding.record import environment, now
 from decoding.strategies import Strategy, make_strategy
+from eval.measure import measure
+from eval.memory import PeakMemory
 from models.errors import InputError
 from models.predictor import MaskPredictor
 
@@ -49,7 +50,7 @@ class Run:
 
     strategy: str
     options: dict[str, Any] = field(default_factory=dict)
-    eot: EotRule = "filter"
+    eot: EotRule = "commit"
     cache: CacheRule = "none"
     refresh: int | None = None
     steps: int | None = None
@@ -71,7 +72,7 @@ class Run:
         ]
         words += ["+ filter"] * (self.strategy != "learn2pd" and "filter" in self.options)
         words += [f"{self.cache} cache"] * (self.cache != "none")
-        words += [f"EoT {self.eot}"] * (self.eot != "filter")
+        words += [f"EoT {self.eot}"] * (self.eot != "commit")
         for name in ("refresh", "steps", "gen_length", "block_length", "batch_size", "limit"):
             if (value := getattr(self, name)) is not None:
                 words.append(f"{name.removesuffix('_length').removesuffix('_size')} {value}")
@@ -261,7 +262,7 @@ def compare(
         **settings: See :class:`Comparison`.
 
     Returns:
-        One row for each run, see :func:`data.measure.measure`.
+        One row for each run, see :func:`eval.measure.measure`.
     """
     comparison = Comparison(predictor, prompts, runs, **settings)
     for number, repeat in comparison.work():
@@ -311,9 +312,9 @@ def _forwards_without_eot(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -
 def _surroundings() -> list[Any]:
     """What a decode depends on besides its settings: the code it runs through, committed or not, and the machine."""
     digest = hashlib.sha256()
-    for package in (models, decoding, data):
-        for file in sorted(Path(package.__path__[0]).rglob("*.py")):
-            digest.update(file.read_bytes())
+    packages = [sorted(Path(package.__path__[0]).rglob("*.py")) for package in (models, decoding, data)]
+    for file in [*itertools.chain(*packages), Path(__file__)]:
+        digest.update(file.read_bytes())
     known = environment()
     return [digest.hexdigest(), *(known[name] for name in ("device", "threads", "torch", "transformers"))]
 

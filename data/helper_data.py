@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from data.manifest import open_rollouts
-from data.rollout_module import plan
+from data.rollout_data import plan
 from data.shards import Sequences, load_sequences
 from models.errors import InputError
 

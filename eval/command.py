@@ -1,0 +1,132 @@
+"""What the commands of ``eval/`` and ``train/`` share: one-line errors, exit statuses, default config files, the W&B mode."""
+
+import difflib
+import netrc
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from jsonargparse import ArgumentParser, auto_cli
+
+from decoding.heap import keep_freed_memory
+from models.errors import InputError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""The YAML files, one folder for each command, wherever the command is started from."""
+
+# How jsonargparse words the two ways of naming something it does not know.
+_UNKNOWN = re.compile(r"Unrecognized arguments: (?:--)?([^\s=]+)|does not accept (?:option|nested key) '([^']+)'")
+_LITERAL = re.compile(r"typing\.Literal\[([^\]]+)\]")
+_KEY = re.compile(r'Parser key "([^"]+)": ?(.*)')
+_TYPE = re.compile(r"Expected a (?:<class ')?(.+?)(?:'>)?\. Got value: (.*)$")
+
+
+class CommandParser(ArgumentParser):
+    """A parser whose errors are one line: the key, what was found, what would be accepted; exit status 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)  # a shortened option would not be found again in the saved config
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser: ArgumentParser = getattr(ex, "subcommand_parser", None) or self
+        message = " ".join(message.split())
+        if key := _KEY.fullmatch(message):
+            message = f"{key[1]}: {key[2]}"
+        message = _LITERAL.sub(lambda found: found[1].replace("'", "").replace(", ", " | "), message)
+        message = _TYPE.sub(r"found \2; accepted: \1", message)
+        if unknown := _UNKNOWN.search(message):
+            message += f"; accepted: {_accepted(parser, unknown[1] or unknown[2])}"
+        prog = re.sub(r" \[options\]", "", parser.prog)
+        sys.stderr.write(f"{prog}: {message} (see {prog} --help)\n")
+        raise SystemExit(2)
+
+
+def _accepted(parser: ArgumentParser, unknown: str) -> str:
+    """The parser's keys most like ``unknown``, or all at the top level if none is."""
+    options = (option for action in parser._actions for option in action.option_strings)
+    keys = [option[2:] for option in options if option.startswith("--") and not option.endswith(("help", "config"))]
+    return ", ".join(difflib.get_close_matches(unknown, keys, n=3) or [key for key in keys if "." not in key])
+
+
+def entry(main: Callable[[], object]) -> None:
+    """Runs a command; bad input ends it with one line on stderr and status 2, Ctrl-C with one line and status 130.
+
+    Args:
+        main: The command. A ``KeyboardInterrupt`` with a message replaces the line printed on Ctrl-C.
+
+    Raises:
+        SystemExit: The command failed; any other exception is a bug and keeps its traceback.
+    """
+    keep_freed_memory()
+    try:
+        main()
+    except InputError as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"\n{stop or 'interrupted'}\n")
+        raise SystemExit(130) from None
+
+
+def command(
+    functions: Callable[..., object] | Mapping[str, Callable[..., object]],
+    config: str | None = None,
+    args: Sequence[str] | None = None,
+) -> None:
+    """Runs a typed function, or one of several by name, from the command line: its signature is the interface.
+
+    Args:
+        functions: The function, or verb to function.
+        config: Default settings: ``configs/<config>.yaml``, for instance ``"eval/bench"``; need not exist.
+        args: Words of the command line; ``None`` takes those the script was started with.
+
+    Raises:
+        SystemExit: See :func:`entry`.
+    """
+    components: Any = functions if callable(functions) else dict(functions)
+    files = [] if config is None else [CONFIGS / f"{config}.yaml"]
+    entry(
+        lambda: auto_cli(
+            components,
+            args=None if args is None else list(args),
+            as_positional=False,
+            parser_class=CommandParser,
+            default_config_files=files,
+        )
+    )
+
+
+def wandb_mode() -> str:
+    """``online``, ``offline`` or ``disabled``: what ``WANDB_MODE`` says, else offline unless there is a key.
+
+    Asked before W&B starts, so that it never stops at a login prompt.
+
+    Raises:
+        InputError: ``WANDB_MODE=online`` without a key.
+    """
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    if mode in ("disabled", "offline", "dryrun"):
+        return mode.replace("dryrun", "offline")
+    if _has_wandb_key():
+        return "online"
+    if mode == "online":
+        raise InputError("WANDB_MODE", "online, but no API key", "WANDB_API_KEY or a ~/.netrc entry; offline; disabled")
+    return "offline"
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    file = os.environ.get("NETRC") or Path("~/.netrc").expanduser()
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
