@@ -1,17 +1,19 @@
 """Semi-autoregressive decoding: blocks from left to right, each in as many forwards as the strategy takes."""
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from decoding.cache import inputs, looks
-from decoding.eot import published_cut
-from decoding.read import read_block, read_eot
+from decoding.history import Distributions, History
+from decoding.plan import CACHES, ForwardPlan
+from decoding.read import in_chunks, read_block, read_eot
 from decoding.run import Request, Run
-from decoding.state import Slot
-from decoding.strategies.base import BlockStrategy, Decision, Step
-from models.features import Evidence
+from decoding.step import Decision, Step
+from models.features import EVIDENCE, Evidence
+
+if TYPE_CHECKING:
+    from decoding.strategies.base import BlockStrategy
 
 
 class BlockRun(Run):
@@ -22,121 +24,165 @@ class BlockRun(Run):
         strategy: Its strategy.
     """
 
-    def __init__(self, request: Request, strategy: BlockStrategy) -> None:
-        self.strategy = strategy
-        record, predictor, config = request.record, request.predictor, request.config
-        self.needs = strategy.needs | ({"margin", "entropy", "history"} if record else frozenset())
-        self.all_positions = strategy.all_positions or record
-        self.see_region = request.record_eot or config.eot == "published"
-        memory = strategy.memory(1, config.block_length)
-        super().__init__(request, config, memory, predictor.vocab_size if "divergence" in self.needs else 0)
-        self.references = None if request.references is None else request.references.to(predictor.device)
-        if config.cache != "none":
+    def __init__(self, request: Request, strategy: "BlockStrategy") -> None:
+        super().__init__(request, request.config)
+        state, predictor = self.state, request.predictor
+        self.strategy, self.policy = strategy, CACHES[request.config.cache]
+        self.needs = strategy.needs | (EVIDENCE if request.record else frozenset())
+        self.all_positions = strategy.all_positions or request.record
+        self.reads_region = request.record_eot or self.rule.reads_region
+        self.history = History(state) if "history" in self.needs else None
+        self.distributions = Distributions(state, predictor.vocab_size) if "divergence" in self.needs else None
+        self.memory = {
+            name: state.register(value[0].to(state.device), per_block=True)
+            for name, value in strategy.memory(1, request.config.block_length).items()
+        }
+        self.references = None if request.references is None else request.references.to(state.device)
+        if self.policy.keeps_keys:
             self.keep_keys()
 
     def decide(self) -> tuple[Evidence, Decision]:
         state = self.state
-        block = self._see()
-        evidence = self._evidence(block)
-        local = None
-        if self.references is not None:
-            local = self.references[state.rows.to(self.references.device)].gather(1, state.columns)
-        decoded = 1 - state.masked.float().mean(1)
-        divergence = block.get("divergence")
-        decision = self.strategy.decide(Step(evidence, state.quota, local, decoded, divergence, state.memory))
-        state.last_token, state.last_confidence, state.stable = evidence.token, evidence.confidence, evidence.stable
+        fields: dict[str, Tensor] = {}
+        self.eot = {}
+        self.noise.begin(self.scheduler.rows)
+        for plan in self.policy.plans(state):
+            self._look(plan, fields)
+        evidence = self._evidence(fields)
+        step = Step(
+            evidence,
+            fields["log_confidence"],
+            state.quota,
+            None if self.references is None else self.references[state.row].gather(1, state.columns),
+            1 - state.masked.float().mean(1),
+            fields.get("divergence"),
+            {name: tensor.value for name, tensor in self.memory.items()},
+        )
+        decision = self.strategy.decide(step)
+        for name, tensor in self.memory.items():
+            tensor.value = decision.memory[name]
         return evidence, decision
 
-    def last(self, ended: Tensor) -> Tensor:
-        last = super().last(ended)
-        if self.config.eot == "published":
-            cut = published_cut(self.eot["probability"], self.eot["top"], self.state.masked)
-            last = torch.where(last < self.config.gen_length, last, cut)
-        return last
+    def _look(self, plan: ForwardPlan, fields: dict[str, Tensor]) -> None:
+        """Runs one forward of the step, and lays out what it says: of the active blocks in ``fields``, of EoT in ``eot``.
 
-    def _see(self) -> dict[str, Tensor]:
-        """Runs the step's forwards; leaves the EoT evidence in ``eot``.
-
-        Returns:
-            Fields of :func:`decoding.read.read_block` over the active blocks, ``(b, K)``; zero where the head was not run.
+        Args:
+            plan: The forward.
+            fields: Fields of :func:`decoding.read.read_block`, ``(b, K)``; zero where the head was not run.
         """
-        state, size = self.state, self.config.block_length
-        block: dict[str, Tensor] = {}
-        self.eot = {}
-        for look in looks(state.slots, self.config):
-            index = None if look.slots is None else torch.tensor(look.slots).to(state.ids.device)
-            slots = state.slots if look.slots is None else [state.slots[number] for number in look.slots]
-            given = inputs(state, look, index, self.cache)
-            numbers = state.numbers if index is None else index  # slot of each row of the forward
-            starts = state.numbers[: len(slots), None] * given.ids.shape[1] + given.first
-            at = (starts + state.offsets).view(-1)
-            cells = (numbers[:, None] * size + state.offsets).view(-1)
-            masked = state.masked_block if index is None else state.masked_block[index]
-            if not self.all_positions and any(slot.here < size for slot in slots):
-                some = masked.view(-1).nonzero_static(size=sum(slot.here for slot in slots))[:, 0]
-                at, cells = at[some], cells[some]
-            rest = None
-            if self.see_region and (look.whole or self.config.cache == "prefix"):
-                right = (state.masked if index is None else state.masked[index]) & (
-                    state.region >= (state.block[numbers, None] + 1) * size
-                )
-                rest = right.view(-1).nonzero_static(size=sum(slot.left - slot.here for slot in slots))[:, 0]
-                beyond = starts - state.block[numbers, None] * size + state.region
-                at = torch.cat((at, beyond.view(-1)[rest]))
-            logits = self.forward(given, at)
-            if self.see_region:
-                self._lay_out_eot(read_eot(logits, self.predictor.ids), cells, rest, numbers)
-            noise = self._draw(slots, masked, logits)
-            found = read_block(logits[: len(cells)], self.predictor.ids, self.needs, noise)
-            if "divergence" in self.needs:
-                found["divergence"] = self._diverge(found.pop("log_probability"), cells)
-            for name, values in found.items():
-                if len(values) == state.masked_block.numel():
-                    block[name] = values
-                else:
-                    block.setdefault(name, values.new_zeros(state.masked_block.numel())).index_copy_(0, cells, values)
-        return {name: values.view(-1, size) for name, values in block.items()}
+        state, size, rows = self.state, self.config.block_length, plan.rows
+        slots = [self.scheduler.slots[number] for number in plan.slots]
+        block, masked = state.block[rows, None], state.masked_block[rows]
+        low, high = state.window
+        length = high - low if plan.whole else plan.length
+        begin = state.storage[: len(block), None] * length  # of each row's active block in the flattened forward
+        begin = begin + state.prompt_width - low + block * size if plan.whole else begin
+        numbers = state.storage[: len(state.block)][rows, None]
+        taking: Tensor | bool = True
+        if len(slots) < len(block):
+            taking = (state.step_in_block[rows] % self.policy.period(self.config) > 0)[:, None]
 
-    def _draw(self, slots: Sequence[Slot], masked: Tensor, logits: Tensor) -> Tensor | None:
-        """Noise for the masked positions of the active blocks: a decode does not change with what else is looked at."""
-        counts = [slot.here for slot in slots]
-        noise = self.noise.draw([slot.row for slot in slots], counts, logits.shape[1])
-        if noise is None or not self.all_positions:
-            return noise
-        live = masked.view(-1).nonzero_static(size=sum(counts))[:, 0]
-        return noise.new_zeros(masked.numel(), logits.shape[1]).index_copy_(0, live, noise)
+        # The masked positions first: only they draw noise, whatever else is looked at.
+        counts = [slot.block_masked for slot in slots]
+        cells, at = numbers * size + state.offsets, begin + state.offsets
+        sparse = len(slots) < len(block) or sum(counts) < cells.numel()
+        if sparse:
+            chosen = [_where(masked & taking, sum(counts))]
+            if self.all_positions:
+                chosen.append(_where(~masked & taking, len(slots) * size - sum(counts)))
+            some = torch.cat(chosen)
+            cells, at = cells.view(-1)[some], at.view(-1)[some]
+        cells, wanted = cells.view(-1), [at.view(-1)]
 
-    def _diverge(self, now: Tensor, cells: Tensor) -> Tensor:
-        """KL divergence ``(N,)`` from the last step's distributions at ``cells`` ``(N,)``, which ``now`` replaces."""
-        assert self.state.distribution is not None
-        stored = self.state.distribution.view(-1, now.shape[1])
-        divergence = (now.exp() * (now - stored[cells])).sum(-1)
-        stored.index_copy_(0, cells, now)
-        first = self.state.step_in_block[cells // self.config.block_length] == 0
-        return divergence.masked_fill_(first, torch.inf)
+        # Right of the block: what it says of EoT, and its next block's distributions.
+        rest = ahead = None
+        if self.reads_region and (plan.whole or self.policy.sees_ahead):
+            right = state.masked[rows] & (state.region >= (block + 1) * size) & taking
+            rest = _where(right, sum(slot.left - slot.block_masked for slot in slots))
+            wanted.append((begin - block * size + state.region).view(-1)[rest])
+        if self.distributions is not None and self.policy.sees_ahead:
+            reached = (state.offsets < state.end[rows, None] - (block + 1) * size) & taking
+            ahead = _where(reached, sum(min(max(slot.end - (slot.block + 1) * size, 0), size) for slot in slots))
+            wanted.append((begin + size + state.offsets).view(-1)[ahead])
 
-    def _lay_out_eot(self, fields: dict[str, Tensor], cells: Tensor, rest: Tensor | None, numbers: Tensor) -> None:
-        """Writes EoT fields, first of the block's ``cells`` and then of the ``rest`` right of them, into ``(b, G)``."""
-        state, size, region = self.state, self.config.block_length, self.config.gen_length
-        slot = cells // size
-        where = slot * region + state.block[slot] * size + cells % size
+        hidden = self.forward(plan, torch.cat(wanted) if len(wanted) > 1 else wanted[0])
+        of_block, *others = hidden.split([len(part) for part in wanted])
+        if ahead is not None:
+            self._keep(others[-1], numbers.view(-1)[ahead // size], ahead % size)
+        found = self._read(of_block, cells, [slot.row for slot in slots], counts)
+        if self.reads_region:
+            where = cells // size
+            places = where * len(state.region) + state.block[where] * size + cells % size
+            self._lay_out(self.eot, {name: found.pop(f"eot_{name}") for name in _EOT}, places, state.masked.shape)
         if rest is not None:
-            where = torch.cat((where, numbers[rest // region] * region + rest % region))
-        for name, values in fields.items():
-            laid = self.eot.setdefault(name, values.new_zeros(state.masked.shape))
-            laid.view(-1).index_copy_(0, where, values)
+            said = in_chunks(
+                others[0], self.predictor.logits, self.predictor.vocab_size,
+                lambda logits, _: read_eot(logits, self.predictor.ids),
+            )  # fmt: skip
+            width = len(state.region)
+            self._lay_out(self.eot, said, numbers.view(-1)[rest // width] * width + rest % width, state.masked.shape)
+        every = not sparse and len(block) == len(state.block)
+        self._lay_out(fields, found, None if every else cells, state.masked_block.shape)
 
-    def _evidence(self, block: dict[str, Tensor]) -> Evidence:
+    def _read(self, hidden: Tensor, cells: Tensor, rows: list[int], counts: list[int]) -> dict[str, Tensor]:
+        """Fields of the active blocks' positions ``cells`` ``(N,)``, masked ones first; ``eot_*`` where asked for."""
+        ids, needs, drawn = self.predictor.ids, self.needs, sum(counts)
+
+        def read(logits: Tensor, part: slice) -> dict[str, Tensor]:
+            def noisy(wide: Tensor) -> Tensor:
+                count = min(max(drawn - part.start, 0), len(wide))
+                return torch.cat((self.noise.add(wide[:count], rows, counts, part.start), wide[count:]))
+
+            said = {f"eot_{name}": value for name, value in read_eot(logits, ids).items()} if self.reads_region else {}
+            said |= read_block(logits, ids, needs, noisy if self.config.temperature else None)
+            if self.distributions is not None:
+                said["divergence"] = self.distributions.diverge(said.pop("log_probability"), cells[part])
+            return said
+
+        found = in_chunks(hidden, self.predictor.logits, self.predictor.vocab_size, read)
+        return found | {"hidden": hidden} if "hidden" in needs else found
+
+    def _keep(self, hidden: Tensor, row: Tensor, offset: Tensor) -> None:
+        """Remembers the distributions of the next block."""
+
+        def read(logits: Tensor, part: slice) -> dict[str, Tensor]:
+            assert self.distributions is not None
+            self.distributions.keep(logits.float().log_softmax(-1), row[part], offset[part])
+            return {}
+
+        in_chunks(hidden, self.predictor.logits, self.predictor.vocab_size, read)
+
+    @staticmethod
+    def _lay_out(laid: dict[str, Tensor], fields: dict[str, Tensor], places: Tensor | None, shape: torch.Size) -> None:
+        """Writes fields ``(N, ...)`` to their ``places`` ``(N,)`` in ``laid``, of ``shape``; ``None``: they are all of it."""
+        for name, values in fields.items():
+            whole = (*shape, *values.shape[1:])
+            if places is None:
+                laid[name] = values.view(whole)
+            else:
+                target = laid.setdefault(name, values.new_zeros(whole))
+                target.view(-1, *values.shape[1:]).index_copy_(0, places, values)
+
+    def _evidence(self, fields: dict[str, Tensor]) -> Evidence:
         state = self.state
-        masked, confidence = state.masked_block, block["confidence"]
-        zero = torch.zeros_like(confidence)
-        stable, previous = torch.zeros_like(state.columns), zero
-        if "history" in self.needs:
-            first = (state.step_in_block == 0)[:, None]
-            same = masked & (block["token"] == state.last_token) & ~first
-            stable = torch.where(same, state.stable + 1, 0)
-            previous = (state.last_confidence * masked).masked_fill_(first, 0.0)
-        margin, entropy = block.get("margin", zero), block.get("entropy", zero)
+        masked, token, confidence = state.masked_block, fields["token"], fields["confidence"]
+        found = {name: fields[name] for name in ("margin", "entropy", "hidden") if name in self.needs}
         if self.all_positions:  # else the head ran on masked positions only
-            margin, entropy = margin * masked, entropy * masked
-        return Evidence(masked, block["token"], confidence, margin, entropy, stable, previous)
+            found = {name: values * _like(masked, values) for name, values in found.items()}
+            confidence = confidence * (state.columns < state.end[:, None])
+        if self.history is not None:
+            found["stable"], found["previous"] = self.history.compare(token, confidence)
+        return Evidence(masked, token, confidence, **found)
+
+
+_EOT = ("probability", "log_probability", "top")
+
+
+def _where(flags: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` True entries of the flattened ``flags``, ``(count,)`` int64, without asking the device."""
+    return flags.reshape(-1).nonzero_static(size=count)[:, 0]
+
+
+def _like(flags: Tensor, values: Tensor) -> Tensor:
+    """``flags`` ``(b, K)`` with as many dimensions as ``values`` ``(b, K, ...)``."""
+    return flags.view(*flags.shape, *(1,) * (values.dim() - 2))

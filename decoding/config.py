@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from models.errors import InputError
 
-EotRule = Literal["off", "published", "filter"]
+EotRule = Literal["off", "published", "commit"]
 CacheRule = Literal["none", "prefix", "dual"]
 
 
@@ -19,7 +19,7 @@ class DecodeConfig:
         steps: Denoising steps of the whole decode, which set the quota of strategies that have one; ``None`` means
             ``gen_length``: one token a step.
         temperature: 0 takes the argmax; above, tokens are drawn by Gumbel-max.
-        eot: What happens at the end of the text. ``off``: nothing, every position is decoded. ``filter``: a committed EoT
+        eot: What happens at the end of the text. ``off``: nothing, every position is decoded. ``commit``: a committed EoT
             ends the row: everything to its right becomes EoT and is no longer attended to. ``published``: Learn2PD's rule,
             which in addition cuts the row at the most confident EoT guess the forward made, whatever its confidence.
         seed: Seed of the noise; row ``i`` of a call draws from its own generator, seeded by ``(seed, i)``.
@@ -36,7 +36,7 @@ class DecodeConfig:
     block_length: int = 32
     steps: int | None = None
     temperature: float = 0.0
-    eot: EotRule = "filter"
+    eot: EotRule = "commit"
     seed: int = 0
     cache: CacheRule = "none"
     refresh: int | None = None

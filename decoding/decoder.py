@@ -95,7 +95,7 @@ class Decoder:
         block_length: int = 32,
         steps: int | None = None,
         temperature: float = 0.0,
-        eot: EotRule = "filter",
+        eot: EotRule = "commit",
         seed: int = 0,
         cache: CacheRule = "none",
         refresh: int | None = None,

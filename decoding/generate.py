@@ -1,17 +1,20 @@
-"""Prints a decode as it happens: ``python decoding/generate.py --prompt "..."``."""
+"""Prints a decode as it happens: ``python decoding/generate.py --prompt "..."``.
 
+The only file here that knows a command line and a terminal, and only while it runs: both are imported in functions.
+"""
+
+import difflib
+import inspect
+import re
+import sys
 import time
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+from typing import Any, NoReturn
 
 from decoding.config import CacheRule, DecodeConfig, EotRule
 from decoding.decoder import Decoder
-from decoding.entry import command
 from decoding.eot import first_true
+from decoding.heap import keep_freed_memory
 from decoding.output import empty_output
 from decoding.strategies import STRATEGIES
 from decoding.strategies.full_step import FullStep
@@ -19,6 +22,7 @@ from models.errors import InputError
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 COLOURS = ["bright_yellow", "bright_green", "bright_cyan", "bright_blue", "bright_magenta", "bright_red"]
+_EXPECTED = re.compile(r"Expected a (?:typing\.Literal\[|<class ')(.+?)'?[>\]]\. Got value: (.*)$")
 
 
 def generate(
@@ -32,7 +36,7 @@ def generate(
     block_length: int = 32,
     steps: int | None = None,
     temperature: float = 0.0,
-    eot: EotRule = "filter",
+    eot: EotRule = "commit",
     cache: CacheRule = "none",
     refresh: int | None = None,
     seed: int = 0,
@@ -63,6 +67,10 @@ def generate(
         compare: Also decode one token a step and report its NFE.
         pause: Seconds to wait after each step, to watch it.
     """
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
     options = dict(options or {})
     if strategy == "learn2pd":
         options.setdefault("filter", filter)
@@ -85,7 +93,7 @@ def generate(
         for step in decoder.stream(prompt, chat_template=chat_template, output=output, **settings):
             for position in step.changed[0].nonzero()[:, 0].tolist():
                 committed[position] = step.forward_call
-            text = _coloured(decoder, step.sequences[0], committed)
+            text = Text.assemble(*_coloured(decoder, step.sequences[0], committed))
             live.update(text, refresh=True)
             time.sleep(pause)
     length = int(first_true(output.sequences == decoder.predictor.ids.eot)[0])
@@ -100,17 +108,55 @@ def generate(
     console.print()
 
 
-def _coloured(decoder: Decoder, sequence: Any, committed: list[int]) -> Text:
+def _coloured(decoder: Decoder, sequence: Any, committed: list[int]) -> list[tuple[str, str]]:
+    """Each piece of the text up to its end, with its style."""
     ids = decoder.predictor.ids
     tokenizer = decoder.predictor.tokenizer
-    text = Text()
+    pieces = []
     for token, step in zip(sequence.tolist(), committed, strict=True):
         if step and token in (ids.eot, ids.end_of_turn):
             break
         piece = str(tokenizer.decode([token])) if step and tokenizer else "░"
-        text.append(piece, style=COLOURS[step % len(COLOURS)] if step else "dim")
-    return text
+        pieces.append((piece, COLOURS[step % len(COLOURS)] if step else "dim"))
+    return pieces
+
+
+def main() -> None:
+    """Runs :func:`generate` on the words of the command line.
+
+    Raises:
+        SystemExit: Bad input, with status 2, or Ctrl-C, with status 130, after one line on stderr; any other exception is a
+            bug and keeps its traceback.
+    """
+    from jsonargparse import ArgumentParser, auto_cli
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            sys.stderr.write(f"{self.prog}: {_in_our_words(message)} (see {self.prog} --help)\n")
+            raise SystemExit(2)
+
+    keep_freed_memory()
+    try:
+        auto_cli(generate, as_positional=False, parser_class=Parser, allow_abbrev=False)
+    except InputError as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted\n")
+        raise SystemExit(130) from None
+
+
+def _in_our_words(message: str) -> str:
+    """A message of the parser on one line: the setting, what was found, what would be accepted."""
+    message = re.sub(r'^Parser key "([^"]+)":', r"\1:", " ".join(message.split()))
+    if kind := _EXPECTED.search(message):
+        accepted = kind[1].replace("'", "").replace(", ", " | ")
+        message = f"{message[: kind.start()]}found {kind[2]}; accepted: {accepted}"
+    if unknown := re.search(r"Unrecognized arguments: --([^\s=]+)", message):
+        names = list(inspect.signature(generate).parameters)
+        return f"{message}; accepted: {', '.join(difflib.get_close_matches(unknown[1], names) or names)}"
+    return message
 
 
 if __name__ == "__main__":
-    command(generate)
+    main()

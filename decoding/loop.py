@@ -1,17 +1,14 @@
 """The decode loop: token ids in, token ids out, whatever the strategy."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from decoding.apd import ApdRun
-from decoding.blocks import BlockRun
 from decoding.config import DecodeConfig
 from decoding.output import DecodeOutput, StepResult, empty_output
 from decoding.run import Request
-from decoding.strategies import APD, BlockStrategy, Strategy
+from decoding.strategies import Strategy
 from models.errors import InputError
 from models.predictor import MaskPredictor
 
@@ -83,10 +80,10 @@ def decode_steps(
     request = Request(
         predictor, prompts, config, strategy, output, references, record, record_eot, seeds, batch_size, stop, finished
     )
-    run = ApdRun(request, strategy) if isinstance(strategy, APD) else BlockRun(request, cast(BlockStrategy, strategy))
-    while run.state.slots:
+    run = strategy.start(request)
+    while run.scheduler.slots:
         yield run.step()
-        run.hand_out()
+        run.retire()
     run.close()
 
 

@@ -1,16 +1,22 @@
-"""From logits to what decisions are made of: token, confidence and the rest, in fp32, once a step; and the noise."""
+"""From hidden states to what decisions are made of: token, confidence and the rest, in fp32; and the noise of sampling."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from decoding.config import DecodeConfig
 from models.predictor import TokenIds
 
+CHUNK_BYTES = 1 << 27
+"""Logits that are read at a time, in fp32. Reading holds up to six tensors of this size."""
+
+_PIECE = 16  # positions that share a generator
+
 
 class Noise:
-    """Gumbel noise, one generator a row, so that what a row draws does not depend on the batch.
+    """Gumbel noise. What a position draws depends on its row's seed, the row's draw and its place in it, and on nothing else.
 
     Args:
         config: Temperature and seed.
@@ -20,62 +26,106 @@ class Noise:
 
     def __init__(self, config: DecodeConfig, seeds: Sequence[int], device: torch.device) -> None:
         self.temperature, self.seed, self.seeds, self.device = config.temperature, config.seed, seeds, device
-        self.generators: dict[int, torch.Generator] = {}
+        self.draws = [0] * len(seeds)
+        self.generator = torch.Generator(device) if self.temperature else None
 
-    def draw(self, rows: Sequence[int], counts: Sequence[int], size: int) -> Tensor | None:
-        """Noise for ``counts[n]`` positions of row ``rows[n]``, one row after the other.
-
-        Returns:
-            ``(sum(counts), size)`` float32, scaled by the temperature; ``None`` at temperature 0.
-        """
-        if self.temperature == 0:
-            return None
+    def begin(self, rows: Sequence[int]) -> None:
+        """Begins a new draw of these rows."""
         for row in rows:
-            if row not in self.generators:
-                seed = self.seed * 1_000_003 + self.seeds[row]
-                self.generators[row] = torch.Generator(self.device).manual_seed(seed)
-        uniform = torch.cat(
-            [
-                torch.rand(count, size, generator=self.generators[row], device=self.device)
-                for row, count in zip(rows, counts, strict=True)
-            ]
-        )
-        return -(-uniform.clamp_(1e-20, 1 - 1e-7).log()).log() * self.temperature
+            self.draws[row] += 1
 
-    def forget(self, row: int) -> None:
-        """Lets a finished row's generator go."""
-        self.generators.pop(row, None)
+    def add(self, scores: Tensor, rows: Sequence[int], counts: Sequence[int], start: int) -> Tensor:
+        """Scores plus the noise of the rows' present draw; the scores themselves at temperature 0.
+
+        Args:
+            scores: ``(N, V)`` float32, a part of the positions of all ``rows``, one row after the other.
+            rows: Index of each row's prompt.
+            counts: Positions of each row.
+            start: Where the part begins.
+        """
+        if self.generator is None:
+            return scores
+        noise, stop, begin = torch.empty_like(scores), start + len(scores), 0
+        for row, count in zip(rows, counts, strict=True):
+            for first in range(begin, begin + count, _PIECE):
+                last = min(first + _PIECE, begin + count)
+                low, high = max(first, start), min(last, stop)
+                if low < high:
+                    piece = self._piece(row, (first - begin) // _PIECE, scores.shape[1])
+                    noise[low - start : high - start] = piece[low - first : high - first]
+            begin += count
+        noise.clamp_(1e-20, 1 - 1e-7).log_().neg_().log_().mul_(-self.temperature)
+        return noise.add_(scores)
+
+    def _piece(self, row: int, number: int, size: int) -> Tensor:
+        assert self.generator is not None
+        seed = self.seed
+        for part in (self.seeds[row], self.draws[row], number):
+            seed = (seed * 1_000_003 + part) % (1 << 63)
+        self.generator.manual_seed(seed)
+        return torch.rand(_PIECE, size, generator=self.generator, device=self.device)
 
 
-def read_block(logits: Tensor, ids: TokenIds, needs: Set[str], noise: Tensor | None) -> dict[str, Tensor]:
+def in_chunks(
+    hidden: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    read: Callable[[Tensor, slice], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Reads the vocabulary at a few positions at a time, so that memory does not grow with them.
+
+    Args:
+        hidden: ``(N, D)``, the positions.
+        logits: Logits ``(n, V)`` of hidden states ``(n, D)``.
+        vocab_size: ``V``.
+        read: Fields ``(n, ...)`` of a chunk, given its logits (its own to overwrite) and its place.
+
+    Returns:
+        The fields of all positions, ``(N, ...)``.
+    """
+    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    parts = [slice(start, min(start + size, len(hidden))) for start in range(0, max(1, len(hidden)), size)]
+    read_parts = [read(logits(hidden[part]), part) for part in parts]
+    if len(read_parts) == 1:
+        return read_parts[0]
+    return {name: torch.cat([fields[name] for fields in read_parts]) for name in read_parts[0]}
+
+
+def read_block(
+    logits: Tensor, ids: TokenIds, needs: Set[str], noisy: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
     """What the predictor says at positions that may be committed.
 
     Args:
         logits: ``(N, V)``; fp32 logits are overwritten.
         ids: Special token ids; MASK is never chosen.
         needs: Which of ``margin``, ``entropy`` and ``divergence`` to compute beside token and confidence.
-        noise: ``(N, V)`` float32, added before the token is chosen.
+        noisy: Adds noise to logits ``(N, V)`` before the token is chosen; ``None`` at temperature 0.
 
     Returns:
-        ``token`` int64, ``confidence``, ``margin`` and ``entropy`` float32, each ``(N,)``; for ``divergence`` the
-        ``log_probability`` ``(N, V)`` float32.
+        ``token`` int64, ``confidence``, ``log_confidence``, ``margin`` and ``entropy`` float32, each ``(N,)``; for
+        ``divergence`` the ``log_probability`` ``(N, V)`` float32.
     """
     wide = logits.float()
-    total = wide.logsumexp(-1)  # over the whole vocabulary; only the choice of the token excludes MASK
-    fields: dict[str, Tensor] = {}
+    mask = wide[:, ids.mask].clone()
+    wide[:, ids.mask] = -torch.inf
+    if noisy is None:
+        best, token = wide.max(-1)
+    else:
+        token = noisy(wide).argmax(-1)
+        best = wide.gather(-1, token[:, None])[:, 0]
+    wide[:, ids.mask] = mask  # only the choice of the token excludes MASK
+    others = wide.scatter_(-1, token[:, None], -torch.inf).logsumexp(-1)
+    wide.scatter_(-1, token[:, None], best[:, None])
+    log_confidence = _log_share(best, others)
+    fields = {"token": token, "confidence": log_confidence.exp(), "log_confidence": log_confidence}
     if needs & {"entropy", "divergence"}:
-        log_probability = wide - total[:, None]
+        log_probability = wide - torch.logaddexp(best, others)[:, None]
         if "entropy" in needs:
             fields["entropy"] = torch.special.entr(log_probability.exp()).sum(-1)
         if "divergence" in needs:
             fields["log_probability"] = log_probability
     wide[:, ids.mask] = -torch.inf
-    if noise is None:
-        best, fields["token"] = wide.max(-1)
-    else:
-        fields["token"] = (wide + noise).argmax(-1)
-        best = wide.gather(-1, fields["token"][:, None])[:, 0]
-    fields["confidence"] = (best - total).exp_()
     if "margin" in needs:
         two = wide.topk(2, dim=-1).values
         fields["margin"] = two[:, 0] - two[:, 1]
@@ -83,8 +133,30 @@ def read_block(logits: Tensor, ids: TokenIds, needs: Set[str], noise: Tensor | N
 
 
 def read_eot(logits: Tensor, ids: TokenIds) -> dict[str, Tensor]:
-    """Softmax ``probability`` of EoT, float32, and whether it is the ``top`` token; ``(N,)`` from logits ``(N, V)``."""
+    """What the predictor says about EoT.
+
+    Args:
+        logits: ``(N, V)``; as they were when this returns.
+        ids: Special token ids.
+
+    Returns:
+        Softmax ``probability`` of EoT and ``log_probability``, float32, and whether EoT is the ``top`` token, bool, each
+        ``(N,)``.
+    """
     wide = logits.float()
-    probability = (wide[:, ids.eot] - wide.logsumexp(-1)).exp()
-    best = wide.index_fill(-1, torch.full((1,), ids.mask, device=wide.device), -torch.inf).argmax(-1)
-    return {"probability": probability, "top": best == ids.eot}
+    eot, mask = wide[:, ids.eot].clone(), wide[:, ids.mask].clone()
+    wide[:, ids.eot] = -torch.inf
+    log_probability = _log_share(eot, wide.logsumexp(-1))
+    wide[:, ids.eot], wide[:, ids.mask] = eot, -torch.inf
+    top = wide.argmax(-1) == ids.eot
+    wide[:, ids.mask] = mask
+    return {"probability": log_probability.exp(), "log_probability": log_probability, "top": top}
+
+
+def _log_share(value: Tensor, others: Tensor) -> Tensor:
+    """Log-probability of a token, ``(N,)`` float32, from its logit and the logsumexp of all others, ``(N,)`` float32.
+
+    Logit less the logsumexp of all rounds to 0 wherever the probability rounds to 1, and positions tie that are not equal;
+    this tells them apart. It is finite, so that even the least of masked positions comes before a decoded one.
+    """
+    return F.logsigmoid(value - others).clamp_(min=torch.finfo(torch.float32).min)

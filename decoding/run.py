@@ -2,32 +2,53 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from decoding.cache import Inputs
 from decoding.config import DecodeConfig
-from decoding.eot import first_true
+from decoding.eot import RULES, EotStep, first_true
 from decoding.output import DecodeOutput, StepResult, StepTrace, Timer
+from decoding.plan import ForwardPlan
 from decoding.read import Noise
-from decoding.state import BatchState, Slot
-from decoding.strategies.base import Decision, Strategy
+from decoding.scheduler import Scheduler, Slot
+from decoding.state import BatchState
+from decoding.step import Decision
 from models.features import Evidence
 from models.llada import KVCache
 from models.predictor import MaskPredictor
 
+if TYPE_CHECKING:
+    from decoding.strategies.base import Strategy
+
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of :func:`decoding.loop.decode_steps`; see there."""
+    """What to decode, and how.
+
+    Attributes:
+        predictor: The mask predictor.
+        prompts: Token ids of each row's prompt, not empty; lengths may differ.
+        config: Decode settings.
+        strategy: Chooses the commits.
+        output: Receives sequences, counts and trace.
+        references: ``(B, gen_length)`` int64, reference decodes for strategies that need them.
+        record: Keep a :class:`~decoding.output.StepTrace` of every step, with evidence on all positions of the block.
+        record_eot: Also record the EoT evidence over the whole generated region.
+        seeds: Noise seed of each row; its place among the prompts by default.
+        batch_size: Rows decoded together; all by default.
+        stop: Called with a row's index and its decoded tokens, from the first generated one on, each time a block of it is
+            done (with APD: each step); True ends the row there, as if an EoT followed.
+        finished: Called with a row's index, its generated region and its NFE as soon as the row has ended.
+    """
 
     predictor: MaskPredictor
     prompts: Sequence[Sequence[int]]
     config: DecodeConfig
-    strategy: Strategy
+    strategy: "Strategy"
     output: DecodeOutput
     references: Tensor | None = None
     record: bool = False
@@ -44,28 +65,28 @@ class Run(ABC):
     Args:
         request: What to decode.
         config: Decode settings with the block length that the state is to have.
-        memory: See :class:`decoding.state.BatchState`.
-        distribution: See there.
 
     Attributes:
-        cache: The predictor's keys and values, a row a slot, where a subclass keeps them.
+        scheduler: Which prompt is in which row.
+        state: The rows' tensors.
+        cache: The predictor's keys and values, a row a slot, from storage column ``cache_first`` on, where a subclass keeps them.
         eot: EoT evidence of the step over the generated region, ``(b, G)`` fields; empty where none was looked at.
     """
 
-    def __init__(
-        self, request: Request, config: DecodeConfig, memory: Mapping[str, Tensor] | None = None, distribution: int = 0
-    ) -> None:
+    def __init__(self, request: Request, config: DecodeConfig) -> None:
         self.started = time.perf_counter()
-        self.request, self.predictor, self.config = request, request.predictor, request.config
+        self.request, self.predictor, self.config = request, request.predictor, config
         self.output, device = request.output, request.predictor.device
         prompts = request.prompts
         self.sequences = self.output.sequences.to(device)
         self.noise = Noise(config, request.seeds if request.seeds is not None else range(len(prompts)), device)
-        self.capacity = min(request.batch_size or len(prompts), len(prompts))
-        ids = request.predictor.ids
-        self.state = BatchState(ids, prompts, config, self.capacity, device, memory or {}, distribution)
+        capacity = min(request.batch_size or len(prompts), len(prompts))
+        self.scheduler = Scheduler([len(prompt) for prompt in prompts], config, capacity)
+        self.state = BatchState(request.predictor.ids, prompts, config, self.scheduler, device)
+        self.rule = RULES[config.eot]()
         self.timer = Timer(device)
         self.cache: KVCache | None = None
+        self.cache_first = 0
         self.finished: list[int] = []
         self.eot: dict[str, Tensor] = {}
 
@@ -75,49 +96,75 @@ class Run(ABC):
 
     def step(self) -> StepResult:
         """One forward of every live row, and what follows from it."""
-        state, output = self.state, self.output
+        state, output, ids = self.state, self.output, self.predictor.ids
         evidence, decision = self.decide()
-        output.nfe[state.rows] += 1
+        rows = torch.tensor(self.scheduler.rows)
+        output.nfe[rows] += 1
         transfer = decision.transfer & state.masked_block
         tokens = evidence.token if decision.token is None else decision.token
         for name, count in decision.counts.items():
             if name not in output.counts:
                 output.counts[name] = count.new_zeros(len(output.nfe))
-            output.counts[name].index_add_(0, state.rows.to(count.device), count)
+            output.counts[name].index_add_(0, state.row, count)
         if self.request.record:
-            eot = self.eot if self.request.record_eot else {}
-            output.trace.append(_trace(state, evidence, transfer, tokens, eot))
+            output.trace.append(self._trace(rows, evidence, transfer, tokens))
 
-        before, current = state.masked.clone(), state.rows
-        state.memory = decision.memory
+        was_masked = state.masked.clone()
         state.commit(transfer, tokens)
         if self.config.eot != "off":
-            state.finish_at(self.last(transfer & (tokens == self.predictor.ids.eot)))
+            inside = first_true(transfer & (tokens == ids.eot))
+            committed = torch.where(
+                inside < transfer.shape[1], state.block * transfer.shape[1] + inside, self.config.gen_length
+            )
+            seen = EotStep(committed, state.masked, self.eot.get("log_probability"), self.eot.get("top"))
+            state.finish_at(self.rule.last(seen))
         self.finished = state.advance()
         if self.request.stop is not None:
             self._stop(self.request.stop)
-        result = StepResult(output.forward_calls, current, before & ~state.masked, state.generated)
+        result = StepResult(output.forward_calls, rows, was_masked & ~state.masked, state.generated)
         output.seconds, output.predictor_seconds = time.perf_counter() - self.started, self.timer.total
-        if any(slot.steps > self.config.gen_length for slot in state.slots):
+        if any(slot.steps > self.config.gen_length for slot in self.scheduler.slots):
             raise RuntimeError(f"strategy {self.request.strategy.name!r} left a row without a commit")
         return result
 
-    def forward(self, given: Inputs, at: Tensor) -> Tensor:
-        """One forward of the predictor, counted and timed; logits ``(N, V)`` at the flat positions ``at`` ``(N,)``."""
-        with self.timer:
-            logits = self.predictor(given.ids, given.attention, given.positions, at, **given.cache)
-        self.output.forward_calls += 1
-        return logits
-
-    def last(self, ended: Tensor) -> Tensor:
-        """Last position of each row's text, ``(b,)`` int64, ``G`` while it has no end.
+    def forward(self, plan: ForwardPlan, wanted: Tensor) -> Tensor:
+        """Runs one planned forward, counted and timed.
 
         Args:
-            ended: ``(b, K)`` bool, positions of the active block that were committed as EoT.
+            plan: Rows and columns; ``n`` rows run.
+            wanted: ``(N,)`` int64, positions among the flattened rows and columns of the plan.
+
+        Returns:
+            ``(N, D)`` hidden states.
         """
-        size = ended.shape[1]
-        inside = first_true(ended)
-        return torch.where(inside < size, self.state.block * size + inside, self.config.gen_length)
+        state, rows = self.state, plan.rows
+        low, high = state.window
+        high = plan.stop or high
+        ids, positions = state.ids[rows], state.positions[rows]
+        seen = None
+        if not self.scheduler.unpadded or plan.end is not None:
+            seen = state.attention[rows, low:high]
+            seen = seen if plan.end is None else seen & (state.storage[low:high] < plan.end)
+        arguments: dict[str, Any] = {}
+        if self.cache is not None:
+            every = isinstance(rows, slice)
+            held = rows if every else slice(0, len(self.scheduler.slots))
+            columns = low - self.cache_first, high - self.cache_first
+            arguments["cache"] = self.cache.window(held.start, held.stop, *columns)
+            arguments["cache_rows"] = None if every else rows
+        if plan.whole:
+            ids, positions = ids[:, low:high], positions[:, low:high]
+        else:
+            assert plan.first is not None
+            columns = (plan.first + state.storage[: plan.length]).expand(len(ids), -1)
+            if plan.last is not None:
+                columns = torch.minimum(columns, plan.last)
+            arguments["cache_index"] = columns - low
+            ids, positions = ids.gather(1, columns), positions.gather(1, columns)
+        with self.timer:
+            hidden = self.predictor(ids, seen, positions, wanted, **arguments)
+        self.output.forward_calls += 1
+        return hidden
 
     def text_length(self, slot: Slot) -> int:
         """Positions of a row, from its first generated one, in which nothing is masked."""
@@ -126,8 +173,8 @@ class Run(ABC):
     def _stop(self, asked: Callable[[int, list[int]], bool]) -> None:
         """Ends the rows whose text has grown to where nothing more is wanted."""
         state, region = self.state, self.config.gen_length
-        last = [region] * len(state.slots)
-        for number, slot in enumerate(state.slots):
+        last = [region] * len(self.scheduler.slots)
+        for number, slot in enumerate(self.scheduler.slots):
             length = self.text_length(slot)
             if slot.left and length > slot.checked:
                 slot.checked = length
@@ -135,29 +182,45 @@ class Run(ABC):
                     last[number], slot.left = length - 1, 0
         ended = [number for number, place in enumerate(last) if place < region]
         if ended:
-            state.finish_at(torch.tensor(last, device=state.end.device))
+            state.finish_at(torch.tensor(last, device=state.device))
             self.finished = sorted({*self.finished, *ended})
+
+    def retire(self) -> None:
+        """Stores the rows that finished in this step; their slots go to the prompts that wait."""
+        if not self.finished:
+            return
+        state = self.state
+        for number in self.finished:
+            row = self.scheduler.slots[number].row
+            self.sequences[row] = state.generated[number]
+            if self.request.finished is not None:
+                self.request.finished(row, state.generated[number].tolist(), int(self.output.nfe[row]))
+        changes = self.scheduler.retire(self.finished)
+        state.follow(changes)
+        for source, target in changes.moves:
+            self.moved(source, target)
+        self._shrink()
 
     def moved(self, source: int, target: int) -> None:
         """A row went from one slot to another; whatever is stored by slot has to follow."""
         if self.cache is not None:
             self.cache.move(source, target)
 
-    def hand_out(self) -> None:
-        """Stores the rows that finished in this step and gives their slots away."""
-        state = self.state
-        for number in self.finished:
-            row = state.slots[number].row
-            self.sequences[row] = state.generated[number]
-            if self.request.finished is not None:
-                self.request.finished(row, state.generated[number].tolist(), int(self.output.nfe[row]))
-            self.noise.forget(row)
-        for move in state.release(self.finished):
-            self.moved(*move)
-
     def keep_keys(self) -> None:
-        """Allocates the predictor's cache for all slots and columns."""
-        self.cache = self.predictor.allocate_cache(self.capacity, self.state.ids.shape[1])
+        """Allocates the predictor's cache for the live rows, as wide as the longest."""
+        self.cache_first = self.state.window[0]
+        width = len(self.state.storage) - self.cache_first
+        self.cache = self.predictor.allocate_cache(len(self.scheduler.slots), width)
+
+    def _shrink(self) -> None:
+        """Gives memory back where the live rows need no more than half of the keys' storage."""
+        if self.cache is None or not self.scheduler.slots:
+            return
+        live, low, total = len(self.scheduler.slots), self.state.window[0], len(self.state.storage)
+        rows, width = self.cache.keys.shape[1], self.cache.keys.shape[3]
+        if live * (total - low) * 2 <= rows * width:
+            self.cache = self.cache.window(0, live, low - self.cache_first, width).clone()
+            self.cache_first = low
 
     def close(self) -> None:
         """Brings the results to the CPU."""
@@ -167,17 +230,16 @@ class Run(ABC):
         output.counts = {name: count.cpu() for name, count in output.counts.items()}
         output.seconds = time.perf_counter() - self.started
 
-
-def _trace(
-    state: BatchState, evidence: Evidence, transfer: Tensor, tokens: Tensor, eot: dict[str, Tensor]
-) -> StepTrace:
-    return StepTrace(
-        rows=state.rows,
-        block=torch.tensor([slot.block for slot in state.slots]),
-        step=torch.tensor([slot.steps for slot in state.slots]),
-        evidence=Evidence(**{name: value.to("cpu", copy=True) for name, value in vars(evidence).items()}),
-        transfer=transfer.cpu(),
-        committed=tokens.cpu(),
-        eot_probability=(eot["probability"] * state.masked).cpu() if eot else None,
-        eot_top=(eot["top"] & state.masked).cpu() if eot else None,
-    )
+    def _trace(self, rows: Tensor, evidence: Evidence, transfer: Tensor, tokens: Tensor) -> StepTrace:
+        state, slots = self.state, self.scheduler.slots
+        eot = self.eot if self.request.record_eot else {}
+        return StepTrace(
+            rows=rows,
+            block=torch.tensor([slot.block for slot in slots]),
+            step=torch.tensor([slot.steps for slot in slots]),
+            evidence=evidence.to("cpu"),
+            transfer=transfer.cpu(),
+            committed=tokens.cpu(),
+            eot_probability=(eot["probability"] * state.masked).cpu() if eot else None,
+            eot_top=(eot["top"] & state.masked).cpu() if eot else None,
+        )

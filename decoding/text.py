@@ -66,7 +66,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
         *messages, last = messages
         begun, add_generation_prompt = _unmarked(last["content"]), True
     texts = [_unmarked(message["content"]).strip() for message in messages]
-    special = [str(token) for token in tokenizer.all_special_tokens]
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special.update(map(str, tokenizer.all_special_tokens))
     if any(token in text for token in special for text in texts):
         texts = [f"{MARK}{text}{MARK}" for text in texts]
     filled = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]

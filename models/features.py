@@ -1,10 +1,13 @@
 """What the predictor said in one block at one step, and the columns a filter reads from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+EVIDENCE = frozenset({"margin", "entropy", "history"})
+"""What can be asked for beyond token and confidence and is worth keeping: all that records hold."""
 
 
 @dataclass
@@ -12,26 +15,49 @@ class Evidence:
     """The predictor's word on the active block of every row at one step; fp32, computed from the logits.
 
     Only masked positions carry evidence; elsewhere every field is zero, except for strategies that ask for all positions
-    (the published filter does), where ``token`` and ``confidence`` are filled everywhere. Fields beyond these two are
-    zero unless the strategy needs them.
+    (the published filter does), where ``token`` and ``confidence`` are filled everywhere; right of an accepted end of the
+    text the confidence is zero all the same, for the published code has cut the sequence there. Fields beyond these two
+    are there for who asks for them and ``None`` for everybody else, so that nobody reads what was not computed.
 
     Attributes:
         masked: ``(B, K)`` bool, True where the position is not decoded yet.
         token: ``(B, K)`` int64, argmax over the vocabulary without the MASK id.
         confidence: ``(B, K)`` float32, softmax probability of ``token``.
-        margin: ``(B, K)`` float32, largest minus second largest logit.
-        entropy: ``(B, K)`` float32, nats.
-        stable: ``(B, K)`` int64, for how many previous steps of this block in a row the argmax has been ``token``.
-        previous: ``(B, K)`` float32, the confidence one step earlier in this block, 0 at its first step.
+        margin: ``(B, K)`` float32, largest minus second largest logit. Asked for by its name.
+        entropy: ``(B, K)`` float32, nats. Asked for by its name.
+        stable: ``(B, K)`` int64, for how many previous steps of this block in a row the argmax has been ``token``. Asked for as
+            ``history``.
+        previous: ``(B, K)`` float32, the confidence one step earlier in this block, 0 at its first step. Likewise.
+        hidden: ``(B, K, D)`` in the weights' dtype, the predictor's last hidden state, which its head reads. Asked for by its
+            name; the head has it anyway.
     """
 
     masked: Tensor
     token: Tensor
     confidence: Tensor
-    margin: Tensor
-    entropy: Tensor
-    stable: Tensor
-    previous: Tensor
+    margin: Tensor = None  # type: ignore[assignment]
+    entropy: Tensor = None  # type: ignore[assignment]
+    stable: Tensor = None  # type: ignore[assignment]
+    previous: Tensor = None  # type: ignore[assignment]
+    hidden: Tensor = None  # type: ignore[assignment]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Evidence":
+        """Evidence whose every field has gone through ``change``."""
+        return Evidence(**{name: change(value) for name, value in self.present().items()})
+
+    def to(self, device: torch.device | str) -> "Evidence":
+        """The same on a device."""
+        return self.each(lambda value: value.to(device))
+
+    def present(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @staticmethod
+    def cat(parts: Sequence["Evidence"]) -> "Evidence":
+        """The rows of all parts, one after the other; fields that every part has."""
+        names = [name for name in parts[0].present() if all(getattr(part, name) is not None for part in parts)]
+        return Evidence(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def run_to_the_left(masked: Tensor) -> Tensor:
@@ -57,26 +83,45 @@ def _rank(evidence: Evidence) -> Tensor:
     return order / evidence.masked.shape[1]
 
 
-FEATURES: dict[str, Callable[[Evidence], Tensor]] = {
-    "confidence": lambda e: e.confidence,
-    "log_margin": lambda e: e.margin.log1p(),
-    "entropy": lambda e: e.entropy,
-    "stable": lambda e: e.stable.float().log1p(),
-    "previous_confidence": lambda e: e.previous,
-    "masked": lambda e: e.masked.float(),
-    "masked_left": lambda e: _shift(e.masked, 1).float(),
-    "masked_right": lambda e: _shift(e.masked, -1).float(),
-    "run_left": lambda e: run_to_the_left(e.masked) / e.masked.shape[1],
-    "share_masked": lambda e: e.masked.float().mean(1, keepdim=True).expand_as(e.confidence),
-    "rank": _rank,
+@dataclass(frozen=True)
+class Feature:
+    """A column that a filter reads.
+
+    Attributes:
+        column: ``Evidence -> (B, K)`` float32.
+        needs: What it reads beyond token and confidence, as a strategy asks for it: of ``margin``, ``entropy``, ``history``.
+        flag: It says something of decoded positions, too; the others are zero there.
+    """
+
+    column: Callable[[Evidence], Tensor]
+    needs: frozenset[str] = frozenset()
+    flag: bool = False
+
+
+_HISTORY = frozenset({"history"})
+FEATURES: dict[str, Feature] = {
+    "confidence": Feature(lambda e: e.confidence),
+    "log_margin": Feature(lambda e: e.margin.log1p(), frozenset({"margin"})),
+    "entropy": Feature(lambda e: e.entropy, frozenset({"entropy"})),
+    "stable": Feature(lambda e: e.stable.float().log1p(), _HISTORY),
+    "previous_confidence": Feature(lambda e: e.previous, _HISTORY),
+    "masked": Feature(lambda e: e.masked.float(), flag=True),
+    "masked_left": Feature(lambda e: _shift(e.masked, 1).float(), flag=True),
+    "masked_right": Feature(lambda e: _shift(e.masked, -1).float(), flag=True),
+    "run_left": Feature(lambda e: run_to_the_left(e.masked) / e.masked.shape[1]),
+    "share_masked": Feature(lambda e: e.masked.float().mean(1, keepdim=True).expand_as(e.confidence)),
+    "rank": Feature(_rank),
 }
-"""Feature name to a function ``Evidence -> (B, K)`` float32. A new feature is one entry."""
+"""Feature name to what it is. A new feature is one entry."""
+
+
+def needs_of(names: Iterable[str]) -> frozenset[str]:
+    """What the named features read beyond token and confidence."""
+    return frozenset().union(*(FEATURES[name].needs for name in names))
 
 
 def feature_columns(evidence: Evidence, names: list[str] | tuple[str, ...]) -> Tensor:
     """The named columns, ``(B, K, F)`` float32; zero at positions that are already decoded, save for the mask flags."""
-    columns = torch.stack([FEATURES[name](evidence) for name in names], dim=-1)
-    keep = evidence.masked[..., None] | torch.tensor(
-        [name.startswith("masked") for name in names], device=columns.device
-    )
+    columns = torch.stack([FEATURES[name].column(evidence) for name in names], dim=-1)
+    keep = evidence.masked[..., None] | torch.tensor([FEATURES[name].flag for name in names], device=columns.device)
     return torch.where(keep, columns, 0.0)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.checkpoint import TENSORS, load_component, load_tensors, save_component
+from models.checkpoint import CONFIG, TENSORS, current_eot_rule, load_component, load_tensors, save_component
 from models.errors import InputError
 from models.features import FEATURES, Evidence, feature_columns
 
@@ -87,7 +87,7 @@ class BlockMLP(Filter):
         self.linear2 = nn.Linear(config.block_length, config.block_length)
 
     def forward(self, evidence: Evidence) -> Tensor:
-        """Logits ``(B, K)`` float32; a block shorter than the trained one is padded on the right with zeros."""
+        """Logits ``(B, K)`` float32; a block shorter than the trained one, or cut by the text's end, has zeros there."""
         confidence, room = evidence.confidence, self.linear1.in_features
         if not self.needs_all_positions:
             confidence = confidence.where(evidence.masked, 0.0)
@@ -134,8 +134,7 @@ class ConvFilter(Filter):
     def fit_normalisation(self, evidence: Evidence) -> None:
         """Sets mean and standard deviation of each column over all positions of (at most 65,536 evenly spread) rows."""
         every = -(-evidence.masked.shape[0] // 65_536)
-        sample = Evidence(**{f.name: getattr(evidence, f.name)[::every] for f in fields(evidence)})
-        columns = feature_columns(sample, self.features).flatten(0, 1)
+        columns = feature_columns(evidence.each(lambda value: value[::every]), self.features).flatten(0, 1)
         std = columns.std(0)
         self.mean.copy_(columns.mean(0))
         self.std.copy_(std.where(std > 1e-6, 1.0))  # a constant column stays 0 and teaches nothing
@@ -232,7 +231,8 @@ def load_filter(folder: str | Path) -> tuple[BlockMLP | ConvFilter, FilterConfig
     """
     folder = Path(folder)
     values, tensors = load_component(folder, KIND, SCHEMA_VERSION, [f.name for f in fields(FilterConfig)])
-    _check(values, _EXPORT_RULES, str(folder / "config.json"))
+    _check(values, _EXPORT_RULES, str(folder / CONFIG))
+    values["eot_rule"] = current_eot_rule(values["eot_rule"], f"{folder / CONFIG}: eot_rule")
     values["features"] = tuple(values["features"])
     config = FilterConfig(**values)
     net = build_filter(config)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from models.causal_lm import load_causal_lm, pretrained_folder, within
-from models.checkpoint import replacing
+from models.checkpoint import current_eot_rule, replacing
 from models.errors import InputError
 from models.helper_cache import HelperCache
 from models.predictor import fingerprint
@@ -159,16 +159,26 @@ class Helper:
         Returns:
             ``(n, T, vocab_size)`` logits in the weights' dtype; row ``t`` predicts the token at ``columns[:, t] + 1``.
         """
+        return self.logits(self.hidden(ids, columns, cache, rows))
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``(..., vocab_size)`` in the weights' dtype of hidden states ``(..., D)``."""
+        return self.model.get_output_embeddings()(hidden)[..., : self.vocab_size]  # type: ignore[misc]
+
+    @torch.inference_mode()
+    def hidden(self, ids: Tensor, columns: Tensor, cache: HelperCache, rows: Tensor | None = None) -> Tensor:
+        """The same forward without its head: ``(n, T, D)``; most of the vocabulary's rows are never looked at."""
         place = torch.arange(len(ids), device=ids.device) if rows is None else rows
         cache.place.rows, cache.place.columns, cache.place.every_row = place[:, None], columns, rows is None
         visible = torch.arange(cache.length, device=ids.device) <= columns[:, None, :, None]
-        return self.model(
+        return self.model.base_model(
             input_ids=within(ids, self.vocab_size, self.config.eot_id), attention_mask=visible, position_ids=columns,
             past_key_values=cache, use_cache=True,
-        ).logits  # fmt: skip
+        ).last_hidden_state  # fmt: skip
 
     def probe(self, name: str) -> None:
-        """Refuses an architecture that gives other logits with the cache than without."""
+        """Refuses an architecture that gives other logits with the cache than without, or scales what its head says."""
         ids = torch.arange(6, device=self.device)[None] % self.vocab_size
         columns = torch.arange(6, device=self.device)[None]
         cache = self.allocate_cache(1, 8)
@@ -280,7 +290,7 @@ def _read_description(folder: Path) -> HelperConfig:
         found = "an unknown key" if name in values else "nothing"
         raise InputError(f"{file}: {name}", found, f"the keys {', '.join(sorted(names))}")
     _check(values, str(file))
-    return HelperConfig(**values)
+    return HelperConfig(**values | {"eot_rule": current_eot_rule(values["eot_rule"], f"{file}: eot_rule")})
 
 
 def _with_adapter(folder: Path, config: HelperConfig, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -128,9 +128,14 @@ class KVCache:
         shape = (config.n_layers, batch, heads, length, config.d_model // config.n_heads)
         return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
-    def window(self, rows: int, start: int, stop: int) -> "KVCache":
-        """A view of the first ``rows`` rows and the columns ``start`` to ``stop``; writing to it writes here."""
-        return KVCache(self.keys[:, :rows, :, start:stop], self.values[:, :rows, :, start:stop])
+    def window(self, first_row: int, last_row: int, start: int, stop: int) -> "KVCache":
+        """A view of the rows and columns between these bounds, the second of each excluded; writing to it writes here."""
+        rows, columns = slice(first_row, last_row), slice(start, stop)
+        return KVCache(self.keys[:, rows, :, columns], self.values[:, rows, :, columns])
+
+    def clone(self) -> "KVCache":
+        """A copy that shares no memory with this."""
+        return KVCache(self.keys.clone(), self.values.clone())
 
     def move(self, source: int, target: int) -> None:
         """Copies row ``source`` over row ``target``."""
@@ -290,8 +295,7 @@ class LLaDAModel(nn.Module):
         return x
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Final norm and vocabulary projection: ``(..., d_model)`` to ``(..., vocab_size)``."""
-        hidden = self.transformer["ln_f"](hidden)
+        """Vocabulary projection of normed hidden states: ``(..., d_model)`` to ``(..., vocab_size)``."""
         if self.config.weight_tying:
             logits = F.linear(hidden, cast(Tensor, self.transformer["wte"].weight))
         else:
@@ -336,6 +340,7 @@ class LLaDAModelLM(PreTrainedModel):
         cache: KVCache | None = None,
         cache_index: Tensor | None = None,
         cache_rows: Tensor | None = None,
+        head: bool = True,
     ) -> MaskedLMOutput:
         """Predicts the token at every position asked for.
 
@@ -349,9 +354,11 @@ class LLaDAModelLM(PreTrainedModel):
             cache: Keys and values to attend to; those of ``input_ids`` are written into it first.
             cache_index: ``(B, T)`` int64, the cache columns that ``input_ids`` occupy; ``None``: all ``S``, in order.
             cache_rows: ``(B,)`` int64, the cache rows that they occupy; ``None``: all, in order.
+            head: Run the head. Without it ``logits`` is ``None``, and who needs some calls :meth:`head` on the hidden states.
 
         Returns:
-            ``logits`` ``(B, T, vocab_size)``, or ``(N, vocab_size)`` with ``logits_at``, in the weights' dtype.
+            ``logits`` ``(B, T, vocab_size)``, or ``(N, vocab_size)`` with ``logits_at``, in the weights' dtype;
+            ``hidden_states`` holds one tensor, ``(B, T, d_model)`` or ``(N, d_model)``: what the head reads.
         """
         mask = None if attention_mask is None else attention_mask.bool()
         if cache is not None and position_ids is None:
@@ -364,7 +371,12 @@ class LLaDAModelLM(PreTrainedModel):
         hidden = self.model(input_ids, keys_allowed, position_ids, cache, cache_index, cache_rows)
         if logits_at is not None:
             hidden = hidden.flatten(0, 1)[logits_at]
-        return MaskedLMOutput(logits=self.model.head(hidden))
+        hidden = self.model.transformer["ln_f"](hidden)
+        return MaskedLMOutput(logits=self.head(hidden) if head else None, hidden_states=(hidden,))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``(..., vocab_size)`` of hidden states ``(..., d_model)`` as :meth:`forward` gives them."""
+        return self.model.head(hidden)
 
 
 AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig)

@@ -1,6 +1,7 @@
-"""The mask predictor that decoders talk to: token ids in, logits at the wanted positions out."""
+"""The mask predictor that decoders talk to: token ids in, hidden states at the wanted positions out, and their logits."""
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -71,7 +72,7 @@ class MaskPredictor:
     """A frozen mask predictor with everything a decoder must know about it.
 
     Args:
-        model: Module with the forward of :class:`models.llada.LLaDAModelLM`.
+        model: Module with the ``forward`` and the ``head`` of :class:`models.llada.LLaDAModelLM`.
         ids: Special token ids.
         vocab_size: Number of ids the logits cover.
         max_length: Longest sequence the model was trained for, in tokens.
@@ -112,7 +113,7 @@ class MaskPredictor:
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, logits_at: Tensor, **cache: Any
     ) -> Tensor:
-        """One forward.
+        """One forward, without the head.
 
         Args:
             input_ids: ``(B, T)`` int64.
@@ -123,9 +124,17 @@ class MaskPredictor:
             **cache: ``cache``, ``cache_index`` and ``cache_rows`` of :meth:`models.llada.LLaDAModelLM.forward`.
 
         Returns:
-            ``(N, vocab_size)`` logits in the weights' dtype; row ``n`` predicts position ``logits_at[n]``.
+            ``(N, D)`` hidden states in the weights' dtype, as the head reads them; row ``n`` is of position ``logits_at[n]``.
         """
-        return self.forward(input_ids, attention_mask, position_ids, logits_at, **cache).logits
+        return self.forward(input_ids, attention_mask, position_ids, logits_at, head=False, **cache).hidden_states[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``(N, vocab_size)`` in the weights' dtype of hidden states ``(N, D)``; the caller may overwrite them.
+
+        At 8B sizes these are 500 KB a position in fp32: whoever asks for many reads them in parts.
+        """
+        return self.model.head(hidden)  # type: ignore[operator]
 
     def allocate_cache(self, batch: int, length: int) -> KVCache:
         """Storage for the keys and values of ``batch`` rows of ``length`` positions.
@@ -145,7 +154,7 @@ class MaskPredictor:
             backend: Backend of ``torch.compile``.
 
         Raises:
-            InputError: The compiled forward gives other logits.
+            InputError: The compiled forward gives other hidden states.
         """
         rows, length, part = 3, 24, 8
         ids = (torch.arange(rows * length, device=self.device) * 7919 % self.vocab_size).view(rows, length)
@@ -168,7 +177,7 @@ class MaskPredictor:
         if not difference <= accepted:
             self.forward = self.model
             raise InputError(
-                "compile", f"logits {difference:.1e} away from eager ones, relatively", f"at most {accepted:.1e}"
+                "compile", f"hidden states {difference:.1e} away from eager ones, relatively", f"at most {accepted:.1e}"
             )
 
     @classmethod
@@ -309,19 +318,21 @@ def _token_ids(folder: Path, raw: dict, family: Family, tokenizer: PreTrainedTok
 
 
 def fingerprint(folder: Path) -> str:
-    """Identity of a checkpoint's weights: 16 hex digits of a SHA-256 over its safetensors files.
+    """Identity of a checkpoint's weights: 16 hex digits of a SHA-256 over all bytes of its safetensors files.
 
-    Up to 64 MiB of a file are read whole; of a larger one, the first MiB of every 64 (names, shapes and a sample of every
-    few layers), so that an 8B checkpoint takes well under a second.
+    A process reads each file once while its size and time of change stay the same; 16 GB take some ten seconds.
     """
+    files = [file.resolve() for file in sorted(folder.glob("*.safetensors"))]
+    return _digest(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Digest of files' sizes and contents; path, size and time of change tell one state of a file from another."""
     digest = hashlib.sha256()
-    mebi = 1 << 20
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
+    for file, size, _ in files:
         digest.update(str(size).encode())
-        step, length = (64 * mebi, mebi) if size > 64 * mebi else (mebi, mebi)
         with file.open("rb") as stream:
-            for offset in range(0, size, step):
-                stream.seek(offset)
-                digest.update(stream.read(length))
+            while part := stream.read(1 << 24):
+                digest.update(part)
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer of the bundled model: LLaDA's special tokens and chat template, one token per digit."""
+"""The byte-level BPE tokenizer of the bundled model: LLaDA's special tokens and chat template, a token for a number to 99."""
 
 from collections.abc import Iterable
 
@@ -22,15 +22,15 @@ CHAT_TEMPLATE = (
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE on ``texts``.
 
-    Digits stand alone (with the space before them, if any), so numbers have one token a digit; words keep their leading
-    space; line breaks are tokens of their own.
+    Digits go by twos (with the space before them, if any), so a number up to 99 that ``texts`` holds often is one token; words
+    keep their leading space; line breaks are tokens of their own.
 
     Args:
         texts: Training text.
         vocab_size: Size of the vocabulary, special tokens and the 256 bytes included.
     """
     tokenizer = Tokenizer(models.BPE())
-    pieces = Regex(r" ?\d| ?[A-Za-z]+|\n+| ?[^\sA-Za-z\d]+|\s+")
+    pieces = Regex(r" ?\d{1,2}| ?[A-Za-z]+|\n+| ?[^\sA-Za-z\d]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

@@ -1,13 +1,25 @@
-"""Adaptive parallel decoding: a small autoregressive helper says how much of the diffusion model's draft stands."""
+"""Adaptive parallel decoding (arXiv 2506.00413): the diffusion model drafts, a small autoregressive helper judges."""
 
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from decoding.config import DecodeConfig
+from decoding.eot import first_true
+from decoding.output import Timer
+from decoding.plan import ForwardPlan
+from decoding.read import in_chunks, read_block
+from decoding.run import Request, Run
+from decoding.scheduler import Slot
+from decoding.step import Decision
 from decoding.strategies.base import Strategy, require_range
 from models.errors import InputError
+from models.features import EVIDENCE, Evidence
 from models.helper import Helper, check_helper, load_helper
 from models.predictor import MaskPredictor, fingerprint
 
@@ -55,7 +67,7 @@ class APD(Strategy):
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
         assert self.network is not None
         if config.eot == "published":
-            raise InputError("eot", "'published' with apd, which decodes left to right", "off | filter")
+            raise InputError("eot", "'published' with apd, which decodes left to right", "off | commit")
         if config.cache != "none":
             raise InputError("cache", f"{config.cache!r} with apd, which has its own", "none, and apd.kv_window")
         differences = check_helper(
@@ -66,8 +78,209 @@ class APD(Strategy):
             warnings.warn(difference, stacklevel=2)
         self.network.to(predictor.device)
 
+    def start(self, request: Request) -> Run:
+        return ApdRun(request, self)
+
     def settings(self) -> dict[str, Any]:
         return {
             "strategy": self.name, "mixture_weight": self.mixture_weight, "kv_window": self.kv_window,
             "max_lookahead": self.max_lookahead, "helper": str(self.helper) if self.helper else None,
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The lookahead of some rows: ``n`` rows, ``N`` positions in all, one row's after the other's.
+
+    Attributes:
+        numbers: Their slots, on the host.
+        slots: What the host knows of them.
+        lengths: Positions looked at, one number a row.
+        index: ``(n,)`` int64, ``numbers`` on the device.
+        inside: ``(n, G)`` bool, the positions of the generated region that are looked at.
+        row: ``(N,)`` int64, number of each position's row among the ``n``.
+        place: ``(N,)`` int64, its place in the generated region.
+        done: ``(n, 1)`` int64, committed positions; the lookahead begins there.
+        end: ``(n, 1)`` int64, place past the last one looked at.
+    """
+
+    numbers: list[int]
+    slots: list[Slot]
+    lengths: list[int]
+    index: Tensor
+    inside: Tensor
+    row: Tensor
+    place: Tensor
+    done: Tensor
+    end: Tensor
+
+
+class ApdRun(Run):
+    """A request decoded left to right; the generated region is one block, of which a prefix is decoded.
+
+    Args:
+        request: What to decode.
+        strategy: Its strategy.
+    """
+
+    def __init__(self, request: Request, strategy: APD) -> None:
+        self.strategy = strategy
+        super().__init__(request, replace(request.config, block_length=request.config.gen_length, steps=None))
+        assert strategy.network is not None
+        self.helper = strategy.network
+        self.helper_cache = None
+        if strategy.mixture_weight < 1:
+            self.helper_cache = self.helper.allocate_cache(len(self.scheduler.slots), len(self.state.storage))
+        if strategy.kv_window is not None:
+            self.keep_keys()
+        self.helper_timer = Timer(self.state.device)
+        self.needs = EVIDENCE if request.record else frozenset[str]()
+
+    def decide(self) -> tuple[Evidence, Decision]:
+        state, slots = self.state, self.scheduler.slots
+        fields: dict[str, Tensor] = {}
+        accepted = torch.zeros_like(state.masked)
+        self.noise.begin(self.scheduler.rows)
+        # Rows that begin have a whole prompt to go through; the others do not wait for them.
+        for begins in (True, False):
+            numbers = [number for number, slot in enumerate(slots) if (slot.steps == 0) is begins]
+            if not numbers:
+                continue
+            draft = self._lookahead(numbers)
+            hidden = self._predict(draft)
+            found = self._read(draft, hidden)
+            cells = draft.index[draft.row] * len(state.region) + draft.place
+            for name, values in found.items():
+                laid = fields.setdefault(name, values.new_zeros(state.masked.shape))
+                laid.view(-1).index_copy_(0, cells, values)
+            accepted[draft.index] = self._judge(draft, hidden, found["token"], fields["token"][draft.index])
+        for slot in slots:
+            slot.last_committed = self.config.gen_length - slot.left
+        kept = {name: fields[name] for name in ("margin", "entropy") if name in fields}
+        if self.request.record:  # a position is judged once: it has no history
+            kept |= {"stable": torch.zeros_like(fields["token"]), "previous": torch.zeros_like(fields["confidence"])}
+        evidence = Evidence(state.masked_block, fields["token"], fields["confidence"], **kept)
+        asked = torch.full_like(state.block, int(self.helper_cache is not None))
+        counts = {"helper_commits": asked * (self._stays(accepted, evidence.token) - 1), "helper_forwards": asked}
+        return evidence, Decision(accepted, counts=counts)
+
+    def _stays(self, accepted: Tensor, token: Tensor) -> Tensor:
+        """How many of the ``accepted`` ``(b, G)`` positions stay in the text, its EoT included, ``(b,)`` int64."""
+        if self.config.eot != "off":
+            last = first_true(accepted & (token == self.predictor.ids.eot))
+            accepted = accepted & (self.state.region <= last[:, None])
+        return accepted.sum(1)
+
+    def _lookahead(self, numbers: list[int]) -> Draft:
+        state, region = self.state, self.state.region
+        slots = [self.scheduler.slots[number] for number in numbers]
+        lengths = [min(slot.left, self.strategy.max_lookahead or slot.left) for slot in slots]
+        known = torch.tensor([numbers, [self.config.gen_length - slot.left for slot in slots], lengths]).to(
+            state.device
+        )
+        index, done, end = known[0], known[1, :, None], (known[1] + known[2])[:, None]
+        inside = (region >= done) & (region < end)
+        at = inside.view(-1).nonzero_static(size=sum(lengths))[:, 0]
+        return Draft(numbers, slots, lengths, index, inside, at // len(region), at % len(region), done, end)
+
+    def _predict(self, draft: Draft) -> Tensor:
+        """The predictor's hidden states of the lookahead, ``(N, D)``."""
+        state, window = self.state, self.strategy.kv_window
+        base, low = state.prompt_width, state.window[0]
+        ends = [
+            base + self.config.gen_length - slot.left + length
+            for slot, length in zip(draft.slots, draft.lengths, strict=True)
+        ]
+        stop = max(ends)
+        every = len(draft.numbers) == len(self.scheduler.slots)
+        rows = slice(0, len(draft.numbers)) if every else draft.index
+        end = None if min(ends) == stop else base + draft.end
+        if window is None or not draft.slots[0].steps:
+            plan, length, first = ForwardPlan(draft.numbers, rows, stop=stop, end=end), stop - low, low
+        else:
+            starts = [base + max(slot.last_committed - window, -slot.width) for slot in draft.slots]
+            length = max(end - start for start, end in zip(starts, ends, strict=True))
+            begins = torch.tensor(starts).to(state.device)
+            plan = ForwardPlan(draft.numbers, rows, begins[:, None], length, base + draft.end - 1, stop, end)
+            first = begins[draft.row]
+        return self.forward(plan, draft.row * length + base + draft.place - first)
+
+    def _read(self, draft: Draft, hidden: Tensor) -> dict[str, Tensor]:
+        """The draft itself, and what else is asked for of it; fields ``(N,)`` of :func:`decoding.read.read_block`."""
+        ids = self.predictor.ids
+
+        def read(logits: Tensor, part: slice) -> dict[str, Tensor]:
+            return read_block(logits, ids, self.needs, self._noisy(draft, part) if self.config.temperature else None)
+
+        return in_chunks(hidden, self.predictor.logits, self.predictor.vocab_size, read)
+
+    def _noisy(self, draft: Draft, part: slice) -> Callable[[Tensor], Tensor]:
+        """Adds a part of the draft's noise to scores: one Gumbel draw a position, the same for the draft and the target."""
+        rows = [slot.row for slot in draft.slots]
+        return lambda scores: self.noise.add(scores, rows, draft.lengths, part.start)
+
+    def _judge(self, draft: Draft, hidden: Tensor, token: Tensor, text: Tensor) -> Tensor:
+        """The draft's accepted prefixes, ``(n, G)`` bool, at least one position each.
+
+        The target is ``p_D^R p_AR^(1-R)``. Neither is normalised: what that would take off is the same for every token.
+
+        Args:
+            draft: The lookahead.
+            hidden: ``(N, D)``, the predictor's.
+            token: ``(N,)`` int64, the draft.
+            text: ``(n, G)`` int64, the same laid out in the generated region.
+        """
+        weight, mask = self.strategy.mixture_weight, self.predictor.ids.mask
+        if self.helper_cache is None:
+            return draft.inside
+
+        def read(said: Tensor, part: slice) -> dict[str, Tensor]:
+            # Ids beyond the helper's vocabulary are never accepted.
+            target = torch.full((len(said), self.predictor.vocab_size), -torch.inf, device=said.device)
+            size = min(said.shape[1], target.shape[1])
+            target[:, :size] = said[:, :size].float() * (1 - weight)
+            if weight > 0:
+                target += self.predictor.logits(hidden[part]).float().mul_(weight)
+            target[:, mask] = -torch.inf
+            return {"refused": self._noisy(draft, part)(target).argmax(-1) != token[part]}
+
+        with self.helper_timer:
+            said = self._ask(draft, text)
+            refused = in_chunks(said, self.helper.logits, self.predictor.vocab_size, read)["refused"]
+        refused &= draft.place != draft.done[draft.row, 0]
+        laid = torch.zeros_like(draft.inside)
+        laid.view(-1).index_copy_(0, draft.row * laid.shape[1] + draft.place, refused)
+        return draft.inside & (laid.cumsum(1) == 0)
+
+    def _ask(self, draft: Draft, text: Tensor) -> Tensor:
+        """The helper's hidden states for the lookahead given the draft's own prefix, ``(N, D)``.
+
+        Its cache holds the tokens before the last committed one: what was rejected lies right of that, is written over here,
+        and is invisible until then, because the helper is causal.
+        """
+        assert self.helper_cache is not None
+        state = self.state
+        width = torch.tensor([slot.width for slot in draft.slots]).to(state.device)[:, None]
+        text = torch.where(state.region < draft.done, state.generated[draft.index], text)
+        row = torch.cat((state.ids[draft.index, : state.prompt_width], text), 1)
+        begins = not draft.slots[0].steps
+        start = torch.zeros_like(width) if begins else width + draft.done - 1
+        length = max(slot.width for slot in draft.slots) if begins else 1
+        columns = start + state.storage[: length + max(draft.lengths) - 1]
+        columns = torch.minimum(columns, width + draft.end - 2)
+        ids = row.gather(1, state.prompt_width - width + columns)
+        hidden = self.helper.hidden(ids, columns, self.helper_cache, draft.index)
+        at = (width - 1 - start)[draft.row, 0] + draft.place
+        return hidden.flatten(0, 1)[draft.row * columns.shape[1] + at]
+
+    def text_length(self, slot: Slot) -> int:
+        return self.config.gen_length - slot.left
+
+    def moved(self, source: int, target: int) -> None:
+        super().moved(source, target)
+        if self.helper_cache is not None:
+            self.helper_cache.move(source, target)
+
+    def close(self) -> None:
+        super().close()
+        self.output.helper_seconds = self.helper_timer.read()

@@ -1,56 +1,18 @@
-"""What a strategy sees and what it answers."""
+"""What a strategy is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from decoding.blocks import BlockRun
 from decoding.config import DecodeConfig
+from decoding.run import Request, Run
+from decoding.step import Decision, Step
 from models.errors import InputError
-from models.features import Evidence
 from models.predictor import MaskPredictor
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the rows still being decoded; ``b`` rows, ``K`` positions of each row's active block.
-
-    Attributes:
-        evidence: What the predictor says there.
-        quota: ``(b,)`` int64, tokens a fixed schedule commits at this step, at least 1.
-        reference: ``(b, K)`` int64, the reference decode's tokens, where the call was given one.
-        decoded: ``(b,)`` float32, share of the row's whole generated region that is decoded.
-        divergence: ``(b, K)`` float32, nats: KL divergence of the position's distribution from the one a step earlier
-            (``KL(p_t || p_{t-1})``), infinite at a block's first step; ``None`` unless the strategy asks for it.
-        memory: What :meth:`BlockStrategy.memory` began the row's block with, or the row's last decision left.
-    """
-
-    evidence: Evidence
-    quota: Tensor
-    reference: Tensor | None = None
-    decoded: Tensor | None = None
-    divergence: Tensor | None = None
-    memory: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What to commit.
-
-    Attributes:
-        transfer: ``(b, K)`` bool, positions to commit; masked ones only, at least one in each row.
-        token: ``(b, K)`` int64, tokens to commit instead of the predictor's guesses, or ``None``.
-        counts: Per-row int64 ``(b,)`` events worth reporting, such as commits that a learned component caused.
-        memory: What the row's next step of the same block shall find in :attr:`Step.memory`; same names, shapes, dtypes.
-    """
-
-    transfer: Tensor
-    token: Tensor | None = None
-    counts: dict[str, Tensor] = field(default_factory=dict)
-    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Strategy(ABC):
@@ -76,6 +38,10 @@ class Strategy(ABC):
         return {}
 
     @abstractmethod
+    def start(self, request: Request) -> Run:
+        """The decode of a request, ready for its first step."""
+
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Everything that determines its decisions, for result rows and manifests."""
 
@@ -91,6 +57,9 @@ class BlockStrategy(Strategy):
 
     needs: frozenset[str] = frozenset()
     all_positions: bool = False
+
+    def start(self, request: Request) -> Run:
+        return BlockRun(request, self)
 
     def memory(self, batch: int, block_length: int) -> dict[str, Tensor]:
         """What it remembers between the steps of a block, as a block begins: name to a CPU tensor ``(batch, ...)``."""

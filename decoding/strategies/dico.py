@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from decoding.config import DecodeConfig
 from decoding.strategies.base import Decision, Step, require_range
 from decoding.strategies.learn2pd import FilterStrategy
-from models.features import Evidence
 from models.filter import FilterConfig
 from models.predictor import MaskPredictor
 
@@ -40,10 +39,11 @@ class DiCo(FilterStrategy):
     ``c`` is the confidence, ``w = c * W`` the confidence under trajectory guidance: ``W`` falls exponentially from 1 at
     the block's first masked position to ``min(1, beta + alpha * decoded share of the region)`` at its end.
 
-    *Divide* commits up to ``seeds`` positions chosen by Soft-NMS on ``w``. Seeds and the known clusters they fall into
-    grow over positions with ``w >= grow_threshold``. *Conquer* commits every ``c > sure`` and, in each cluster, the
-    ``n`` best with ``(n + 1)(1 - c_(n)) <= factor``, else the block's best; clusters then grow where
-    ``c > spread_threshold``. *Finalize* commits every ``margin > margin`` or ``c > sure``, else the best.
+    *Divide* commits up to ``seeds`` positions, those that Soft-NMS on ``w`` ranks first, until one has too low a ``w``.
+    Seeds and the known clusters they fall into grow over positions with ``w >= grow_threshold``. *Conquer* commits every
+    ``c > sure`` and, in each cluster, the ``n`` best with ``(n + 1)(1 - c_(n)) <= factor``, else the block's best;
+    clusters then grow where ``c > spread_threshold``. *Finalize* commits every ``margin > margin`` or ``c > sure``, else
+    the best.
     Source: arXiv 2602.23792. What the paper leaves open:
 
     - A cluster is a run of marked positions, so clusters that touch are one. ``tolerance`` bridges misses to a position
@@ -56,7 +56,7 @@ class DiCo(FilterStrategy):
     Args:
         divide_steps: Longest Divide phase, in steps.
         seeds: Most seeds a step.
-        seed_threshold: Least (suppressed) ``w`` of a seed.
+        seed_threshold: Least ``w`` of a seed, as it was before Soft-NMS.
         grow_threshold: Least ``w`` over which a cluster grows in Divide.
         tolerance: Misses in a row that growth steps over, in positions.
         alpha: Weight of the region's decoded share in the guidance.
@@ -138,8 +138,11 @@ class DiCo(FilterStrategy):
         conquering = (step.memory["phase"] == CONQUER) | (divide & ~found & members.any(1, keepdim=True))
         seeds = torch.zeros_like(masked).scatter_(1, places, dividing.expand_as(places))
 
-        score = c if self.network is None else torch.where(conquering & masked, self._probability(evidence), c)
-        rank = torch.where(masked, score, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        score, order = c, step.log_confidence
+        if self.network is not None:
+            logit = self.network(evidence)
+            score, order = torch.where(conquering & masked, logit.sigmoid(), c), torch.where(conquering, logit, order)
+        rank = torch.where(masked, order, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         by_rule = torch.where(conquering, self._conquered(members, run, score, rank), evidence.margin > self.margin)
         transfer = torch.where(dividing, seeds, (by_rule | (score > self.sure)) & masked)
         rescue = (rank == 0) & ~transfer.any(1, keepdim=True)
@@ -163,10 +166,6 @@ class DiCo(FilterStrategy):
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("network", "config")}
         return {"strategy": self.name} | own | {"filter": str(self.filter) if self.filter else None}
 
-    def _probability(self, evidence: Evidence) -> Tensor:
-        assert self.network is not None
-        return self.network(evidence).sigmoid()
-
     def _guidance(self, masked: Tensor, decoded: Tensor) -> Tensor:
         """``W`` ``(b, K)``; 1 left of the first masked position, where its power could be infinite."""
         size = masked.shape[1]
@@ -177,13 +176,13 @@ class DiCo(FilterStrategy):
     def _pick(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Soft-NMS: places of the seeds, ``(b, seeds)`` with repetitions, and whether there is one at all, ``(b, 1)``."""
         decay = _decay(w.shape[1], self.sigma, w.dtype, w.device)
-        picks = [w.max(1)]
+        height, picks = w, [w.argmax(1)]
         for _ in range(self.seeds - 1):
-            w = w * decay[picks[-1].indices]
-            picks.append(w.max(1))
-        good = torch.stack([pick.values for pick in picks], 1) >= self.seed_threshold
-        places = torch.stack([pick.indices for pick in picks], 1)
-        # Heights never rise: once one is too low, so are the rest, and they repeat the first seed.
+            height = height * decay[picks[-1]]
+            picks.append(height.argmax(1))
+        places = torch.stack(picks, 1)
+        # Heights only rank. The first place whose own weight is too low ends the search; the rest repeat the first seed.
+        good = (w.gather(1, places) >= self.seed_threshold).byte().cumprod(1).bool()
         return torch.where(good, places, places[:, :1]), good[:, :1]
 
     def _conquered(self, members: Tensor, run: Tensor, score: Tensor, rank: Tensor) -> Tensor:

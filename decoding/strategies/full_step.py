@@ -11,7 +11,7 @@ class FullStep(BlockStrategy):
     name = "full_step"
 
     def decide(self, step: Step) -> Decision:
-        return Decision(top_k(step.evidence.confidence, step.evidence.masked, step.quota))
+        return Decision(top_k(step.log_confidence, step.evidence.masked, step.quota))
 
     def settings(self) -> dict[str, Any]:
         return {"strategy": self.name}

@@ -14,8 +14,10 @@ class Klass(BlockStrategy):
     """Commits every position that is confident and stable; where a row has none, the quota's most confident ones.
 
     Stable means that ``KL(p_t || p_{t-1})`` was below ``divergence`` at each of the last ``history`` steps, this one
-    included; the confidence is only asked for now. The first step of a block has no divergence and breaks any run.
-    Source: arXiv 2511.05664; the defaults are its settings for GSM8K.
+    included, all of them in this block; the confidence is only asked for now. A block's first step is compared with the last
+    step of the block before, as in the authors' code; with a dual cache, whose forwards do not see that far, it has nothing
+    to be compared with, nor has a row's first step, and neither counts. Source: arXiv 2511.05664; the defaults are its
+    settings for GSM8K.
 
     Args:
         threshold: Confidence in probability that has to be exceeded.
@@ -49,7 +51,7 @@ class Klass(BlockStrategy):
         evidence = step.evidence
         stable = (step.memory["stable"] + 1) * (step.divergence < self.divergence)
         ready = (stable >= self.history) & (evidence.confidence > self.threshold) & evidence.masked
-        quota = top_k(evidence.confidence, evidence.masked, step.quota)
+        quota = top_k(step.log_confidence, evidence.masked, step.quota)
         return Decision(torch.where(ready.any(1, keepdim=True), ready, quota), memory={"stable": stable})
 
     def settings(self) -> dict[str, Any]:

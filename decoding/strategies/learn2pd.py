@@ -10,6 +10,7 @@ from torch import nn
 from decoding.config import DecodeConfig
 from decoding.strategies.base import BlockStrategy, Decision, Step, require_range, top_1
 from models.errors import InputError
+from models.features import needs_of
 from models.filter import FilterConfig, check_compatible, load_filter
 from models.predictor import MaskPredictor, fingerprint
 
@@ -39,8 +40,7 @@ class FilterStrategy(BlockStrategy):
             self.network, self.config = load_filter(self.filter)
         if self.config is None:
             raise InputError(f"{self.name}.config", None, "the FilterConfig of the network")
-        reads = {"log_margin": "margin", "entropy": "entropy", "stable": "history", "previous_confidence": "history"}
-        self.needs = frozenset(reads[name] for name in self.config.features if name in reads)
+        self.needs = needs_of(self.config.features)
         self.all_positions = bool(self.network.needs_all_positions)
         return self.config
 
@@ -97,7 +97,7 @@ class Learn2PD(FilterStrategy):
         assert self.network is not None
         evidence = step.evidence
         final = (self.network(evidence).sigmoid() > self.threshold) & evidence.masked
-        best = top_1(evidence.confidence, evidence.masked)
+        best = top_1(step.log_confidence, evidence.masked)
         return Decision(final | best, counts={"filter_commits": (final & ~best).sum(1)})
 
     def settings(self) -> dict[str, Any]:

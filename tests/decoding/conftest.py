@@ -21,11 +21,14 @@ class ScriptedModel(nn.Module):
         self.anchor = nn.Parameter(torch.zeros(()))
         self.script, self.calls, self.asked = script, 0, []
 
-    def forward(self, ids: Tensor, attention: Tensor, positions: Tensor, logits_at: Tensor):
+    def forward(self, ids: Tensor, attention: Tensor, positions: Tensor, logits_at: Tensor, head: bool = True):
         self.calls += 1
         self.asked.append(logits_at.clone())
         logits = self.script(ids, attention, positions)
-        return type("Output", (), {"logits": logits.flatten(0, 1)[logits_at]})
+        return type("Output", (), {"hidden_states": (logits.flatten(0, 1)[logits_at],)})
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden.clone()
 
 
 def wrap(model: nn.Module, max_length: int = 512) -> MaskPredictor:
@@ -93,6 +96,6 @@ def random_helper():
         vocab_size=VOCAB, max_position_embeddings=512, initializer_range=0.05,
     )  # fmt: skip
     described = HelperConfig(
-        base_fingerprint="unsaved", vocab_size=VOCAB, mask_id=MASK, eot_id=EOT, gen_length=24, eot_rule="filter"
+        base_fingerprint="unsaved", vocab_size=VOCAB, mask_id=MASK, eot_id=EOT, gen_length=24, eot_rule="commit"
     )
     return Helper(LlamaForCausalLM(config), described)

@@ -22,7 +22,7 @@ class ScriptedHelper:
     def __init__(self, script, vocab_size=VOCAB):
         self.script, self.vocab_size, self.calls = script, vocab_size, 0
         self.config = HelperConfig(
-            base_fingerprint="unsaved", vocab_size=VOCAB, mask_id=MASK, eot_id=EOT, gen_length=24, eot_rule="filter"
+            base_fingerprint="unsaved", vocab_size=VOCAB, mask_id=MASK, eot_id=EOT, gen_length=24, eot_rule="commit"
         )
 
     def to(self, device):
@@ -31,7 +31,10 @@ class ScriptedHelper:
     def allocate_cache(self, batch, length):
         return type("Cache", (), {"move": lambda *_: None})()
 
-    def __call__(self, ids, columns, cache, rows=None):
+    def logits(self, hidden):
+        return hidden
+
+    def hidden(self, ids, columns, cache, rows=None):
         self.calls += 1
         return self.script(ids, columns)[..., : self.vocab_size]
 
@@ -63,7 +66,7 @@ def test_a_helper_that_equals_the_predictor_accepts_everything(scripted, tables,
     strategy = apd(says(tables[0]), weight, max_lookahead=8)
     out = decode(predictor_of(scripted, tables[0]), [[1, 2], [3] * 5], config, strategy)
     assert out.nfe.tolist() == [3, 3]
-    assert out.counts["helper_commits"].tolist() == [21, 21]
+    assert out.counts["helper_commits"].tolist() == ([21, 21] if weight < 1 else [0, 0])
 
 
 def test_weight_1_accepts_everything_without_asking(scripted, tables):
@@ -73,6 +76,7 @@ def test_weight_1_accepts_everything_without_asking(scripted, tables):
     assert out.nfe.tolist() == [1]
     assert helper.calls == 0
     assert out.counts["helper_forwards"].tolist() == [0]
+    assert out.counts["helper_commits"].tolist() == [0]
 
 
 def test_weight_0_follows_the_helpers_greedy_choice(scripted, tables):
@@ -122,7 +126,7 @@ def test_committed_tokens_have_the_distribution_of_the_coupling(scripted, weight
 
 
 @pytest.mark.parametrize(("window", "lookahead"), [(None, None), (None, 5), (4, 5), (2, 3), (100, 7)])
-@pytest.mark.parametrize(("eot", "temperature"), [("off", 0.0), ("filter", 0.7)])
+@pytest.mark.parametrize(("eot", "temperature"), [("off", 0.0), ("commit", 0.7)])
 def test_a_row_decodes_as_it_does_alone(random_llada, random_helper, prompts, window, lookahead, eot, temperature):
     config = DecodeConfig(24, 24, eot=eot, temperature=temperature)
     strategy = apd(random_helper, 0.5, kv_window=window, max_lookahead=lookahead)
@@ -196,6 +200,8 @@ def test_an_accepted_eot_ends_the_row(scripted, tables):
         assert out.nfe.tolist() == [1]
         assert (out.sequences[0, 8:] == EOT).all()
         assert (out.sequences[0, :8] != EOT).all()
+        # The draft's first position is nobody's merit, and what is right of the EoT is dropped.
+        assert out.counts["helper_commits"].tolist() == [8 if weight < 1 else 0]
 
 
 def test_ids_beyond_the_helpers_vocabulary_are_never_accepted_from_it(scripted, tables):

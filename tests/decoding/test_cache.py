@@ -95,7 +95,7 @@ def plain_decode(model, prompt, config, threshold):
     return ids[start:], seen_confidence
 
 
-@pytest.mark.parametrize("eot", ["off", "filter", "published"])
+@pytest.mark.parametrize("eot", ["off", "commit", "published"])
 @pytest.mark.parametrize(
     ("cache", "refresh"), [("none", None), ("prefix", None), ("dual", None), ("prefix", 3), ("dual", 2)]
 )

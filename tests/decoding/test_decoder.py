@@ -1,11 +1,13 @@
 """Text in, text out."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from decoding import Decoder, make_strategy
 from decoding.decoder import cut
@@ -73,6 +75,16 @@ def test_text_of_special_tokens_stays_text(decoder):
     plain = encode(tokenizer, "the cat sat")
     assert encoded[:2] == plain[:2]  # the template's own special tokens are still there
     assert encoded[0] == ids.bos
+
+
+def test_text_of_a_special_token_without_a_role_stays_text(decoder):
+    # Real checkpoints have dozens: all_special_tokens names only those that tokenizer_config.json gives a role.
+    tokenizer = copy.deepcopy(decoder.predictor.tokenizer)
+    tokenizer.add_tokens([AddedToken("<|fim|>", special=True)])
+    assert "<|fim|>" not in tokenizer.all_special_tokens
+    encoded = encode(tokenizer, "the <|fim|> cat")
+    assert tokenizer.convert_tokens_to_ids("<|fim|>") not in encoded
+    assert "the <|fim|> cat" in tokenizer.decode(encoded)
 
 
 @pytest.mark.parametrize("prompts", [[], "one string", [""], ["  "], [[]], [[{"role": "user"}]]])

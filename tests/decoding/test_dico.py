@@ -53,7 +53,7 @@ class Reference:
         score, seeds = list(w), []
         for _ in range(4):
             seed = max(range(self.size), key=lambda i: (score[i], -i))
-            if score[seed] < 0.3:
+            if w[seed] < 0.3:
                 break
             seeds.append(seed)
             for i in range(self.size):
@@ -159,10 +159,8 @@ def evidence_of(masked, confidence, margin=None):
 def decide(strategy, memory, masked, confidence, margin=None, decoded=None):
     rows = len(masked)
     decoded = torch.zeros(rows) if decoded is None else decoded
-    step = Step(
-        evidence_of(masked, confidence, margin), torch.ones(rows, dtype=torch.long), decoded=decoded, memory=memory
-    )
-    return strategy.decide(step)
+    evidence, quota = evidence_of(masked, confidence, margin), torch.ones(rows, dtype=torch.long)
+    return strategy.decide(Step(evidence, confidence.log().clamp(min=-1e9), quota, decoded=decoded, memory=memory))
 
 
 def scene(kind, size, generator):
@@ -324,6 +322,15 @@ def test_two_seeds_with_misses_between_them_stay_two_clusters_and_a_hit_between_
     joined = first_step([0.9, 0.1, 0.35, 0.1, 0.9], seeds=2, sigma=0.2)
     assert joined.transfer.tolist() == [[True, False, False, False, True]]
     assert joined.memory["inside"].all()
+
+
+def test_a_seeds_neighbours_are_ranked_lower_but_not_held_to_a_higher_bar():
+    # Two positions from the first seed, Soft-NMS leaves a fifth of .9: less than .3, and a seed in the authors' code.
+    near = first_step([0.9, 0.1, 0.95, 0.1, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], seeds=3)
+    assert near.transfer[0].nonzero()[:, 0].tolist() == [0, 2, 4]
+    # The first that is too low ends the search, whatever a later one would have had.
+    low = first_step([0.9, 0.95, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.29, 0.1, 0.1, 0.1], seeds=3)
+    assert low.transfer[0].nonzero()[:, 0].tolist() == [1]
 
 
 def test_guidance_never_favours_the_end_of_the_block():

@@ -3,8 +3,9 @@
 import torch
 
 from decoding.config import DecodeConfig
-from decoding.eot import published_cut
-from decoding.loop import decode
+from decoding.eot import EotStep, Published
+from decoding.loop import decode, decode_steps
+from decoding.output import empty_output
 from decoding.strategies import make_strategy
 
 EOT = 62
@@ -15,7 +16,7 @@ def test_an_accepted_eot_ends_the_row(table):
     tokens = [1, 2, 3, EOT] + [9] * 28
     predictor = table(tokens, [4.0, 3.0, 2.0, 9.0] + [8.0] * 28, prompt=2)
     full = make_strategy("full_step")
-    ended = decode(predictor, [[1, 2]], DecodeConfig(32, 8, eot="filter"), full)
+    ended = decode(predictor, [[1, 2]], DecodeConfig(32, 8, eot="commit"), full)
     assert ended.sequences.tolist() == [[1, 2, 3] + [EOT] * 29]
     assert ended.nfe.tolist() == [4]
     whole = decode(predictor, [[1, 2]], DecodeConfig(32, 8, eot="off"), full)
@@ -33,10 +34,19 @@ def test_the_published_rule_cuts_at_an_unconfident_guess_and_leaves_it_masked(ta
 
 
 def test_published_cut_takes_the_most_confident_masked_guess():
-    probability = torch.tensor([[0.1, 0.6, 0.5, 0.9], [0.1, 0.2, 0.3, 0.4]])
+    log_probability = torch.tensor([[0.1, 0.6, 0.5, 0.9], [0.1, 0.2, 0.3, 0.4]]).log()
     top = torch.tensor([[False, True, True, True], [False, False, False, False]])
     masked = torch.tensor([[True, True, True, False], [True, True, True, True]])
-    assert published_cut(probability, top, masked).tolist() == [1, 4]
+    step = EotStep(torch.tensor([4, 4]), masked, log_probability, top)
+    assert Published().last(step).tolist() == [1, 4]
+
+
+def test_the_published_rule_tells_guesses_apart_whose_probability_rounds_to_1(table):
+    tokens = [1] * 10 + [EOT] * 10 + [9] * 12
+    predictor = table(tokens, [5.0] * 10 + [30.0] * 6 + [40.0] + [30.0] * 3 + [5.0] * 12, prompt=2)
+    config = DecodeConfig(32, 8, eot="published")
+    first = next(decode_steps(predictor, [[1, 2]], config, make_strategy("full_step"), empty_output(1, config)))
+    assert first.changed[0].nonzero()[:, 0].tolist() == [0, *range(17, 32)]
 
 
 def test_recorded_eot_evidence_covers_the_masked_region(table):

@@ -26,7 +26,7 @@ def on_gpu(random_llada):
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-@pytest.mark.parametrize("eot", ["off", "filter", "published"])
+@pytest.mark.parametrize("eot", ["off", "commit", "published"])
 @pytest.mark.parametrize("name", ["full_step", "threshold", "factor", "entropy_bound", "klass", "dico"])
 def test_the_text_is_that_of_the_cpu(random_llada, on_gpu, prompts, name, eot, cache):
     config, strategy = DecodeConfig(32, 8, eot=eot, cache=cache), make_strategy(name)
@@ -38,7 +38,7 @@ def test_the_text_is_that_of_the_cpu(random_llada, on_gpu, prompts, name, eot, c
 
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_one_wait_for_the_device_a_step(on_gpu, prompts, cache):
-    config = DecodeConfig(32, 8, eot="filter", cache=cache)
+    config = DecodeConfig(32, 8, eot="commit", cache=cache)
     steps = decode_steps(on_gpu, prompts, config, make_strategy("dico"), empty_output(5, config))
     next(steps)
     torch.cuda.set_sync_debug_mode("warn")

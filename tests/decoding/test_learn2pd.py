@@ -9,7 +9,7 @@ from decoding.config import DecodeConfig
 from decoding.decoder import Decoder
 from decoding.loop import decode
 from decoding.strategies import make_strategy
-from models.filter import FilterConfig, build_filter, save_filter
+from models.filter import FilterConfig, build_filter, import_official, save_filter
 
 MASK, EOT, PROMPT = 63, 62, 2
 
@@ -53,6 +53,55 @@ def test_a_filter_that_knows_one_decode_by_heart_repeats_it_in_the_oracles_forwa
     assert torch.equal(learned.sequences, full.sequences)
     assert learned.nfe.tolist() == [12]
     assert learned.counts["filter_commits"].tolist() == [20]
+
+
+def official_decode(predictor, net, prompt, gen_length, threshold):
+    """One row as the authors' code goes, which cuts the sequence itself; also the forwards, and those after a cut in a block."""
+    size, ids, steps, short = net.linear1.in_features, prompt + [MASK] * gen_length, 0, 0
+    for begin in range(len(prompt), len(prompt) + gen_length, size):
+        while MASK in ids[begin : begin + size]:
+            tokens = torch.tensor([ids])
+            positions = torch.arange(len(ids))
+            probability = predictor.logits(predictor(tokens, None, positions[None], positions)).double().softmax(-1)
+            probability[:, MASK] = 0
+            c, token = probability.max(-1)
+            block = c[begin : begin + size]
+            with torch.no_grad():
+                hidden = net.linear1(F.pad(block, (0, size - len(block))).float()).relu()
+                accepted = net.linear2(hidden)[: len(block)].sigmoid() > threshold
+            masked = tokens[0] == MASK
+            here = masked & (positions >= begin) & (positions < begin + size)
+            commit = torch.zeros_like(masked)
+            commit[begin : begin + len(block)] = accepted
+            commit = (commit & here).index_fill(0, c.where(here, -1).argmax(), True)
+            tokens[0, commit] = token[commit]
+            ended, said = commit & (token == EOT), masked & ~commit & (token == EOT)
+            last = len(ids)
+            if ended.any():
+                last = int(ended.byte().argmax())
+            elif said.any():
+                last = int(c.where(said, -1).argmax())
+            ids, steps, short = tokens[0, : last + 1].tolist(), steps + 1, short + (len(block) < size)
+    return ids[len(prompt) :], steps, short
+
+
+def test_an_imported_filter_decodes_as_its_authors_code_also_in_a_block_that_was_cut(ending_llada, prompts, tmp_path):
+    torch.manual_seed(1)
+    tensors = {"linear1.weight": torch.randn(8, 8), "linear1.bias": torch.randn(8)}
+    tensors |= {"linear2.weight": torch.randn(8, 8), "linear2.bias": torch.randn(8)}
+    torch.save(tensors, tmp_path / "official.pth")
+    net, config = import_official(
+        tmp_path / "official.pth", vocab_size=64, mask_id=MASK, fingerprint="unsaved", gen_length=32, threshold=0.6
+    )
+    strategy, cut = make_strategy("learn2pd", network=net, config=config), 0
+    prompts = [[(token * factor) % 60 for token in prompt] for prompt in prompts for factor in (1, 7, 11, 13)]
+    out = decode(ending_llada, prompts, DecodeConfig(32, 8, eot="published"), strategy)
+    for row, prompt in enumerate(prompts):
+        text, steps, short = official_decode(ending_llada, net, prompt, 32, 0.6)
+        assert out.sequences[row].tolist() == text + [EOT] * (32 - len(text))
+        assert out.nfe[row] == steps
+        cut += short
+    assert cut > 5  # otherwise the comparison would be hollow
 
 
 def test_a_filter_that_never_fires_is_reported(random_llada, prompts):

@@ -48,11 +48,11 @@ def test_threshold_above_one_is_full_step(random_llada, prompts):
     assert (full.nfe == 32).all()
 
 
-@pytest.mark.parametrize("eot", ["off", "filter", "published"])
+@pytest.mark.parametrize("eot", ["off", "commit", "published"])
 def test_oracle_reproduces_the_reference_in_no_more_forwards(random_llada, prompts, eot):
     config = DecodeConfig(gen_length=32, block_length=8, eot=eot)
     full = decode(
-        random_llada, prompts, DecodeConfig(gen_length=32, block_length=8, eot="filter"), make_strategy("full_step")
+        random_llada, prompts, DecodeConfig(gen_length=32, block_length=8, eot="commit"), make_strategy("full_step")
     )
     oracle = decode(random_llada, prompts, config, make_strategy("oracle"), references=full.sequences)
     if eot != "published":  # the published rule may cut where the reference goes on
@@ -66,9 +66,9 @@ def test_oracle_reproduces_the_reference_in_no_more_forwards(random_llada, promp
 @pytest.mark.parametrize(
     ("cache", "refresh", "eot", "temperature"),
     [
-        ("none", None, "off", 0.0), ("none", None, "filter", 0.7), ("none", None, "published", 0.7),
-        ("prefix", None, "filter", 0.0), ("prefix", 3, "published", 0.0), ("dual", None, "off", 0.7),
-        ("dual", None, "filter", 0.0), ("dual", 2, "published", 0.0),
+        ("none", None, "off", 0.0), ("none", None, "commit", 0.7), ("none", None, "published", 0.7),
+        ("prefix", None, "commit", 0.0), ("prefix", 3, "published", 0.0), ("dual", None, "off", 0.7),
+        ("dual", None, "commit", 0.0), ("dual", 2, "published", 0.0),
     ],
 )  # fmt: skip
 def test_a_row_decodes_as_it_does_alone(random_llada, prompts, name, cache, refresh, eot, temperature):
@@ -83,7 +83,7 @@ def test_a_row_decodes_as_it_does_alone(random_llada, prompts, name, cache, refr
 
 @given(
     seed=st.integers(0, 2**31), scale=st.sampled_from([0.0, 1.0, 8.0, 1e4, 1e38]), favourite=st.sampled_from([0.0, 1e4]),
-    name=st.sampled_from(list(STRATEGIES)), eot=st.sampled_from(["off", "filter", "published"]),
+    name=st.sampled_from(list(STRATEGIES)), eot=st.sampled_from(["off", "commit", "published"]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_every_decode_ends_whatever_the_logits(scripted, seed, scale, favourite, name, eot):
@@ -131,7 +131,7 @@ def test_rows_that_finished_cost_nothing(scripted):
         return out
 
     predictor = scripted(script)
-    out = decode(predictor, [[7], [8]], DecodeConfig(32, 8, eot="filter"), make_strategy("full_step"))
+    out = decode(predictor, [[7], [8]], DecodeConfig(32, 8, eot="commit"), make_strategy("full_step"))
     assert out.nfe.tolist() == [1, 32]
     assert (out.sequences[0] == EOT).all()
     assert (out.sequences[1] == 5).all()
@@ -241,6 +241,32 @@ def test_evidence_is_fp32_and_matches_the_logits(scripted):
     assert seen.entropy[0, 0].item() == pytest.approx(-(probability * probability.log()).sum().item(), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        make_strategy("full_step"), make_strategy("threshold", threshold=2.0),
+        make_strategy("klass", threshold=1.0), make_strategy("learn2pd", network=filter_strategy().network,
+        config=filter_strategy().config, threshold=1.0), make_strategy("oracle"),
+    ], ids=lambda strategy: strategy.name,
+)  # fmt: skip
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_confidences_that_round_to_1_still_have_an_order(table, strategy, noise):
+    # 1 - c is 6e-12 and less: as float32 all are 1, and whoever ranks those decodes from left to right.
+    logits = [30.0, 34.0, 32.0, 40.0, 31.0, 36.0, 38.0, 33.0]
+    predictor, config = table(list(range(8)), logits, prompt=2), DecodeConfig(8, 8, eot="off", temperature=noise)
+    other = torch.full((1, 8), 50) if strategy.name == "oracle" else None  # the oracle stalls at every step
+    out = decode(predictor, [[1, 2]], config, strategy, references=other, record=True)
+    assert (out.trace[0].evidence.confidence == 1).all()
+    committed = [int(step.transfer[0].nonzero()) for step in out.trace]
+    assert committed == sorted(range(8), key=lambda place: -logits[place])
+
+
+def test_positions_as_sure_as_each_other_are_committed_from_the_left(table):
+    out = decode(table([5] * 8, [200.0] * 8, prompt=2), [[1, 2]], DecodeConfig(8, 8, eot="off"), make_strategy("full_step"),
+                 record=True)  # fmt: skip
+    assert [int(step.transfer[0].nonzero()) for step in out.trace] == list(range(8))
+
+
 def test_history_counts_steady_guesses_within_a_block(table):
     predictor = table(list(range(32)), [float(n) for n in range(32, 0, -1)], prompt=2)
     out = decode(predictor, [[1, 2]], CONFIG, make_strategy("full_step"), record=True)
@@ -249,6 +275,55 @@ def test_history_counts_steady_guesses_within_a_block(table):
         assert (seen.stable[seen.masked] == number % 8).all()
         assert ((seen.previous[seen.masked] > 0) == bool(number % 8)).all()
         assert (seen.stable[~seen.masked] == 0).all()
+
+
+def plain_klass(predictor, prompt, config, threshold, divergence, history):
+    """One row by KLASS as its authors' code goes: the last step's distributions of the whole sequence, in float64."""
+    start, size = len(prompt), config.block_length
+    ids = torch.tensor([prompt + [MASK] * config.gen_length])
+    positions, last, steps = torch.arange(ids.shape[1])[None], None, 0
+    for begin in range(start, ids.shape[1], size):
+        block, small = torch.arange(begin, begin + size), []
+        while (ids[0, block] == MASK).any():
+            now = predictor.logits(predictor(ids, None, positions, positions[0])).double().log_softmax(-1)
+            kl = torch.full((ids.shape[1],), torch.inf) if last is None else (now.exp() * (now - last)).sum(-1)
+            last, steps = now, steps + 1
+            small.append(kl[block] < divergence)
+            log_c, token = now[block].index_fill(1, torch.tensor([MASK]), -torch.inf).max(-1)
+            masked = ids[0, block] == MASK
+            commit = masked & (log_c.exp() > threshold)
+            commit &= torch.stack(small[-history:]).all(0) & (len(small) >= history)
+            if not commit.any():
+                commit[log_c.masked_fill(~masked, -torch.inf).argmax()] = True
+            ids[0, block[commit]] = token[commit]
+    return ids[0, start:], steps
+
+
+@pytest.mark.parametrize(("cache", "refresh"), [("none", None), ("prefix", 1)])
+@pytest.mark.parametrize("history", [1, 2, 3])
+def test_klass_goes_through_blocks_as_its_authors_code(random_llada, prompts, history, cache, refresh):
+    config = DecodeConfig(32, 8, eot="off", cache=cache, refresh=refresh)
+    strategy = make_strategy("klass", threshold=0.2, divergence=0.5, history=history)
+    out = decode(random_llada, prompts, config, strategy, batch_size=3)
+    for row, prompt in enumerate(prompts):
+        text, steps = plain_klass(random_llada, prompt, config, 0.2, 0.5, history)
+        assert torch.equal(out.sequences[row], text)
+        assert out.nfe[row] == steps
+    assert (out.nfe < 32).all()
+
+
+@pytest.mark.parametrize("eot", ["off", "published"])
+@pytest.mark.parametrize(
+    ("cache", "history", "forwards"), [("none", 1, 5), ("prefix", 1, 5), ("dual", 1, 8), ("prefix", 2, 9)]
+)
+def test_klass_compares_a_blocks_first_step_with_the_last_of_the_block_before(
+    random_llada, prompts, cache, history, forwards, eot
+):
+    # Everything is stable: a block takes as many forwards as the history is long, the first one more for want of a step
+    # before it. A dual cache's forwards do not see the next block, so there every block is like the first.
+    strategy = make_strategy("klass", threshold=0.0, divergence=1e9, history=history)
+    out = decode(random_llada, prompts, DecodeConfig(32, 8, eot=eot, cache=cache), strategy, batch_size=2)
+    assert (out.nfe == forwards).all() if eot == "off" else (out.nfe <= forwards).all()
 
 
 def test_greedy_limit_of_temperature(random_llada, prompts):
@@ -260,7 +335,7 @@ def test_greedy_limit_of_temperature(random_llada, prompts):
 
 
 def test_looking_does_not_change_a_sampled_decode(random_llada, prompts):
-    config = DecodeConfig(32, 8, temperature=0.8, eot="filter")
+    config = DecodeConfig(32, 8, temperature=0.8, eot="commit")
     plain = decode(random_llada, prompts, config, make_strategy("threshold", threshold=0.5))
     watched = decode(
         random_llada, prompts, config, make_strategy("threshold", threshold=0.5), record=True, record_eot=True

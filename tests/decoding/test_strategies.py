@@ -65,7 +65,7 @@ def steps(draw):
     quota = torch.randint(1, size + 2, (rows,), generator=generator)
     divergence = torch.rand(rows, size, generator=generator) ** draw(st.sampled_from([0.1, 8.0]))
     return Step(
-        evidence, quota, torch.randint(0, 3, (rows, size), generator=generator),
+        evidence, confidence.log().clamp(min=-1e9), quota, torch.randint(0, 3, (rows, size), generator=generator),
         decoded=torch.rand(rows, generator=generator), divergence=divergence,
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ def test_rows_do_not_see_each_other(step):
         begun = start(strategy, step)
         decision = strategy.decide(begun)
         for at in range(len(step.quota)):
-            evidence = Evidence(**{f.name: row(getattr(step.evidence, f.name), at) for f in fields(Evidence)})
+            evidence = step.evidence.each(lambda value, at=at: row(value, at))
             rest = {
                 f.name: row(getattr(step, f.name), at) for f in fields(Step) if f.name not in ("evidence", "memory")
             }
@@ -132,7 +132,7 @@ def test_a_decision_never_waits_for_the_device(name):
         previous=empty(),
     )  # fmt: skip
     memory = {key: value.to("meta") for key, value in strategy.memory(3, 8).items()}
-    step = Step(evidence, empty(torch.long, 3), empty(torch.long), empty(shape=3), empty(), memory)
+    step = Step(evidence, empty(), empty(torch.long, 3), empty(torch.long), empty(shape=3), empty(), memory)
     assert strategy.decide(step).transfer.shape == (3, 8)
 
 
@@ -178,7 +178,8 @@ def one_row(masked, quota=1, divergence=None, memory=None, **columns):
     known = {"confidence": zero, "margin": zero, "entropy": zero, "previous": zero} | given
     evidence = Evidence(torch.tensor([masked]), zero.long(), stable=zero.long(), **known)
     divergence = None if divergence is None else torch.tensor([divergence])
-    return Step(evidence, torch.tensor([quota]), divergence=divergence, memory=memory or {})
+    log_confidence = known["confidence"].log().clamp(min=-1e9)
+    return Step(evidence, log_confidence, torch.tensor([quota]), divergence=divergence, memory=memory or {})
 
 
 def test_factor_rejects_the_last_remaining_position_that_fails():

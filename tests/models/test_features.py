@@ -43,7 +43,7 @@ def test_decoded_positions_show_nothing_but_their_flags():
 def test_decoded_positions_never_change_a_column():
     masked = torch.rand(8, 16) < 0.5
     first, second = evidence(masked), evidence(masked)
-    for name, value in vars(second).items():
+    for name, value in second.present().items():
         setattr(second, name, torch.where(masked, getattr(first, name), value))
     names = tuple(FEATURES)
     assert torch.equal(feature_columns(first, names), feature_columns(second, names))

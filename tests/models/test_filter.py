@@ -109,6 +109,13 @@ def test_export_then_load_gives_the_same_logits_bit_for_bit(tmp_path: Path, conf
     assert torch.equal(again(evidence(8, 32)), net(evidence(8, 32)))
 
 
+def test_an_export_with_the_older_name_of_the_eot_rule_is_read_and_told(tmp_path: Path):
+    save_filter(tmp_path, build_filter(CONV), replace(CONV, eot_rule="filter"), "# any\n")
+    with pytest.warns(UserWarning, match=r"config\.json: eot_rule: found 'filter', the older name of 'commit'"):
+        _, config = load_filter(tmp_path)
+    assert config.eot_rule == "commit"
+
+
 def test_an_undefined_metric_is_exported_as_null(tmp_path: Path):
     save_filter(tmp_path / "out", build_filter(CONV), replace(CONV, metrics={"auroc": float("nan")}), "card")
     assert load_filter(tmp_path / "out")[1].metrics == {"auroc": None}
@@ -170,7 +177,7 @@ def test_conv_gives_a_moved_pattern_the_same_logits():
     def placed(at: int) -> torch.Tensor:
         wide = {
             name: torch.zeros(4, 64, dtype=value.dtype).index_copy(1, torch.arange(at, at + 24), value)
-            for name, value in vars(pattern).items()
+            for name, value in pattern.present().items()
         }
         return net(Evidence(**wide))[:, at : at + 24]
 

@@ -14,7 +14,7 @@ from models.helper import Helper, HelperConfig, check_helper, load_helper, save_
 from models.predictor import fingerprint
 
 VOCAB = 64
-CONFIG = HelperConfig(VOCAB, mask_id=63, eot_id=62, base_fingerprint="f" * 16, gen_length=16, eot_rule="filter")
+CONFIG = HelperConfig(VOCAB, mask_id=63, eot_id=62, base_fingerprint="f" * 16, gen_length=16, eot_rule="commit")
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -230,6 +230,12 @@ def test_a_folder_that_is_no_helper_is_refused_by_name(tmp_path: Path):
     (tmp_path / "out/model.safetensors").unlink()
     with pytest.raises(InputError, match="safetensors"):
         load_helper(tmp_path / "out")
+
+
+def test_an_export_with_the_older_name_of_the_eot_rule_is_read_and_told(tmp_path: Path):
+    save_helper(tmp_path / "out", llama(), replace(CONFIG, eot_rule="filter"), "# card")
+    with pytest.warns(UserWarning, match=r"helper\.json: eot_rule: found 'filter', the older name of 'commit'"):
+        assert load_helper(tmp_path / "out").config.eot_rule == "commit"
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path: Path):

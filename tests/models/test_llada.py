@@ -120,7 +120,7 @@ def test_some_rows_of_a_cache_window_are_written_and_no_others():
     ids = torch.randint(0, 50, (3, 8))
     positions = torch.arange(8).expand(3, 8)
     store = KVCache.allocate(model.config, 4, 10, dtype=torch.float32, device="cpu")
-    cache, rows = store.window(3, 1, 9), torch.tensor([2, 0])
+    cache, rows = store.window(0, 3, 1, 9), torch.tensor([2, 0])
     with torch.no_grad():
         whole = model(ids[rows], position_ids=positions[rows], cache=cache, cache_rows=rows).logits
         torch.testing.assert_close(whole, model(ids[rows]).logits)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from models import LLaDAConfig, LLaDAModelLM
 from models.errors import InputError
+from models.filter import load_filter
 from models.predictor import MaskPredictor, fingerprint
 from models.tokenizer import train_tokenizer
 
@@ -45,9 +47,10 @@ def test_ids_and_limits_come_from_the_checkpoint(folder):
     assert not any(parameter.requires_grad for parameter in predictor.model.parameters())
 
 
-def test_digits_are_single_tokens(folder):
-    tokenizer = MaskPredictor.from_pretrained(folder).tokenizer
-    assert tokenizer.tokenize("mats 1234")[-4:] == ["Ġ1", "2", "3", "4"]
+def test_digits_go_by_twos():
+    """A number up to 99 is one token; a larger one never becomes a token of its own."""
+    tokenizer = train_tokenizer(["mats 12 34 1234 7"] * 50, 320)
+    assert tokenizer.tokenize("mats 12 34 1234 7")[-5:] == ["Ġ12", "Ġ34", "Ġ12", "34", "Ġ7"]
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched"])
@@ -95,8 +98,8 @@ def test_no_folder(tmp_path):
 def test_a_model_that_ignores_the_mask_is_refused(folder, monkeypatch):
     forward = LLaDAModelLM.forward
 
-    def deaf(self, input_ids, attention_mask=None, position_ids=None, logits_at=None):
-        return forward(self, input_ids, None, position_ids, logits_at)
+    def deaf(self, input_ids, attention_mask=None, position_ids=None, logits_at=None, **options):
+        return forward(self, input_ids, None, position_ids, logits_at, **options)
 
     monkeypatch.setattr(LLaDAModelLM, "forward", deaf)
     with pytest.raises(InputError, match="attention_mask"):
@@ -112,6 +115,25 @@ def test_fingerprint_follows_the_weights(folder):
     assert fingerprint(folder) != before
 
 
+def test_fingerprint_sees_every_byte_of_a_large_file_and_reads_it_once(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as stream:
+        stream.truncate(200 << 20)
+    before = fingerprint(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", None)
+        assert fingerprint(tmp_path) == before
+    with file.open("r+b") as stream:
+        stream.seek(100 << 20)  # 36 MiB after the nearest multiple of 64
+        stream.write(b"1")
+    assert fingerprint(tmp_path) != before
+
+
+def test_bundled_components_still_know_their_base():
+    base = fingerprint(Path("models/bundled/llada-tiny"))
+    assert load_filter("models/bundled/filter-llada-tiny")[1].base_fingerprint == base
+
+
 def test_a_compiled_forward_is_checked_against_the_eager_one(folder, monkeypatch):
     predictor = MaskPredictor.from_pretrained(folder)
     ids, at = torch.arange(12).view(2, 6), torch.tensor([1, 7])
@@ -124,13 +146,13 @@ def test_a_compiled_forward_is_checked_against_the_eager_one(folder, monkeypatch
     def wrong(model, **_):
         def forward(*args, **kwargs):
             out = model(*args, **kwargs)
-            out.logits = out.logits * 1.01
+            out.hidden_states = (out.hidden_states[0] * 1.01,)
             return out
 
         return forward
 
     monkeypatch.setattr(torch, "compile", wrong)
-    with pytest.raises(InputError, match="compile: found logits .* away from eager ones"):
+    with pytest.raises(InputError, match="compile: found hidden states .* away from eager ones"):
         predictor.compile()
     torch.testing.assert_close(predictor(ids, None, positions, at), eager)
 

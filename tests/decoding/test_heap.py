@@ -1,4 +1,4 @@
-"""What every command shares."""
+"""The allocator of a process that decodes."""
 
 import platform
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from decoding.entry import keep_freed_memory
+from decoding.heap import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for _ in range(3):

@@ -1,0 +1,81 @@
+"""What a decode remembers of its earlier steps, for evidence that compares."""
+
+import torch
+from torch import Tensor
+
+from decoding.state import BatchState
+
+
+class History:
+    """The last step's guesses in the active block.
+
+    Args:
+        state: The rows.
+    """
+
+    def __init__(self, state: BatchState) -> None:
+        zero = torch.zeros(state.config.block_length, device=state.device)
+        self.state = state
+        self.token = state.register(zero.long())
+        self.confidence = state.register(zero)
+        self.steps = state.register(zero.long())
+
+    def compare(self, token: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:
+        """``stable`` and ``previous`` of :class:`models.features.Evidence`; remembers this step's guesses instead.
+
+        Args:
+            token: ``(b, K)`` int64, this step's guesses.
+            confidence: ``(b, K)`` float32.
+        """
+        masked, first = self.state.masked_block, (self.state.step_in_block == 0)[:, None]
+        same = masked & (token == self.token.value) & ~first
+        stable = torch.where(same, self.steps.value + 1, 0)
+        previous = (self.confidence.value * masked).masked_fill_(first, 0.0)
+        # Copies: what a row leaves behind is written over when the next comes, and the evidence may be kept.
+        self.token.value, self.confidence.value, self.steps.value = token.clone(), confidence.clone(), stable.clone()
+        return stable, previous
+
+
+class Distributions:
+    """The last step's distributions over the vocabulary, of the active block and of the next, for KL divergences.
+
+    A block's first step is compared with the last step of the block before. With a dual cache most forwards do not see the
+    next block: there a block's first step has nothing to be compared with, and only the active block is kept.
+
+    These are ``8 K V`` bytes a row, half of that with a dual cache: the one thing a decode keeps that grows with the vocabulary.
+
+    Args:
+        state: The rows.
+        vocab_size: ``V``.
+    """
+
+    def __init__(self, state: BatchState, vocab_size: int) -> None:
+        self.state, self.kept = state, 1 if state.config.cache == "dual" else 2
+        shape = (self.kept, state.config.block_length, vocab_size)
+        self.stored = state.register(torch.zeros(shape, device=state.device))
+
+    def diverge(self, now: Tensor, cells: Tensor) -> Tensor:
+        """``KL(p_t || p_{t-1})`` in nats, ``(N,)`` float32, infinite where there is no step before; remembers ``now`` instead.
+
+        Args:
+            now: ``(N, V)`` float32 log-probabilities.
+            cells: ``(N,)`` int64, positions in the flattened ``(b, K)`` of the active blocks.
+        """
+        state, size = self.state, self.state.config.block_length
+        row = cells // size
+        place = self._place(row, state.block[row], cells % size)
+        stored = self.stored.value.view(-1, now.shape[1])
+        divergence = (now.exp() * (now - stored[place])).sum(-1)
+        stored.index_copy_(0, place, now)
+        first = state.step_in_block == 0
+        if self.kept == 2:
+            first = first & (state.block == 0)
+        return divergence.masked_fill_(first[row], torch.inf)
+
+    def keep(self, ahead: Tensor, row: Tensor, offset: Tensor) -> None:
+        """Remembers log-probabilities ``(N, V)`` float32 at places ``offset`` ``(N,)`` of the next block of ``row`` ``(N,)``."""
+        place = self._place(row, self.state.block[row] + 1, offset)
+        self.stored.value.view(-1, ahead.shape[1]).index_copy_(0, place, ahead)
+
+    def _place(self, row: Tensor, block: Tensor, offset: Tensor) -> Tensor:
+        return (row * self.kept + block % self.kept) * self.state.config.block_length + offset

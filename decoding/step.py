@@ -1,0 +1,50 @@
+"""What a strategy sees at a step and what it answers."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from models.features import Evidence
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the rows still being decoded; ``b`` rows, ``K`` positions of each row's active block.
+
+    Attributes:
+        evidence: What the predictor says there.
+        log_confidence: ``(b, K)`` float32, nats: logarithm of the confidence, which is what ranks positions. Near 1 most
+            confidences round to the same number and their logarithms do not.
+        quota: ``(b,)`` int64, tokens a fixed schedule commits at this step, at least 1.
+        reference: ``(b, K)`` int64, the reference decode's tokens, where the call was given one.
+        decoded: ``(b,)`` float32, share of the row's whole generated region that is decoded.
+        divergence: ``(b, K)`` float32, nats: KL divergence of the position's distribution from the one a step earlier
+            (``KL(p_t || p_{t-1})``), infinite at the row's first step, and with a dual cache at a block's first step;
+            ``None`` unless the strategy asks for it.
+        memory: What :meth:`BlockStrategy.memory` began the row's block with, or the row's last decision left.
+    """
+
+    evidence: Evidence
+    log_confidence: Tensor
+    quota: Tensor
+    reference: Tensor | None = None
+    decoded: Tensor | None = None
+    divergence: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to commit.
+
+    Attributes:
+        transfer: ``(b, K)`` bool, positions to commit; masked ones only, at least one in each row.
+        token: ``(b, K)`` int64, tokens to commit instead of the predictor's guesses, or ``None``.
+        counts: Per-row int64 ``(b,)`` events worth reporting, such as commits that a learned component caused.
+        memory: What the row's next step of the same block shall find in :attr:`Step.memory`; same names, shapes, dtypes.
+    """
+
+    transfer: Tensor
+    token: Tensor | None = None
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
