@@ -75,9 +75,9 @@ class BlockRun(Run):
         block, masked = state.block[rows, None], state.masked_block[rows]
         low, high = state.window
         length = high - low if plan.whole else plan.length
-        begin = state.storage[: len(block), None] * length  # of each row's active block in the flattened forward
+        begin = state.slots[: len(block), None] * length  # of each row's active block in the flattened forward
         begin = begin + state.prompt_width - low + block * size if plan.whole else begin
-        numbers = state.storage[: len(state.block)][rows, None]
+        numbers = state.slots[: len(state.block)][rows, None]
         taking: Tensor | bool = True
         if len(slots) < len(block):
             taking = (state.step_in_block[rows] % self.policy.period(self.config) > 0)[:, None]

@@ -15,8 +15,9 @@ from decoding.config import CacheRule, DecodeConfig, EotRule
 from decoding.decoder import Decoder
 from decoding.eot import first_true
 from decoding.heap import keep_freed_memory
+from decoding.memory_plan import plan_memory
 from decoding.output import empty_output
-from decoding.strategies import STRATEGIES
+from decoding.strategies import STRATEGIES, make_strategy
 from decoding.strategies.full_step import FullStep
 from models.errors import InputError
 
@@ -26,7 +27,7 @@ _EXPECTED = re.compile(r"Expected a (?:typing\.Literal\[|<class ')(.+?)'?[>\]]\.
 
 
 def generate(
-    prompt: str,
+    prompt: str | None = None,
     base: str = str(BUNDLED / "llada-tiny"),
     strategy: str = "learn2pd",
     filter: str = str(BUNDLED / "filter-llada-tiny"),
@@ -44,6 +45,10 @@ def generate(
     chat_template: bool = True,
     compare: bool = True,
     pause: float = 0.0,
+    plan: Path | None = None,
+    batch_size: int = 1,
+    prompt_length: int = 256,
+    dtype: str = "bfloat16",
 ) -> None:
     """Decodes one prompt and prints the text live; each token has the colour of the step that committed it.
 
@@ -66,11 +71,11 @@ def generate(
         chat_template: Wrap the prompt in the chat template.
         compare: Also decode one token a step and report its NFE.
         pause: Seconds to wait after each step, to watch it.
+        plan: config.json of a model. Prints what a decode of it with these settings takes in memory, and decodes nothing.
+        batch_size: Rows of that decode.
+        prompt_length: Tokens of each of its prompts.
+        dtype: Dtype of its weights.
     """
-    from rich.console import Console
-    from rich.live import Live
-    from rich.text import Text
-
     options = dict(options or {})
     if strategy == "learn2pd":
         options.setdefault("filter", filter)
@@ -80,14 +85,36 @@ def generate(
         raise InputError(
             "strategy", "'oracle'", f"{' | '.join(n for n in STRATEGIES if n != 'oracle')} (it needs a reference)"
         )
-    decoder = Decoder.from_pretrained(base, strategy, compile=compile, **options)
     settings: dict[str, Any] = {
         "gen_length": gen_length, "block_length": block_length, "steps": steps, "temperature": temperature, "eot": eot,
         "seed": seed, "cache": cache, "refresh": refresh,
     }  # fmt: skip
+    if plan is not None:
+        config, rule = DecodeConfig(**settings), make_strategy(strategy, **options)
+        print(plan_memory(plan, config, rule, dtype=dtype, batch_size=batch_size, prompt_length=prompt_length))
+        return
+    if prompt is None:
+        raise InputError("prompt", None, "the user's message")
+    _show(
+        Decoder.from_pretrained(base, strategy, compile=compile, **options),
+        prompt,
+        settings,
+        chat_template,
+        compare,
+        pause,
+    )
+
+
+def _show(
+    decoder: Decoder, prompt: str, settings: dict[str, Any], chat_template: bool, compare: bool, pause: float
+) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
     output = empty_output(1, DecodeConfig(**settings))
     console = Console()
-    committed: list[int] = [0] * gen_length
+    committed: list[int] = [0] * settings["gen_length"]
     text = Text()
     with Live(text, console=console, auto_refresh=False, transient=False) as live:
         for step in decoder.stream(prompt, chat_template=chat_template, output=output, **settings):
@@ -99,7 +126,9 @@ def generate(
     length = int(first_true(output.sequences == decoder.predictor.ids.eot)[0])
     component = decoder.strategy.component
     fired = f", the {component.split('_')[0]} added {int(output.counts[component].sum())}" if component else ""
-    console.print(f"\n{length} tokens in {int(output.nfe[0])} forwards ({strategy}{fired})", style="bold", end="")
+    console.print(
+        f"\n{length} tokens in {int(output.nfe[0])} forwards ({decoder.strategy.name}{fired})", style="bold", end=""
+    )
     if compare:
         reference = settings | {"steps": None, "cache": "none", "refresh": None}
         full = Decoder(decoder.predictor, FullStep()).generate([prompt], chat_template=chat_template, **reference)

@@ -41,6 +41,7 @@ class BatchState:
     Attributes:
         prompt_width: ``P``.
         region: ``(G,)`` int64, 0 to ``G - 1``; ``offsets`` are the first ``K`` of them.
+        storage: ``(P + G,)`` int64, likewise, and ``slots``, one for each row that the batch began with.
         columns: ``(b, K)`` int64, the active block's positions in the generated region.
         masked_block: ``(b, K)`` bool, which of them are masked.
     """
@@ -60,6 +61,7 @@ class BatchState:
         self.offsets = self.region[: config.block_length]
         self.storage = torch.arange(self.prompt_width + config.gen_length, device=device)
         number = torch.zeros((), dtype=torch.long, device=device)
+        self.slots = torch.arange(len(scheduler.slots), device=device)
         self._row = self.register(number)
         self._ids = self.register(torch.full_like(self.storage, ids.mask))
         self._attention = self.register(torch.ones_like(self.storage, dtype=torch.bool))

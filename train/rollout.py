@@ -1,5 +1,10 @@
 """Rolls out a base model into labelled steps: ``python train/rollout.py predict``; settings in ``configs/rollout``."""
 
+from pathlib import Path
+
+from decoding.config import DecodeConfig
+from decoding.memory_plan import plan_memory
+from decoding.strategies import make_strategy
 from train.cli import Command, run
 from train.rollout_module import RolloutData, RolloutModule, RolloutWriter
 
@@ -12,12 +17,40 @@ def _report(command: Command) -> None:
     print(f"{module.out}: {numbers}")
 
 
+def plan(
+    base: Path,
+    gen_length: int = 128,
+    block_length: int = 32,
+    batch_size: int = 32,
+    prompt_length: int = 256,
+    dtype: str = "bfloat16",
+) -> None:
+    """Prints what rollouts of a model take in memory, and decodes nothing.
+
+    Args:
+        base: Its config.json, or the folder of that; weights are not needed.
+        gen_length: Generated positions, in tokens.
+        block_length: Positions of one block.
+        batch_size: Prompts decoded together.
+        prompt_length: Tokens of each prompt.
+        dtype: Dtype of the weights.
+    """
+    config = DecodeConfig(gen_length, block_length)
+    print(
+        plan_memory(
+            base, config, make_strategy("full_step"), dtype=dtype, batch_size=batch_size, prompt_length=prompt_length,
+            record=True, record_eot=True,
+        )
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
     run(
         "rollout",
         RolloutModule,
         RolloutData,
         subcommands=("predict",),
+        verbs={"plan": plan},
         callbacks=lambda folder: [RolloutWriter()],
         after={"predict": _report},
     )

@@ -256,7 +256,7 @@ def test_the_greedy_check_is_a_decode_of_one_token_a_forward(make_lm, predictor,
 
 def test_a_long_text_is_scored_in_windows(make_lm):
     lm = make_lm(mc_samples=2)
-    short, long = "Tom has 12 apples", "Tom has 12 apples. " * 60
+    short, long = "Tom has 12 apples", "Tom has 12 apples. " * 75
     ids = token_ids(lm.tokenizer, long)
     assert 510 < len(ids) < 765  # two whole windows and one that is shorter, which sees as much as fits
     windows = [Pair([], ids[:255]), Pair([ids[254]], ids[255:510]), Pair(ids[-256:510], ids[510:])]

@@ -53,7 +53,7 @@ def state_after(panel, step, mask, eot):
 def test_every_step_is_the_decodes_own(predictor, name, options, eot):
     # A drop shown at the wrong step would tell a wrong story of the rule for the end of the text.
     config, strategy, ids = DecodeConfig(**SETTINGS, eot=eot), make_strategy(name, **options), predictor.ids
-    prompt = "12 mats the cat"  # to which it says EoT left of a committed token
+    prompt = "12 mats cat"  # to which it says EoT left of a committed token
     (panel,) = trace(predictor, prompt, [strategy], config)["panels"]
     output = empty_output(1, config)
     stream = Decoder(predictor, strategy).stream(prompt, output=output, **SETTINGS, eot=eot)

@@ -216,9 +216,12 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.row = torch.nn.Parameter(row)
 
-    def forward(self, ids: Tensor, attention: Tensor, positions: Tensor, at: Tensor) -> Any:
+    def forward(self, ids: Tensor, attention: Tensor, positions: Tensor, at: Tensor, head: bool = True) -> Any:
         self.seen = ids, attention, at
-        return SimpleNamespace(logits=self.row.expand(len(at), -1))
+        return SimpleNamespace(hidden_states=(self.row.expand(len(at), -1),))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden.clone()
 
 
 def test_the_divergence_is_from_what_apd_drafts(module, predictor, texts, data):

@@ -1,0 +1,213 @@
+"""What a decode of a given model takes in memory, counted without allocating anything: on shapes alone."""
+
+import json
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoConfig, AutoModel
+
+from decoding.config import DecodeConfig
+from decoding.output import empty_output
+from decoding.run import Request, Run
+from decoding.strategies import APD, Strategy
+from models.errors import InputError
+from models.predictor import FAMILIES, MaskPredictor, TokenIds
+
+_STEPS = 2  # a block's first forward, on the whole sequence, and one of those after it
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a decode; all but ``peak`` add up to at least ``peak``, since not all are at their largest at once.
+
+    Attributes:
+        weights: The model's.
+        keys: The predictor's keys and values, where a cache keeps them.
+        state: The rows' own tensors, and what a strategy keeps of earlier steps.
+        activations: Most that a forward holds beside these.
+        evidence: Most that the rest of a step holds beside these: logits and what is read from them.
+        peak: Most of everything at one time.
+    """
+
+    weights: int
+    keys: int
+    state: int
+    activations: int
+    evidence: int
+    peak: int
+
+    def __str__(self) -> str:
+        parts = [f"{name} {size / 2**30:.2f}" for name, size in vars(self).items() if name != "peak"]
+        return f"peak {self.peak / 2**30:.2f} GiB: {', '.join(parts)}"
+
+
+def plan_memory(
+    config_file: str | Path,
+    config: DecodeConfig,
+    strategy: Strategy,
+    *,
+    dtype: str = "bfloat16",
+    batch_size: int = 1,
+    prompt_length: int = 256,
+    record: bool = False,
+    record_eot: bool = False,
+) -> MemoryPlan:
+    """Counts the peak of a real decode step, in the loop itself, on tensors that have shapes and no contents.
+
+    Attention counts as fused. What the allocator rounds up, kernels' workspaces and the device's context come on top.
+
+    Args:
+        config_file: ``config.json`` of a mask predictor, or its folder; weights are not needed.
+        config: Decode settings.
+        strategy: The strategy; a helper or filter of its own is not counted.
+        dtype: Dtype of the weights.
+        batch_size: Rows decoded together.
+        prompt_length: Tokens of each prompt.
+        record: Count what rollouts record.
+        record_eot: Likewise.
+
+    Raises:
+        InputError: No description of a model that can be read, an unknown dtype, or a strategy whose step depends on values.
+    """
+    if isinstance(strategy, APD):
+        raise InputError("strategy", "'apd', whose forwards depend on what the helper says", "any other strategy")
+    path = Path(config_file)
+    path = path / "config.json" if path.is_dir() else path
+    wanted: Any = getattr(torch, dtype, None)
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+        raise InputError("dtype", repr(dtype), "float32 | bfloat16 | float16")
+    for name, value in (("batch_size", batch_size), ("prompt_length", prompt_length)):
+        if value < 1:
+            raise InputError(name, value, "a whole number of at least 1")
+    try:
+        raw = json.loads(path.read_text())
+        described = AutoConfig.for_model(**raw)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(str(path), str(error).splitlines()[0], "a readable config.json of a mask predictor") from error
+    if raw["model_type"] not in FAMILIES:
+        raise InputError(f"{path}: model_type", repr(raw["model_type"]), " | ".join(FAMILIES))
+    longest = getattr(described, FAMILIES[raw["model_type"]].max_length)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        model = AutoModel.from_config(described, dtype=wanted)
+        predictor = _predictor(model, longest)
+        request = _request(predictor, config, strategy, batch_size, prompt_length, record, record_eot)
+        return _measure(request)
+
+
+def _predictor(model: nn.Module, longest: int) -> MaskPredictor:
+    config: Any = model.config
+    # Which ids they are makes no difference to a shape.
+    ids = TokenIds(mask=0, eot=1, end_of_turn=2, pad=1, bos=3)
+    return MaskPredictor(model, ids, config.vocab_size, longest)
+
+
+def _request(
+    predictor: MaskPredictor, config: DecodeConfig, strategy: Strategy, rows: int, length: int, record: bool, eot: bool
+) -> Request:
+    if length + config.gen_length > predictor.max_length:
+        raise InputError(
+            "prompt_length and gen_length", length + config.gen_length, f"at most the model's {predictor.max_length} tokens"
+        )  # fmt: skip
+    references = torch.zeros(rows, config.gen_length, dtype=torch.long) if strategy.name == "oracle" else None
+    output = empty_output(rows, config)
+    return Request(predictor, [[4] * length] * rows, config, strategy, output, references, record, eot)
+
+
+def _measure(request: Request) -> MemoryPlan:
+    """The bytes that the first steps of a request take."""
+    model = request.predictor.model
+    weights = sum({p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in model.parameters()}.values())
+    with MemoryMeter() as meter:
+        run = request.strategy.start(request)
+        keys = 0 if run.cache is None else run.cache.keys.nbytes + run.cache.values.nbytes
+        state = meter.now - keys
+        activations = evidence = 0
+        with _worst_case(run):
+            for _ in range(_STEPS):
+                before, inside = meter.now, []
+                with _forwards(run, meter, inside):
+                    run.step()
+                activations = max(activations, *inside)
+                evidence = max(evidence, meter.outside - before)
+    return MemoryPlan(weights, keys, state, activations, evidence, weights + max(meter.peak, meter.outside))
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Adds up the storages that operators make while it is on, each until it is freed.
+
+    Attributes:
+        now: Bytes alive.
+        peak: Most so far.
+        outside: Most so far while nothing is marked as a forward.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.outside = 0
+        self.in_forward = False
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._see, out)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        size = storage.nbytes()
+        weakref.finalize(storage, self._free, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        if not self.in_forward:
+            self.outside = max(self.outside, self.now)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+@contextmanager
+def _forwards(run: Run, meter: MemoryMeter, inside: list[int]) -> Iterator[None]:
+    """Marks the predictor's forwards, and appends to ``inside`` the most that each holds beside what was there before it."""
+    forward = run.predictor.forward
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        before, peak = meter.now, meter.peak
+        meter.in_forward, meter.peak = True, before
+        out = forward(*args, **kwargs)
+        inside.append(meter.peak - before)
+        meter.in_forward, meter.peak = False, max(peak, meter.peak)
+        return out
+
+    run.predictor.forward = marked
+    try:
+        yield
+    finally:
+        run.predictor.forward = forward
+
+
+@contextmanager
+def _worst_case(run: Run) -> Iterator[None]:
+    """Has the host told, in place of what the device would say, that each step committed one position of every row."""
+    region, size, steps = run.config.gen_length, run.config.block_length, iter(range(1, run.config.block_length))
+
+    def told(known: Tensor) -> list[list[int]]:
+        rows, done = known.shape[1], next(steps)
+        return [[value] * rows for value in (region - done, size - done, 0, region)]
+
+    run.state.read = told
+    try:
+        yield
+    finally:
+        del run.state.read

@@ -1,0 +1,54 @@
+"""Writes the table of what a decode takes in memory: ``python eval/memory_table.py --config_file config.json --out FILE``."""
+
+from pathlib import Path
+
+from data.provenance import versions, write_aside
+from decoding.config import DecodeConfig
+from decoding.memory_plan import MemoryPlan, plan_memory
+from decoding.strategies import make_strategy
+from eval.command import command
+
+BATCHES, LENGTHS, CACHES = (1, 16, 64), (256, 1024), ("none", "prefix", "dual")
+
+
+def table(
+    config_file: Path, out: Path, dtype: str = "bfloat16", prompt_length: int = 256, strategy: str = "threshold"
+) -> None:
+    """Counts decodes of a model over batch sizes, lengths and caches; nothing is decoded and no weights are needed.
+
+    Args:
+        config_file: ``config.json`` of the model.
+        out: Markdown file to write.
+        dtype: Dtype of the weights.
+        prompt_length: Tokens of each prompt.
+        strategy: Strategy of the decodes.
+    """
+    rows = []
+    for batch in BATCHES:
+        for length in LENGTHS:
+            for cache in CACHES:
+                config = DecodeConfig(length, eot="published", cache=cache)
+                plan = plan_memory(
+                    config_file, config, make_strategy(strategy), dtype=dtype, batch_size=batch, prompt_length=prompt_length
+                )  # fmt: skip
+                rows.append(f"| {batch} | {length} | {cache} | {_cells(plan)} |")
+    title = (
+        f"# What a decode takes in memory\n\nGiB for `{config_file.name}` in {dtype}, prompts of {prompt_length} tokens, "
+        f"strategy `{strategy}`, blocks of 32, EoT rule `published` (which reads the whole region). Counted on shapes by the loop itself "
+        f"(torch {versions()['torch']}), attention fused; what allocator, kernels' workspaces and device need comes on top.\n"
+    )
+    head = [
+        "| batch | gen_length | cache | weights | keys | state | activations | evidence | peak |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    write_aside(out, "\n".join([title, *head, *rows]) + "\n")
+    print(f"wrote {out}")
+
+
+def _cells(plan: MemoryPlan) -> str:
+    sizes = (plan.weights, plan.keys, plan.state, plan.activations, plan.evidence, plan.peak)
+    return " | ".join(f"{size / 2**30:.2f}" for size in sizes)
+
+
+if __name__ == "__main__":
+    command(table)
