@@ -12,42 +12,46 @@ from data.prompts import PromptSource, Split, load_prompts, prompt_hash
 from models.errors import InputError
 
 _WINDOW = 16  # batches whose prompts are sorted by length together
+_SHARD = 4  # batches of a shard: as a row of the first is finished, one of the others takes its place
 
 
 @dataclass
 class PromptBatch:
-    """Prompts that are decoded together.
+    """Prompts that are decoded in one call, and make one shard.
 
     Attributes:
         index: Place of each prompt in the run's list.
         prompts: The prompts.
         tokens: Token ids of each.
+        batch_size: Rows decoded together.
     """
 
     index: list[int]
     prompts: list[Prompt]
     tokens: list[list[int]]
+    batch_size: int
 
 
-def plan(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Cuts prompts into batches of similar length.
+def plan(lengths: Sequence[int], size: int, window: int = _WINDOW) -> list[list[int]]:
+    """Cuts prompts into groups of similar length.
 
     Only prompts that stand near each other are sorted together, so that every stretch of the run takes about as long
-    and a longer list keeps the batches of a shorter one.
+    and a longer list keeps the groups of a shorter one.
 
     Args:
         lengths: Tokens of each prompt.
-        batch_size: Prompts in a batch.
+        size: Prompts in a group.
+        window: Groups that are sorted together.
 
     Returns:
-        Indices into ``lengths``; nothing but ``lengths`` and ``batch_size`` decides them.
+        Indices into ``lengths``; nothing but the arguments decides them.
     """
-    batches = []
-    for start in range(0, len(lengths), _WINDOW * batch_size):
-        window = range(start, min(start + _WINDOW * batch_size, len(lengths)))
-        order = sorted(window, key=lambda index: lengths[index])
-        batches += [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    return batches
+    groups = []
+    for start in range(0, len(lengths), window * size):
+        near = range(start, min(start + window * size, len(lengths)))
+        order = sorted(near, key=lambda index: lengths[index])
+        groups += [order[at : at + size] for at in range(0, len(order), size)]
+    return groups
 
 
 class RolloutData(LightningDataModule):
@@ -76,6 +80,7 @@ class RolloutData(LightningDataModule):
         self.split: Split | None = split
         self.limit, self.per_task, self.batch_size = limit, per_task, batch_size
         self.prompts: list[Prompt] = []
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards may be left than there are ranks
 
     def request(self) -> dict[str, Any]:
         """What was asked for, for the manifest."""
@@ -92,10 +97,12 @@ class RolloutData(LightningDataModule):
         tokens = module.encode(self.prompts)
         done = {prompt for record in module.shards.written() for prompt in record["prompts"]}
         batches = []
-        for planned in plan([len(ids) for ids in tokens], self.batch_size):
+        for planned in plan([len(ids) for ids in tokens], self.batch_size * _SHARD, _WINDOW // _SHARD):
             index = [n for n in planned if prompt_hash(self.prompts[n].prompt) not in done]
             if index:
-                batches.append(PromptBatch(index, [self.prompts[n] for n in index], [tokens[n] for n in index]))
+                batches.append(
+                    PromptBatch(index, [self.prompts[n] for n in index], [tokens[n] for n in index], self.batch_size)
+                )
         return PromptBatches(batches[trainer.global_rank :: trainer.world_size])
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from data.provenance import versions, write_aside
-from decoding.config import DecodeConfig
+from decoding.config import CacheRule, DecodeConfig
 from decoding.memory_plan import MemoryPlan, plan_memory
 from decoding.strategies import make_strategy
 from eval.command import command
 
-BATCHES, LENGTHS, CACHES = (1, 16, 64), (256, 1024), ("none", "prefix", "dual")
+BATCHES, LENGTHS = (1, 16, 64), (256, 1024)
+CACHES: tuple[CacheRule, ...] = ("none", "prefix", "dual")
 
 
 def table(
@@ -33,9 +34,9 @@ def table(
                 )  # fmt: skip
                 rows.append(f"| {batch} | {length} | {cache} | {_cells(plan)} |")
     title = (
-        f"# What a decode takes in memory\n\nGiB for `{config_file.name}` in {dtype}, prompts of {prompt_length} tokens, "
-        f"strategy `{strategy}`, blocks of 32, EoT rule `published` (which reads the whole region). Counted on shapes by the loop itself "
-        f"(torch {versions()['torch']}), attention fused; what allocator, kernels' workspaces and device need comes on top.\n"
+        f"# What a decode takes in memory\n\nGiB for `{config_file.name}` in {dtype}: prompts of {prompt_length} tokens, "
+        f"`{strategy}`, blocks of 32, EoT rule `published`, which reads the whole region. Counted on shapes by the loop "
+        f"itself (torch {versions()['torch']}), attention fused; what allocator, kernels and device need comes on top.\n"
     )
     head = [
         "| batch | gen_length | cache | weights | keys | state | activations | evidence | peak |",

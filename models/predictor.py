@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ class MaskPredictor:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else "auto"
-        model = _load_model(folder, dtype).to(device)
+        model = _load_model(folder, dtype, device)
         config: Any = model.config
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -270,11 +271,13 @@ def checkpoint_folder(path: str | Path) -> Path:
         ) from error
 
 
-def _load_model(folder: Path, dtype: torch.dtype | str) -> nn.Module:
+def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
     disable_progress_bar()  # a command prints its own progress, and errors are one line
+    # Straight to the device, tensor by tensor: eight ranks do not hold eight copies of the weights in the host's memory.
+    there: dict[str, Any] = {"device_map": {"": device}} if find_spec("accelerate") else {}
     try:
         model, info = AutoModel.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
+            folder, dtype=dtype, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **there
         )
     except InputError:
         raise
@@ -283,7 +286,7 @@ def _load_model(folder: Path, dtype: torch.dtype | str) -> nn.Module:
             str(folder), str(error).splitlines()[0], "a config.json and safetensors that fit it"
         ) from error
     check_tensors(folder, info)
-    return model
+    return model.to(device)
 
 
 def check_tensors(folder: Path, info: dict[str, Any]) -> None:

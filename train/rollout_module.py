@@ -142,7 +142,10 @@ class RolloutModule(LightningModule):
 
     def _decode(self, batch: PromptBatch, strategy: Strategy, references: Tensor | None) -> DecodeOutput:
         assert self.predictor is not None
-        return decode(self.predictor, batch.tokens, self.decoding, strategy, references, record=True, record_eot=True)
+        return decode(
+            self.predictor, batch.tokens, self.decoding, strategy, references, record=True, record_eot=True,
+            batch_size=batch.batch_size,
+        )  # fmt: skip
 
     def teardown(self, stage: str) -> None:
         """Merges what all ranks wrote; Lightning calls this when a run has come to its end, not when it was stopped.

@@ -4,6 +4,11 @@ import pytest
 import torch
 
 from data.labels import PASSES, collect, ended, first_eot, history, labels, of_block, records_of
+from data.shards import ShardWriter, load_records
+from decoding.config import DecodeConfig
+from decoding.loop import decode
+from decoding.strategies import make_strategy
+from models.features import FEATURES, feature_columns, needs_of
 
 EOT = 62
 
@@ -68,6 +73,27 @@ def test_history_equals_what_the_decoder_saw(decoded, name: str, eot: str) -> No
     assert evidence.stable.max() > (0 if name == "oracle" else 1)
     assert torch.equal(stable, evidence.stable)
     assert torch.equal(previous, evidence.previous)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_live_decode_computes_the_column_that_its_records_hold(decoded, predictor, key, tmp_path, feature) -> None:
+    # A feature that does not say what it needs would learn from records and be served nothing.
+    class Watching(type(make_strategy("full_step"))):
+        needs = needs_of([feature])
+
+        def decide(self, step):
+            columns.append(feature_columns(step.evidence, [feature]))
+            return super().decide(step)
+
+    batch, columns = decoded(6), []
+    writer = ShardWriter(tmp_path, key)
+    writer.write(batch)
+    records = load_records(writer.finish(batch.hashes), ["full_step"])
+    stored = feature_columns(records.evidence, [feature])
+    for row, tokens in enumerate(batch.tokens):
+        columns.clear()
+        decode(predictor, [tokens], DecodeConfig(16, 4, eot="off"), Watching())
+        torch.testing.assert_close(torch.cat(columns), stored[records.prompt == row], atol=1e-4, rtol=1e-4)
 
 
 def test_history_of_nothing() -> None:

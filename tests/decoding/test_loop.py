@@ -151,6 +151,28 @@ def test_a_finished_rows_place_goes_to_the_next_prompt(random_llada, prompts):
         assert busy > (0.8 if size > 1 else 0.99)  # slots do not wait for the slowest row of a batch
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(("cache", "eot"), [("none", "commit"), ("prefix", "published"), ("dual", "commit")])
+def test_a_recorded_decode_in_a_batch_that_is_refilled_and_shrinks_is_the_plain_one(
+    ending_llada, prompts, name, cache, eot
+):
+    # Whatever a strategy remembers of a row has to go where the row goes, also while its steps are kept.
+    many = prompts + [prompt[::-1] for prompt in prompts]
+    config, strategy = DecodeConfig(32, 8, eot=eot, cache=cache), STRATEGIES[name]
+    plain = decode(ending_llada, many, config, strategy, batch_size=len(many))
+    out = decode(ending_llada, many, config, strategy, record=True, record_eot=True, batch_size=3)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert torch.equal(out.nfe, plain.nfe)
+    assert torch.bincount(torch.cat([step.rows for step in out.trace])).tolist() == out.nfe.tolist()
+    alone = decode(ending_llada, many[-1:], config, strategy, record=True, record_eot=True).trace
+    kept = [(step, int((step.rows == len(many) - 1).nonzero())) for step in out.trace if len(many) - 1 in step.rows]
+    for (step, place), single in zip(kept, alone, strict=True):
+        assert torch.equal(step.transfer[place], single.transfer[0])
+        for field, values in single.evidence.present().items():
+            found = getattr(step.evidence, field)[place]
+            torch.testing.assert_close(found, values[0], atol=1e-4, rtol=1e-4)
+
+
 def test_a_step_shows_its_rows_before_their_places_are_taken(random_llada, prompts):
     strategy = make_strategy("threshold", threshold=0.3)
     output, last = empty_output(5, CONFIG), {}

@@ -14,6 +14,7 @@ import torch
 from data.prompts import PromptSource
 from data.rollout_data import plan
 from data.shards import load_records, load_sequences
+from decoding.loop import decode
 from models import LLaDAConfig, LLaDAModelLM
 from models.errors import InputError
 from models.tokenizer import train_tokenizer
@@ -91,9 +92,10 @@ def test_killed_and_run_again_the_set_is_that_of_an_uninterrupted_run(
         os.kill(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     written = {path: path.stat().st_mtime_ns for path in killed.glob("shard-*.json")}
-    assert 0 < len(written) < 20
+    kept = sum(len(json.loads(path.read_text())["prompts"]) for path in written)
+    assert 0 < kept < 40
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
-    assert f"decoded {40 - 2 * len(written)}," in done.stdout
+    assert f"decoded {40 - kept}," in done.stdout
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())  # nothing is decoded twice
     assert contents(killed) == contents(whole)
 
@@ -104,6 +106,31 @@ def test_two_ranks_write_what_one_does(base: Path, file: Path, whole: Path, tmp_
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
     assert done.stdout.count("decoded 40,") == 1
     assert contents(tmp_path / "set") == contents(whole)
+
+
+@pytest.mark.slow  # starts the command
+def test_two_ranks_share_what_is_not_enough_for_both(base: Path, file: Path, tmp_path: Path) -> None:
+    # One shard is left: the rank without any has to wait for it, not to end the run.
+    one = command(base, file, tmp_path / "one", "--data.limit", "2")
+    subprocess.run(one, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    two = command(base, file, tmp_path / "two", "--data.limit", "2", "--trainer.devices", "2")
+    subprocess.run(two, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_finished_rows_place_goes_to_the_next_prompt_of_the_shard(base: Path, sources, tmp_path, monkeypatch) -> None:
+    calls = []
+
+    def watched(predictor, prompts, *arguments, **options):
+        calls.append((prompts, decode(predictor, prompts, *arguments, **options)))
+        return calls[-1][1]
+
+    monkeypatch.setattr("train.rollout_module.decode", watched)
+    rollout(base, tmp_path, sources=sources, limit=16, batch_size=2, passes=["oracle"], **SETTINGS)
+    for prompts, out in calls:
+        assert len(prompts) == 8
+        assert all(len(step.rows) <= 2 for step in out.trace)
+        assert out.forward_calls <= (int(out.nfe.sum()) + int(out.nfe.max()) + 1) // 2  # at most the last row is alone
 
 
 def test_records_of_a_rollout(base: Path, sources, tmp_path: Path) -> None:

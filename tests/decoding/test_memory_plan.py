@@ -1,0 +1,148 @@
+"""What the planner counts is what a decode takes, and no step reads the device more than once."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+from decoding.config import DecodeConfig
+from decoding.loop import decode
+from decoding.memory_plan import plan_memory
+from decoding.output import empty_output
+from decoding.run import Request
+from decoding.strategies import make_strategy
+from models import LLaDAConfig, LLaDAModelLM
+from models.errors import InputError
+from models.filter import FilterConfig, build_filter
+from models.predictor import MaskPredictor, TokenIds
+
+NAMES = ["full_step", "threshold", "factor", "entropy_bound", "klass", "dico", "oracle", "learn2pd", "apd"]
+SHAPE = LLaDAConfig(
+    d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, mlp_hidden_size=160, vocab_size=3000, max_sequence_length=512,
+    mask_token_id=0, eos_token_id=1, pad_token_id=1,
+)  # fmt: skip
+
+
+def strategy_of(name, helper=None):
+    if name == "apd":
+        return make_strategy("apd", network=helper, kv_window=8, max_lookahead=16)
+    if name != "learn2pd":
+        return make_strategy(name)
+    config = FilterConfig(
+        block_length=32, gen_length=64, threshold=0.5, base_fingerprint="unsaved", vocab_size=3000, mask_id=0
+    )
+    return make_strategy(name, network=build_filter(config).eval(), config=config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shape")
+    SHAPE.save_pretrained(folder)
+    return folder
+
+
+def allocated(run):
+    """The most bytes alive at a time within a call, by the profiler's own record of what was allocated and freed."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("name", ["threshold", "klass"])
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_the_count_is_what_a_real_step_allocates(folder, cache, name):
+    config = DecodeConfig(128, 32, eot="published", cache=cache)
+    plan = plan_memory(folder, config, strategy_of(name), dtype="float32", batch_size=6, prompt_length=40)
+    model = LLaDAModelLM(SHAPE)
+    predictor = MaskPredictor(model, TokenIds(0, 1, 2, 1, 3), 3000, 512)
+    request = Request(predictor, [[4] * 40] * 6, config, strategy_of(name), empty_output(6, config))
+
+    @torch.inference_mode()
+    def steps():
+        run = request.strategy.start(request)
+        run.step()
+
+    steps()  # whatever libraries allocate once
+    assert plan.weights == sum(p.nbytes for p in model.parameters())
+    assert plan.peak - plan.weights == pytest.approx(allocated(steps), rel=0.1)
+
+
+def test_evidence_does_not_grow_with_the_positions(tmp_path):
+    wide = LLaDAConfig(**SHAPE.to_diff_dict() | {"vocab_size": 200_000, "max_sequence_length": 4096})
+    wide.save_pretrained(tmp_path)
+    few, many = (
+        plan_memory(tmp_path, DecodeConfig(length, 32, eot="published"), strategy_of("threshold"), batch_size=8)
+        for length in (64, 1024)
+    )
+    assert many.evidence < few.evidence * 1.2 < 2**30
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_reads_the_device_once(random_helper, name, cache, record):
+    # On tensors without contents any other read, and any operator whose shape depends on values, raises.
+    if name == "apd" and cache != "none":
+        pytest.skip("apd has a cache of its own")
+    eot, rows, steps = "commit" if name == "apd" else "published", 3, 3
+    config = DecodeConfig(64, 32, eot=eot, cache=cache, refresh=None if cache == "none" else 2)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        predictor = MaskPredictor(LLaDAModelLM(SHAPE), TokenIds(0, 1, 2, 1, 3), 3000, 512)
+        references = torch.zeros(rows, 64, dtype=torch.long) if name == "oracle" else None
+        strategy = strategy_of(name, random_helper)
+        prompts = [[4] * 5, [4] * 9, [4] * 9]
+        request = Request(predictor, prompts, config, strategy, empty_output(rows, config), references, record, record)
+        run = strategy.start(request)
+        reads = []
+
+        def told(known):
+            reads.append(known)
+            # Rows at different steps of different blocks.
+            return (
+                [[60, 30, 62], [28, 30, 30], [0, 1, 0], [64, 64, 64]]
+                if name != "apd"
+                else [[50] * 3] * 2 + [[0] * 3, [64] * 3]
+            )
+
+        run.state.read = told
+        for _ in range(steps):
+            run.step()
+    assert len(reads) == steps
+
+
+def test_hidden_states_come_where_they_are_asked_for(random_llada, prompts):
+    class Asking(type(make_strategy("threshold", threshold=2.0))):
+        needs = frozenset({"hidden"})
+
+        def decide(self, step):
+            seen.append(step.evidence)
+            return super().decide(step)
+
+    for cache in ("none", "dual"):
+        seen = []
+        decode(random_llada, prompts, DecodeConfig(32, 8, cache=cache), Asking(threshold=2.0), batch_size=3)
+        for evidence in seen:
+            assert evidence.hidden.shape == (*evidence.masked.shape, 32)
+            token = random_llada.logits(evidence.hidden).index_fill(2, torch.tensor([63]), -torch.inf).argmax(-1)
+            assert torch.equal(token[evidence.masked], evidence.token[evidence.masked])
+            assert evidence.entropy is None  # nobody asked
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"strategy": "apd"}, "strategy"), ({"dtype": "int8"}, "dtype"), ({"batch_size": 0}, "batch_size"),
+        ({"prompt_length": 0}, "prompt_length"), ({"prompt_length": 500}, "prompt_length and gen_length"),
+        ({"config_file": "nowhere"}, "nowhere"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_refused(folder, random_helper, change, field):
+    arguments = {"config_file": folder, "config": DecodeConfig(64, 32), "strategy": "threshold"} | change
+    arguments["strategy"] = strategy_of(arguments["strategy"], random_helper)
+    with pytest.raises(InputError, match=f"^{field}"):
+        plan_memory(**arguments)
