@@ -5,6 +5,7 @@ Diffusion Models", arXiv 2502.09992. Module names follow the official tensors (`
 so ``from_pretrained`` and ``save_pretrained`` exchange checkpoints with it without any renaming.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -170,18 +171,11 @@ class KVCache:
         return found[0], found[1]
 
 
-class RMSNorm(nn.Module):
-    """Normalises in fp32, casts to the input's dtype, then multiplies by the weight (the official order)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS normalisation of ``(N, D)`` in fp32, cast to the input's dtype, then times the weight (the official order)."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -193,19 +187,57 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor
         theta: Base of the geometric frequencies.
 
     Returns:
-        Two tensors ``(B, 1, T, head_dim)``.
+        Two tensors ``(B * T, 1, head_dim)``.
     """
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None].float() * theta**-exponent
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    angles = positions.reshape(-1, 1, 1).float() * theta**-exponent
+    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies the rotary embedding to ``(B, H, T, D)`` in fp32 and casts back."""
+    """Applies the rotary embedding to ``(N, H, D)`` in fp32 and casts back."""
     wide = x.float()
     left, right = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+def gate(a: Tensor, b: Tensor) -> Tensor:
+    """The MLP's gated activation, ``(N, D)``."""
+    return F.silu(a) * b
+
+
+@dataclass
+class Elementwise:
+    """What a model computes position by position beside its matrices and attention; one object for a whole model.
+
+    Everything comes flattened to ``(N, ...)``, so that compiled versions serve any batch and length with one graph each.
+    """
+
+    normalise: Callable[[Tensor, Tensor, float], Tensor] = normalise
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate
+    gate: Callable[[Tensor, Tensor], Tensor] = gate
+
+    def compile(self, backend: str) -> None:
+        """Fuses each into kernels of its own; without a graph there is an error, never a silent way around it."""
+        for name, function in vars(Elementwise()).items():
+            setattr(self, name, torch.compile(function, dynamic=True, fullgraph=True, backend=backend))
+
+    def restore(self) -> None:
+        """Undoes :meth:`compile`."""
+        vars(self).update(vars(Elementwise()))
+
+
+class RMSNorm(nn.Module):
+    """Normalises the last dimension; see :func:`normalise`."""
+
+    def __init__(self, size: int, eps: float, ops: Elementwise) -> None:
+        super().__init__()
+        self.eps, self.ops = eps, ops
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.normalise(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -226,39 +258,42 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 class LLaDABlock(nn.Module):
     """One pre-norm block: bidirectional attention, then a gated MLP."""
 
-    def __init__(self, config: LLaDAConfig) -> None:
+    def __init__(self, config: LLaDAConfig, ops: Elementwise) -> None:
         super().__init__()
-        width, heads = config.d_model, config.n_heads
+        width, heads, self.ops = config.d_model, config.n_heads, ops
         self.head_dim = width // heads
         kv_width = self.head_dim * (config.n_kv_heads or heads)
         hidden = config.mlp_hidden_size or config.mlp_ratio * width
-        self.attn_norm = RMSNorm(width, config.rms_norm_eps)
+        self.attn_norm = RMSNorm(width, config.rms_norm_eps, ops)
         self.q_proj = nn.Linear(width, width, bias=config.include_bias or config.include_qkv_bias)
         self.k_proj = nn.Linear(width, kv_width, bias=config.include_bias or config.include_qkv_bias)
         self.v_proj = nn.Linear(width, kv_width, bias=config.include_bias or config.include_qkv_bias)
         self.attn_out = nn.Linear(width, width, bias=config.include_bias)
-        self.ff_norm = RMSNorm(width, config.rms_norm_eps)
+        self.ff_norm = RMSNorm(width, config.rms_norm_eps, ops)
         self.ff_proj = nn.Linear(width, hidden, bias=config.include_bias)
         self.up_proj = nn.Linear(width, hidden, bias=config.include_bias)
         self.ff_out = nn.Linear(hidden, width, bias=config.include_bias)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int,
-        index: Tensor | None, rows: Tensor | None,
+        index: Tensor | None, cache_rows: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """``(B, T, d_model)`` to the same; ``mask`` is ``(B, 1, 1, S)`` bool, True where a key may be attended."""
-        normed = self.attn_norm(x)
+        rows, length = x.shape[:2]
+        flat = self.attn_norm(x).flatten(0, 1)
         query, key, value = (
-            proj(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(flat).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key = self.ops.rotate(query, *rotary), self.ops.rotate(key, *rotary)
+        query, key, value = (
+            heads.view(rows, length, *heads.shape[1:]).transpose(1, 2) for heads in (query, key, value)
+        )
         if cache is not None:
-            key, value = cache.update(layer, index, rows, key, value)
+            key, value = cache.update(layer, index, cache_rows, key, value)
         mixed = attend(query, key, value, mask)
         x = x + self.attn_out(mixed.transpose(1, 2).flatten(2))
-        normed = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
+        flat = self.ff_norm(x).flatten(0, 1)
+        return x + self.ff_out(self.ops.gate(self.ff_proj(flat), self.up_proj(flat))).view(x.shape)
 
 
 class LLaDAModel(nn.Module):
@@ -266,11 +301,11 @@ class LLaDAModel(nn.Module):
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
-        rows = config.embedding_size or config.vocab_size
+        rows, self.ops = config.embedding_size or config.vocab_size, Elementwise()
         parts: dict[str, nn.Module] = {
             "wte": nn.Embedding(rows, config.d_model),
-            "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
-            "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+            "blocks": nn.ModuleList(LLaDABlock(config, self.ops) for _ in range(config.n_layers)),
+            "ln_f": RMSNorm(config.d_model, config.rms_norm_eps, self.ops),
         }
         if not config.weight_tying:
             parts["ff_out"] = nn.Linear(config.d_model, rows, bias=config.include_bias)
@@ -289,7 +324,7 @@ class LLaDAModel(nn.Module):
         """Hidden states before the final norm, ``(B, T, d_model)``."""
         config = self.config
         x = self.transformer["wte"](input_ids)
-        rotary = rotary_table(positions, config.d_model // config.n_heads, config.rope_theta)
+        rotary = rotary_table(positions.expand_as(input_ids), config.d_model // config.n_heads, config.rope_theta)
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["blocks"])):
             x = block(x, rotary, mask, cache, layer, cache_index, cache_rows)
         return x

@@ -1,12 +1,17 @@
 """Cached decodes against a plain one that recomputes everything and swaps frozen keys and values in."""
 
+import copy
+import itertools
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from decoding.config import DecodeConfig
 from decoding.loop import decode
 from decoding.strategies import make_strategy
 from models.errors import InputError
+from models.predictor import MaskPredictor
 
 MASK, EOT = 63, 62
 
@@ -176,3 +181,21 @@ def test_a_model_that_keeps_no_keys_is_refused_by_name(table):
 def test_settings_are_refused_by_name(settings, message):
     with pytest.raises(InputError, match=message):
         DecodeConfig(**settings)
+
+
+def test_a_compiled_model_serves_any_batch_length_and_cache_with_few_graphs(random_llada, prompts, monkeypatch):
+    # With one graph for each shape, compiling takes longer than decoding, and past a limit PyTorch gives up in silence.
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    compiled = MaskPredictor(copy.deepcopy(random_llada.model), random_llada.ids, 64, 512)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled.compile(backend="eager")  # traced as by any backend, run by the usual kernels
+    strategy = make_strategy("threshold", threshold=0.5)
+    for cache, eot in itertools.product(("none", "prefix", "dual"), ("off", "commit")):
+        for length, size, rows in ((32, 8, 3), (64, 16, 1), (32, 32, 5)):
+            config = DecodeConfig(length, size, cache=cache, eot=eot)
+            eager, ours = (decode(p, prompts, config, strategy, batch_size=rows) for p in (random_llada, compiled))
+            assert torch.equal(eager.sequences, ours.sequences)
+            assert torch.equal(eager.nfe, ours.nfe)
+    assert 0 < counters["stats"]["unique_graphs"] <= 8
+    assert not counters["graph_break"]
