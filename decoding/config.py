@@ -1,6 +1,8 @@
 """Settings of one decode, validated before any work is done."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from models.errors import InputError
@@ -67,6 +69,19 @@ class DecodeConfig:
             raise InputError("refresh", f"{self.refresh} with cache none", "null, or cache prefix | dual")
         if self.refresh is not None and self.refresh < 1:
             raise InputError("refresh", self.refresh, "a whole number of at least 1, or null")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "DecodeConfig":
+        """The settings by name.
+
+        Raises:
+            InputError: One that there is not.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in names:
+                raise InputError(name, "an unknown setting", ", ".join(get_close_matches(name, names) or names))
+        return cls(**settings)
 
     @property
     def blocks(self) -> int:

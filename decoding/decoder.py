@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from decoding.config import CacheRule, DecodeConfig, EotRule
+from decoding.config import DecodeConfig
 from decoding.loop import check_prompts, decode, decode_steps
 from decoding.output import DecodeOutput, StepResult, StepTrace, empty_output
 from decoding.strategies import Strategy, make_strategy
@@ -91,14 +91,6 @@ class Decoder:
         self,
         prompts: Sequence[PromptLike],
         *,
-        gen_length: int = 128,
-        block_length: int = 32,
-        steps: int | None = None,
-        temperature: float = 0.0,
-        eot: EotRule = "commit",
-        seed: int = 0,
-        cache: CacheRule = "none",
-        refresh: int | None = None,
         batch_size: int = 32,
         chat_template: bool = True,
         references: Tensor | None = None,
@@ -106,19 +98,12 @@ class Decoder:
         seeds: Sequence[int] | None = None,
         trace: bool = False,
         finished: Callable[[int, list[int], int], None] | None = None,
+        **settings: Any,
     ) -> Generation:
         """Decodes a list of prompts; as one is finished, the next takes its place in the batch.
 
         Args:
             prompts: Strings, chat messages or token ids, one entry a prompt.
-            gen_length: See :class:`decoding.config.DecodeConfig`, as for the next seven.
-            block_length: Positions of a block.
-            steps: Denoising steps; sets the quota.
-            temperature: 0 for argmax.
-            eot: End-of-text rule.
-            seed: Seed of the noise.
-            cache: Which keys and values are reused.
-            refresh: Steps between forwards over the whole sequence.
             batch_size: Prompts decoded together.
             chat_template: Wrap text in the chat template.
             references: ``(B, gen_length)`` int64, for the oracle.
@@ -126,16 +111,17 @@ class Decoder:
             seeds: Noise seed of each prompt beside ``seed``; its place in the list by default.
             trace: Keep every step.
             finished: Called with a prompt's index, its tokens before the first EoT and its NFE as soon as it is decoded.
+            **settings: Of :class:`decoding.config.DecodeConfig`: ``gen_length=256``, ``cache="dual"`` and so on.
 
         Raises:
             InputError: A setting, a prompt or a reference that cannot be used, by name.
         """
-        config = DecodeConfig(gen_length, block_length, steps, temperature, eot, seed, cache, refresh)
+        config = DecodeConfig.of(settings)
         ids = self._encode(prompts, config, chat_template)
         if batch_size < 1:
             raise InputError("batch_size", batch_size, "a whole number of at least 1")
-        if references is not None and references.shape != (len(ids), gen_length):
-            raise InputError("references", tuple(references.shape), f"shape ({len(ids)}, {gen_length})")
+        if references is not None and references.shape != (len(ids), config.gen_length):
+            raise InputError("references", tuple(references.shape), f"shape ({len(ids)}, {config.gen_length})")
         if seeds is not None and len(seeds) != len(ids):
             raise InputError("seeds", f"{len(seeds)} for {len(ids)} prompts", "one for each prompt")
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
@@ -151,8 +137,8 @@ class Decoder:
         name = self.strategy.component
         if name and not whole.counts[name].any():
             warnings.warn(f"{self.strategy.name}: its component never fired ({name} is 0 in every row)", stacklevel=2)
-        settings = {"batch_size": batch_size, "chat_template": chat_template, "stop": list(stop)}
-        return self._generation(whole, config, settings, trace)
+        call = {"batch_size": batch_size, "chat_template": chat_template, "stop": list(stop)}
+        return self._generation(whole, config, call, trace)
 
     def stream(
         self, prompt: PromptLike, *, chat_template: bool = True, output: DecodeOutput | None = None, **settings: Any
@@ -161,7 +147,7 @@ class Decoder:
 
         Pass ``output`` (from :func:`decoding.output.empty_output`) to read NFE and counts as they grow.
         """
-        config = DecodeConfig(**settings)
+        config = DecodeConfig.of(settings)
         ids = self._encode([prompt], config, chat_template)
         yield from decode_steps(self.predictor, ids, config, self.strategy, output or empty_output(1, config))
 

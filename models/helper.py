@@ -208,7 +208,7 @@ def load_helper(
         InputError: Anything is missing, unknown or impossible; names the file and the field.
     """
     folder = Path(folder)
-    config = _read_description(folder)
+    config = read_description(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
@@ -275,7 +275,13 @@ def save_helper(folder: str | Path, model: Any, config: HelperConfig, card: str)
         (aside / CARD).write_text(card, encoding="utf-8")  # over peft's own
 
 
-def _read_description(folder: Path) -> HelperConfig:
+def read_description(folder: str | Path) -> HelperConfig:
+    """Reads what describes an exported helper, without its weights.
+
+    Raises:
+        InputError: Anything is missing, unknown or impossible; names the file and the field.
+    """
+    folder = Path(folder)
     file = folder / DESCRIPTION
     if not file.is_file():
         raise InputError(f"{KIND} folder", f"{folder} without {DESCRIPTION}", "the folder of an exported helper")
@@ -338,4 +344,4 @@ def _check_replaceable(folder: Path) -> None:
     if foreign := sorted(name for name in names - known if not name.endswith(".safetensors")):
         raise InputError(f"{KIND} folder", f"{folder} with {foreign[0]} in it", accepted)
     if names:
-        _read_description(folder)
+        read_description(folder)

@@ -20,7 +20,7 @@ from decoding.step import Decision
 from decoding.strategies.base import Strategy, require_range
 from models.errors import InputError
 from models.features import EVIDENCE, Evidence
-from models.helper import Helper, check_helper, load_helper
+from models.helper import Helper, check_helper, load_helper, read_description
 from models.predictor import MaskPredictor, fingerprint
 
 
@@ -38,7 +38,7 @@ class APD(Strategy):
         kv_window: W: the predictor's keys and values are computed anew for the last so many committed tokens, beside those
             accepted since; older ones are kept. ``None`` keeps none, which is exact.
         max_lookahead: M: MASK positions that the predictor is given; ``None`` for all that are left.
-        network: A helper to use instead of one loaded from ``helper``.
+        network: A helper to use instead of the one in ``helper``, which is loaded to the predictor's device at the first decode.
     """
 
     helper: str | Path | None = None
@@ -59,13 +59,15 @@ class APD(Strategy):
         if self.network is None:
             if self.helper is None:
                 raise InputError("helper", None, "the folder of an exported helper")
-            self.network = load_helper(self.helper)
+            read_description(self.helper)
 
     def fingerprints(self) -> dict[str, str]:
         return {"helper": fingerprint(Path(self.helper)) if self.helper else "unsaved"}
 
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
-        assert self.network is not None
+        if self.network is None:
+            assert self.helper is not None
+            self.network = load_helper(self.helper, device=predictor.device)
         if config.eot == "published":
             raise InputError("eot", "'published' with apd, which decodes left to right", "off | commit")
         if config.cache != "none":

@@ -190,3 +190,8 @@ def test_settings_name_the_weights(decoder):
     out = decoder.generate(["the cat"], **SETTINGS)
     assert out.settings["fingerprints"] == {"base": decoder.predictor.fingerprint}
     assert (out.settings["dtype"], out.settings["batch_size"]) == ("float32", 32)
+
+
+def test_an_unknown_setting_is_named_with_the_one_that_was_meant(decoder):
+    with pytest.raises(InputError, match="gen_lenght: found an unknown setting; accepted: gen_length"):
+        decoder.generate(["Hello"], gen_lenght=32)
