@@ -1,6 +1,7 @@
 """The decode loop: token ids in, token ids out, whatever the strategy."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,43 +15,21 @@ from models.predictor import MaskPredictor
 
 
 def decode(
-    predictor: MaskPredictor,
-    prompts: Sequence[Sequence[int]],
-    config: DecodeConfig,
-    strategy: Strategy,
-    references: Tensor | None = None,
-    record: bool = False,
-    record_eot: bool = False,
-    seeds: Sequence[int] | None = None,
-    batch_size: int | None = None,
-    stop: Callable[[int, list[int]], bool] | None = None,
-    finished: Callable[[int, list[int], int], None] | None = None,
-) -> DecodeOutput:
+    predictor: MaskPredictor, prompts: Sequence[Sequence[int]], config: DecodeConfig, strategy: Strategy,
+    references: Tensor | None = None, **options: Any,
+) -> DecodeOutput:  # fmt: skip
     """Decodes prompts to the end; see :func:`decode_steps` for the arguments and errors."""
     output = empty_output(len(prompts), config)
-    steps = decode_steps(
-        predictor, prompts, config, strategy, output, references, record, record_eot, seeds, batch_size, stop, finished
-    )
-    for _ in steps:
+    for _ in decode_steps(predictor, prompts, config, strategy, output, references, **options):
         pass
     return output
 
 
 @torch.inference_mode()
 def decode_steps(
-    predictor: MaskPredictor,
-    prompts: Sequence[Sequence[int]],
-    config: DecodeConfig,
-    strategy: Strategy,
-    output: DecodeOutput,
-    references: Tensor | None = None,
-    record: bool = False,
-    record_eot: bool = False,
-    seeds: Sequence[int] | None = None,
-    batch_size: int | None = None,
-    stop: Callable[[int, list[int]], bool] | None = None,
-    finished: Callable[[int, list[int], int], None] | None = None,
-) -> Iterator[StepResult]:
+    predictor: MaskPredictor, prompts: Sequence[Sequence[int]], config: DecodeConfig, strategy: Strategy,
+    output: DecodeOutput, references: Tensor | None = None, **options: Any,
+) -> Iterator[StepResult]:  # fmt: skip
     """Decodes prompts, yielding after every step of the batch; ``output`` is filled on the way.
 
     Rows keep their own block pointer. A finished row leaves the batch and the next prompt takes its place, so a row
@@ -58,29 +37,20 @@ def decode_steps(
     ties).
 
     Args:
-        predictor: The mask predictor.
-        prompts: Token ids of each row's prompt, not empty; lengths may differ.
+        predictor: See :class:`decoding.run.Request`, as for all others.
+        prompts: Token ids of each row's prompt.
         config: Decode settings.
         strategy: Chooses the commits.
         output: Receives sequences, counts and trace.
-        references: ``(B, gen_length)`` int64, reference decodes for strategies that need them.
-        record: Keep a :class:`~decoding.output.StepTrace` of every step, with evidence on all positions of the block.
-        record_eot: Also record the EoT evidence over the whole generated region.
-        seeds: Noise seed of each row; its place in the batch by default.
-        batch_size: Rows decoded together; all by default.
-        stop: Called with a row's index and its decoded tokens, from the first generated one on, each time a block of it is
-            done (with APD: each step); True ends the row there, as if an EoT followed.
-        finished: Called with a row's index, its generated region and its NFE as soon as the row has ended.
+        references: Reference decodes, for strategies that need them.
+        **options: Its further fields: ``record``, ``record_eot``, ``seeds``, ``batch_size``, ``stop``, ``finished``.
 
     Raises:
         InputError: An empty prompt, one that leaves no room for ``gen_length``, or a strategy that does not fit.
     """
     check_prompts(predictor, prompts, config)
     strategy.prepare(predictor, config)
-    request = Request(
-        predictor, prompts, config, strategy, output, references, record, record_eot, seeds, batch_size, stop, finished
-    )
-    run = strategy.start(request)
+    run = strategy.start(Request(predictor, prompts, config, strategy, output, references, **options))
     while run.scheduler.slots:
         yield run.step()
         run.retire()
