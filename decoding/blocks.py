@@ -116,7 +116,7 @@ class BlockRun(Run):
             self._lay_out(self.eot, {name: found.pop(f"eot_{name}") for name in _EOT}, places, state.masked.shape)
         if rest is not None:
             said = in_chunks(
-                others[0], self.predictor.logits, self.predictor.vocab_size,
+                others[0], self.logits, self.predictor.vocab_size,
                 lambda logits, _: read_eot(logits, self.predictor.ids),
             )  # fmt: skip
             width = len(state.region)
@@ -139,7 +139,7 @@ class BlockRun(Run):
                 said["divergence"] = self.distributions.diverge(said.pop("log_probability"), cells[part])
             return said
 
-        found = in_chunks(hidden, self.predictor.logits, self.predictor.vocab_size, read)
+        found = in_chunks(hidden, self.logits, self.predictor.vocab_size, read)
         return found | {"hidden": hidden} if "hidden" in needs else found
 
     def _keep(self, hidden: Tensor, row: Tensor, offset: Tensor) -> None:
@@ -150,7 +150,7 @@ class BlockRun(Run):
             self.distributions.keep(logits.float().log_softmax(-1), row[part], offset[part])
             return {}
 
-        in_chunks(hidden, self.predictor.logits, self.predictor.vocab_size, read)
+        in_chunks(hidden, self.logits, self.predictor.vocab_size, read)
 
     @staticmethod
     def _lay_out(laid: dict[str, Tensor], fields: dict[str, Tensor], places: Tensor | None, shape: torch.Size) -> None:

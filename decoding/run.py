@@ -166,6 +166,11 @@ class Run(ABC):
         self.output.forward_calls += 1
         return hidden
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The predictor's logits ``(N, V)`` of hidden states ``(N, D)``; their time is part of the forward's."""
+        with self.timer:
+            return self.predictor.logits(hidden)
+
     def text_length(self, slot: Slot) -> int:
         """Positions of a row, from its first generated one, in which nothing is masked."""
         return slot.block * self.config.block_length

@@ -214,7 +214,7 @@ class ApdRun(Run):
         def read(logits: Tensor, part: slice) -> dict[str, Tensor]:
             return read_block(logits, ids, self.needs, self._noisy(draft, part) if self.config.temperature else None)
 
-        return in_chunks(hidden, self.predictor.logits, self.predictor.vocab_size, read)
+        return in_chunks(hidden, self.logits, self.predictor.vocab_size, read)
 
     def _noisy(self, draft: Draft, part: slice) -> Callable[[Tensor], Tensor]:
         """Adds a part of the draft's noise to scores: one Gumbel draw a position, the same for the draft and the target."""

@@ -4,11 +4,13 @@ import itertools
 
 import pytest
 import torch
+import yaml
 
 from data.base_data import BaseDataModule, MaskedBatches, mixture
 from data.gym import GymTask, samples
 from data.prompts import split_of
 from data.stories import StoryTask
+from eval.command import CONFIGS
 from models.errors import InputError
 
 TASKS = [StoryTask("story", weight=2, max_events=4), StoryTask("short")]
@@ -111,3 +113,15 @@ def test_lengths_that_cannot_be_batched_are_refused(tmp_path, lengths):
     }  # fmt: skip
     with pytest.raises(InputError, match="tokens, max_length, length_step"):
         BaseDataModule(**{**settings, **lengths})
+
+
+def test_the_shipped_settings_find_as_many_tokens_as_they_ask_for(tmp_path):
+    # Otherwise `make bundle` ends before its first step.
+    settings = yaml.safe_load((CONFIGS / "base" / "default.yaml").read_text())
+    tasks = [StoryTask(**task) for task in settings["data"].pop("tasks")]
+    data = BaseDataModule(**settings["data"] | {"tokenizer": tmp_path / "tokenizer", "tasks": tasks})
+    data.prepare_data()
+    data.setup("fit")
+    assert len(data.tokenizer) == settings["model"]["vocab_size"]
+    pieces = data.tokenizer([f" {number}" for number in range(100)], add_special_tokens=False)["input_ids"]
+    assert all(len(ids) == 1 for ids in pieces)  # a number is one token
