@@ -66,11 +66,11 @@ class Batches:
     ) -> None:  # fmt: skip
         self.data, self.rank, self.ranks, self.order, self.epoch = data, rank, ranks, order, epoch
         # In training every rank takes as many records, so that none waits for the others' last step.
-        self.count = math.ceil((len(data) - (0 if order else rank)) / ranks)
+        self.count = max(0, math.ceil((len(data) - (0 if order else rank)) / ranks))
         self.batch_size = batch_size or max(1, self.count)
 
     def __len__(self) -> int:
-        return math.ceil(self.count / self.batch_size)
+        return max(1, math.ceil(self.count / self.batch_size))  # without a record it still joins the metrics
 
     def __iter__(self) -> Iterator[FilterBatch]:
         if len(self) == 1 and self.ranks == 1:
@@ -80,7 +80,7 @@ class Batches:
         mine = self.rank + self.ranks * torch.arange(self.count, device=device)
         if self.order:
             mine = self.order(self.epoch()).to(device)[mine % len(self.data)]
-        for start in range(0, self.count, self.batch_size):
+        for start in range(0, max(1, self.count), self.batch_size):
             yield self.data.take(mine[start : start + self.batch_size])
 
 
@@ -90,7 +90,7 @@ class FilterDataModule(LightningDataModule):
     Args:
         rollouts: Folder of the shards.
         batch_size: Records in a training batch on one device; null for all of them (the published recipe).
-        passes: Decodes whose records are used, of :data:`data.labels.PASSES`.
+        passes: Decodes whose records are used, of :data:`data.labels.PASSES`; null for all that are recorded.
         tail_weight: Weight in the loss of positions at and after the reference's first EoT, which are up to nine tenths
             of all positions and nearly all easy.
         seed: Seed of the order of batches.
@@ -100,7 +100,7 @@ class FilterDataModule(LightningDataModule):
         self,
         rollouts: Path,
         batch_size: int | None = 2048,
-        passes: list[str] = ["full_step", "oracle"],  # noqa: B006  # never changed, and it shows in --help
+        passes: list[str] | None = None,
         tail_weight: float = 0.1,
         seed: int = 0,
     ) -> None:
@@ -109,7 +109,7 @@ class FilterDataModule(LightningDataModule):
             raise InputError("batch_size", batch_size, "a positive integer, or null for one batch of everything")
         if not 0 <= tail_weight < math.inf:
             raise InputError("tail_weight", tail_weight, "a number from 0")
-        for name in passes:
+        for name in passes or []:
             if name not in PASSES:
                 raise InputError("passes", name, ", ".join(PASSES))
         self.rollouts, self.batch_size, self.passes, self.tail_weight = Path(rollouts), batch_size, passes, tail_weight
@@ -135,7 +135,7 @@ class FilterDataModule(LightningDataModule):
             # A rollout of few prompts may well hold none of the test split, which only `test` reads.
             if not len(part) and (split != "test" or stage == "test"):
                 raise InputError(
-                    f"{self.rollouts}: split", f"no {split} record in the passes {', '.join(self.passes)}",
+                    f"{self.rollouts}: split", f"no {split} record in the passes {', '.join(self.passes or PASSES)}",
                     "rollouts of prompts of every split; roll out more prompts",
                 )  # fmt: skip
             self.parts[split] = part
@@ -143,7 +143,7 @@ class FilterDataModule(LightningDataModule):
 
     def _part(self, records: Records, split: str, device: torch.device) -> FilterBatch:
         """All records of one split, on the device."""
-        wanted = torch.tensor([PASSES.index(name) for name in self.passes])
+        wanted = torch.tensor([PASSES.index(name) for name in self.passes or PASSES])
         in_split = torch.tensor([name == split for name in records.splits], dtype=torch.bool)
         rows = (in_split[records.prompt] & torch.isin(records.passes, wanted)).nonzero()[:, 0]
         weight = records.evidence.masked * torch.where(records.tail, self.tail_weight, 1.0)

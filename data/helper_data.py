@@ -50,6 +50,9 @@ class Texts:
 
     def batch(self, rows: list[int], pad: int) -> TextBatch:
         """The texts at ``rows``, padded with ``pad``."""
+        if not rows:
+            none = torch.zeros(0, dtype=torch.int64)
+            return TextBatch(none[:, None], none, none)
         ids = torch.nn.utils.rnn.pad_sequence([self.ids[row] for row in rows], batch_first=True, padding_value=pad)
         start = torch.tensor([self.prompts[row] for row in rows])
         return TextBatch(ids, start, torch.tensor([len(self.ids[row]) for row in rows]))
@@ -68,7 +71,8 @@ def split_texts(sequences: Sequences, split: str) -> Texts:
 class TextBatches:
     """Batches of one rank, of texts of similar length; in training another order for each epoch.
 
-    Every epoch has as many batches, and every rank trains on as many, so that none waits for the others' last step.
+    Every epoch has as many batches, and every rank trains on as many, so that none waits for the others' last step. In
+    evaluation a rank for which nothing is left has one batch without a text: it still takes part in joining the metrics.
 
     Args:
         texts: All texts of a split.
@@ -89,7 +93,7 @@ class TextBatches:
 
     def __len__(self) -> int:
         batches = math.ceil(len(self.texts) / self.batch_size)
-        return math.ceil((batches - (0 if self.seed else self.rank)) / self.ranks)
+        return max(1, math.ceil((batches - (0 if self.seed else self.rank)) / self.ranks))
 
     def __iter__(self) -> Iterator[TextBatch]:
         order = list(range(len(self.texts)))
@@ -101,7 +105,8 @@ class TextBatches:
         if generator:
             planned = [planned[place] for place in torch.randperm(len(planned), generator=generator).tolist()]
         for number in range(len(self)):
-            rows = planned[(self.rank + number * self.ranks) % len(planned)]
+            place = self.rank + number * self.ranks
+            rows = planned[place % len(planned)] if self.seed or place < len(planned) else []
             yield self.texts.batch([order[row] for row in rows], self.pad)
 
 

@@ -1,18 +1,98 @@
-"""Prompts in batches, for ``train/rollout.py``: which are decoded together, and which still have to be."""
+"""What is rolled out, and in which batches; the same settings for every command that makes or reads rollouts."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
 
+from data.labels import PASSES
 from data.prompt import Prompt
 from data.prompts import PromptSource, Split, load_prompts, prompt_hash
+from decoding.config import DecodeConfig
 from models.errors import InputError
 
 _WINDOW = 16  # batches whose prompts are sorted by length together
 _SHARD = 4  # batches of a shard: as a row of the first is finished, one of the others takes its place
+
+
+@dataclass
+class RolloutSettings:
+    """What is rolled out: the group ``rollout`` of the commands ``rollout``, ``filter`` and ``helper``.
+
+    Args:
+        base: Folder or hub id of the base model.
+        folder: Folder of the shards.
+        sources: Where the prompts come from.
+        split: Keep the prompts of one split; null keeps all.
+        limit: Roll out the first prompts only, this many; a larger limit later adds the others.
+        per_task: At most this many prompts of each task.
+        batch_size: Prompts decoded together.
+        gen_length: Generated positions, in tokens.
+        block_length: Positions of one block.
+        steps: Denoising steps of the reference; null for one token a step.
+        eot: ``commit``: a committed EoT ends the row, as it does in use. ``off``: the padding is decoded too.
+        passes: Decodes to record: full_step, oracle, filter. The reference is decoded in any case.
+        filter: Folder of an exported filter, for the pass of that name.
+        chat_template: Wrap prompts in the chat template.
+        dtype: Dtype of the weights; null for the checkpoint's on a GPU and float32 on a CPU.
+
+    Raises:
+        InputError: A value that is not accepted.
+    """
+
+    base: str = "models/bundled/llada-tiny"
+    folder: Path = Path("runs/rollout/shards")
+    sources: list[PromptSource] = field(
+        default_factory=lambda: [PromptSource(split="train"), PromptSource(split="validation")]
+    )
+    split: Split | None = None
+    limit: int | None = None
+    per_task: int | None = None
+    batch_size: int = 32
+    gen_length: int = 128
+    block_length: int = 32
+    steps: int | None = None
+    eot: Literal["commit", "off"] = "commit"
+    passes: list[str] = field(default_factory=lambda: ["full_step", "oracle"])
+    filter: Path | None = None
+    chat_template: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError("batch_size", self.batch_size, "a whole number of at least 1")
+        if self.eot not in ("commit", "off"):
+            # The published rule may cut a row in one decode where it does not in another: no reference for the others.
+            raise InputError("eot", repr(self.eot), "commit | off")
+        for name in self.passes:
+            if name not in PASSES:
+                raise InputError("passes", repr(name), " | ".join(PASSES))
+        if not self.passes:
+            raise InputError("passes", "none", " | ".join(PASSES))
+        if ("filter" in self.passes) != (self.filter is not None):
+            accepted = "the folder of an exported filter if passes has filter, else null"
+            raise InputError("filter", self.filter, accepted)
+        self.passes = [name for name in PASSES if name in self.passes]
+        self.decoding  # noqa: B018  # refuses lengths that do not go together
+
+    @property
+    def decoding(self) -> DecodeConfig:
+        """Settings of the decodes. Temperature 0: a label says whether the guess was what greedy decoding ends up with."""
+        return DecodeConfig(self.gen_length, self.block_length, self.steps, eot=self.eot)
+
+    def request(self) -> dict[str, Any]:
+        """Which prompts were asked for, for the manifest."""
+        sources = [asdict(source) for source in self.sources]
+        return {"sources": sources, "split": self.split, "limit": self.limit, "per_task": self.per_task}
+
+    def prompts(self, split: Split | None = None, limit: int | None = None) -> list[Prompt]:
+        """The prompts to roll out; or the first ``limit`` of a split, whatever is rolled out of it."""
+        if split is not None:
+            return load_prompts(self.sources, split, limit)
+        return load_prompts(self.sources, self.split, self.limit, self.per_task)
 
 
 @dataclass
@@ -58,37 +138,17 @@ class RolloutData(LightningDataModule):
     """Prompts to roll out, in batches of similar length.
 
     Args:
-        sources: Where the prompts come from; by default the bundled training and validation prompts.
-        split: Keep the prompts of one split; null keeps all.
-        limit: Roll out the first prompts only, this many; a larger limit later adds the others.
-        per_task: At most this many prompts of each task.
-        batch_size: Prompts decoded together.
+        settings: What is rolled out.
     """
 
-    def __init__(
-        self,
-        sources: list[PromptSource] | None = None,
-        split: Split | None = None,
-        limit: int | None = None,
-        per_task: int | None = None,
-        batch_size: int = 32,
-    ) -> None:
+    def __init__(self, settings: RolloutSettings) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise InputError("batch_size", batch_size, "a whole number of at least 1")
-        self.sources = sources or [PromptSource(split="train"), PromptSource(split="validation")]
-        self.split: Split | None = split
-        self.limit, self.per_task, self.batch_size = limit, per_task, batch_size
+        self.settings = settings
         self.prompts: list[Prompt] = []
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards may be left than there are ranks
 
-    def request(self) -> dict[str, Any]:
-        """What was asked for, for the manifest."""
-        sources = [asdict(source) for source in self.sources]
-        return {"sources": sources, "split": self.split, "limit": self.limit, "per_task": self.per_task}
-
     def setup(self, stage: str) -> None:
-        self.prompts = load_prompts(self.sources, self.split, self.limit, self.per_task)
+        self.prompts = self.settings.prompts()
 
     def predict_dataloader(self) -> "PromptBatches":
         """This rank's part of the batches that are not written yet."""
@@ -96,13 +156,11 @@ class RolloutData(LightningDataModule):
         module = trainer.lightning_module  # a train.rollout_module.RolloutModule
         tokens = module.encode(self.prompts)
         done = {prompt for record in module.shards.written() for prompt in record["prompts"]}
-        batches = []
-        for planned in plan([len(ids) for ids in tokens], self.batch_size * _SHARD, _WINDOW // _SHARD):
+        batches, size = [], self.settings.batch_size
+        for planned in plan([len(ids) for ids in tokens], size * _SHARD, _WINDOW // _SHARD):
             index = [n for n in planned if prompt_hash(self.prompts[n].prompt) not in done]
             if index:
-                batches.append(
-                    PromptBatch(index, [self.prompts[n] for n in index], [tokens[n] for n in index], self.batch_size)
-                )
+                batches.append(PromptBatch(index, [self.prompts[n] for n in index], [tokens[n] for n in index], size))
         return PromptBatches(batches[trainer.global_rank :: trainer.world_size])
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:

@@ -80,7 +80,9 @@ class Command(LightningCLI):
         for when in ("before", "after"):
             for subcommand, hook in getattr(spec, when).items():
                 setattr(self, f"{when}_{subcommand}", partial(hook, self))
-        defaults = {"default_config_files": [CONFIGS / spec.name / "default.yaml"]}
+        # What is rolled out by default is written down once, for every command that has these settings.
+        shared = [name for name in spec.settings if name != spec.name and (CONFIGS / name).is_dir()]
+        defaults = {"default_config_files": [CONFIGS / name / "default.yaml" for name in (*shared, spec.name)]}
         super().__init__(
             spec.module,
             spec.data,

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from data.filter_data import FilterDataModule
 from data.manifest import open_rollouts
-from data.prompts import PromptSource, load_prompts
+from data.rollout_data import RolloutSettings
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, print_table
 from models.errors import InputError
@@ -23,7 +23,7 @@ from models.predictor import MaskPredictor
 from train.cli import Command, run
 from train.filter_module import FilterModule
 from train.folder import load_checkpoint
-from train.rollout_module import rollout
+from train.rollout_module import roll_out
 
 
 @dataclass
@@ -31,46 +31,30 @@ class Pipeline:
     """What happens around the training.
 
     Args:
-        base: Folder or hub id of the base model.
         out: Folder of the export.
-        sources: Prompts to roll out where the rollout folder lacks them, and to pick the threshold on.
-        rollout_limit: Prompts rolled out in all, whatever their split; null for every prompt of the sources.
-        gen_length: Generated positions of the rollouts, in tokens.
-        batch_size: Prompts decoded together.
         pick_prompts: Validation prompts on which the threshold is picked.
         pick_from: Candidate thresholds.
         baseline: Confidence threshold of the training-free decode whose quality the picked threshold has to match.
     """
 
-    base: str
     out: Path
-    sources: list[PromptSource]
-    rollout_limit: int | None
-    gen_length: int
-    batch_size: int
     pick_prompts: int
     pick_from: list[float]
     baseline: float
 
 
-def roll_out(command: Command) -> None:
-    """Before ``fit``: the rollouts that are missing."""
+def prepare(command: Command) -> None:
+    """Before ``fit``: the rollouts that are missing, on the trainer's devices."""
     pipeline: Pipeline = command.setting("pipeline")
-    folder = command.datamodule.rollouts
-    if command.trainer.world_size > 1:
-        open_rollouts(folder)  # several processes would roll out the same prompts; train/rollout.py shares them out
-        return
     if not pipeline.pick_from:
         raise InputError("pipeline.pick_from", "no thresholds", "at least one from 0 to 1")
-    rollout(
-        pipeline.base, folder, sources=pipeline.sources, limit=pipeline.rollout_limit, batch_size=pipeline.batch_size,
-        gen_length=pipeline.gen_length, block_length=command.model.config.block_length,
-    )  # fmt: skip
+    roll_out(command)
 
 
 def finish(command: Command) -> None:
     """After ``fit``: best weights, threshold, export, comparison."""
     pipeline: Pipeline = command.setting("pipeline")
+    rollouts: RolloutSettings = command.setting("rollout")
     module: FilterModule = command.model
     trainer = command.trainer
     best = Path(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
@@ -78,10 +62,10 @@ def finish(command: Command) -> None:
     metrics = dict(trainer.validate(module, command.datamodule, verbose=False)[0])
     if not trainer.is_global_zero:  # every rank has to take part up to here
         return
-    predictor = MaskPredictor.from_pretrained(pipeline.base)
-    config = describe(module.config, predictor, command.datamodule.rollouts, metrics)
+    predictor = MaskPredictor.from_pretrained(rollouts.base)
+    config = describe(module.config, predictor, rollouts.folder, metrics)
     module.net.to(predictor.device).eval()
-    config, rows = pick_threshold(predictor, module, config, pipeline)
+    config, rows = pick_threshold(predictor, module, config, pipeline, rollouts)
     save_filter(pipeline.out, module.net, config, card(config, rows, command.settings))
     print_table(rows, f"{rows[0]['prompts']} validation prompts; picked threshold {config.threshold:g}")
     print(f"exported {pipeline.out}")
@@ -107,7 +91,7 @@ def describe(config: FilterConfig, predictor: MaskPredictor, rollouts: Path, met
 
 
 def pick_threshold(
-    predictor: MaskPredictor, module: FilterModule, config: FilterConfig, pipeline: Pipeline
+    predictor: MaskPredictor, module: FilterModule, config: FilterConfig, pipeline: Pipeline, rollouts: RolloutSettings
 ) -> tuple[FilterConfig, list[dict[str, Any]]]:
     """The cheapest threshold at the quality of the training-free baseline.
 
@@ -117,7 +101,7 @@ def pick_threshold(
     Returns:
         The configuration with the threshold and its figures, and the rows of the comparison.
     """
-    prompts = load_prompts(pipeline.sources, split="validation", limit=pipeline.pick_prompts)
+    prompts = rollouts.prompts("validation", pipeline.pick_prompts)
     runs = [Run("full_step"), Run("threshold", {"threshold": pipeline.baseline})]
     ready: dict[str, Strategy] = {}
     for threshold in sorted(pipeline.pick_from):
@@ -126,7 +110,7 @@ def pick_threshold(
         ready[runs[-1].label] = strategy
     rows = compare(
         predictor, prompts, runs, gen_length=config.gen_length, block_length=config.block_length,
-        batch_size=pipeline.batch_size, strategies=ready,
+        batch_size=rollouts.batch_size, strategies=ready,
         progress=lambda label: print(f"picking the threshold on {len(prompts)} prompts: {label}", file=sys.stderr),
     )  # fmt: skip
     wanted = rows[1]["sequence_agreement"]
@@ -149,9 +133,9 @@ def card(config: FilterConfig, rows: list[dict[str, Any]], settings: dict[str, A
         "",
         f"Says which guesses of the mask predictor `{config.base_fingerprint}` are already final (arXiv 2509.25188).",
         f"Trained on rollouts of gen_length {config.gen_length}, block_length {config.block_length}, EoT rule "
-        f"`{config.eot_rule}`, passes {', '.join(settings['data']['passes'])}; "
-        f"prompts: {', '.join(source['path'] for source in settings['pipeline']['sources'])}, "
-        f"limit {settings['pipeline']['rollout_limit']}.",
+        f"`{config.eot_rule}`, passes {', '.join(settings['data']['passes'] or settings['rollout']['passes'])}; "
+        f"prompts: {', '.join(source['path'] for source in settings['rollout']['sources'])}, "
+        f"limit {settings['rollout']['limit']}.",
         "",
         f"Threshold {config.threshold:g}: the cheapest candidate that gives full_step's text on the validation prompts as "
         f"often as `threshold {settings['pipeline']['baseline']:g}` does.",
@@ -206,9 +190,10 @@ if __name__ == "__main__":
         FilterModule,
         FilterDataModule,
         verbs={"export": export},
-        settings={"pipeline": Pipeline},
+        settings={"rollout": RolloutSettings, "pipeline": Pipeline},
+        links=[("rollout.folder", "data.rollouts"), ("rollout.block_length", "model.block_length")],
         checkpoint={"monitor": "validation/loss"},
         callbacks=callbacks,
-        before={"fit": roll_out},
+        before={"fit": prepare},
         after={"fit": finish},
     )

@@ -133,6 +133,8 @@ class FilterModule(LightningModule):
         self._measure(batch, "test")
 
     def _measure(self, batch: FilterBatch, stage: str) -> None:
+        if not len(batch):
+            return
         logits = self.net(batch.evidence)
         meters: Any = self.meters[stage]
         meters["loss"].update(self.loss(logits, batch), batch.weight.sum())

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import WandbLogger
 
 from data.helper_data import HelperDataModule
-from data.manifest import MANIFEST, open_rollouts, read_manifest
-from data.prompts import PromptSource, load_prompts
+from data.manifest import open_rollouts
+from data.rollout_data import RolloutSettings
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, print_table
 from models.errors import InputError
@@ -25,7 +25,7 @@ from models.predictor import MaskPredictor
 from train.cli import Command, run
 from train.folder import load_checkpoint
 from train.helper_module import HelperModule
-from train.rollout_module import rollout
+from train.rollout_module import roll_out
 
 FIGURES = ("exact_match", "sequence_agreement", "nfe_mean", "tokens_per_forward")
 
@@ -35,56 +35,33 @@ class Pipeline:
     """What happens around the training.
 
     Args:
-        base: Folder or hub id of the base model.
         out: Folder of the export.
-        sources: Prompts to roll out where the rollout folder lacks them, and to decode after training.
-        rollout_limit: Prompts rolled out in all, whatever their split; null for every prompt of the sources.
-        gen_length: Generated positions of the rollouts, in tokens.
-        block_length: Positions of a block in the rollouts; the helper knows no blocks.
-        batch_size: Prompts decoded together.
         measure_prompts: Validation prompts decoded after training.
         mixture_weights: Values of APD's R they are decoded with; [] decodes none.
         kv_window: APD's W; null recomputes everything.
         max_lookahead: APD's M; null for all MASK positions that are left.
     """
 
-    base: str
     out: Path
-    sources: list[PromptSource]
-    rollout_limit: int | None
-    gen_length: int
-    block_length: int
-    batch_size: int
     measure_prompts: int
     mixture_weights: list[float]
     kv_window: int | None
     max_lookahead: int | None
 
 
-def roll_out(command: Command) -> None:
-    """Before ``fit``: the rollouts that are missing."""
+def prepare(command: Command) -> None:
+    """Before ``fit``: the rollouts that are missing, on the trainer's devices."""
     pipeline: Pipeline = command.setting("pipeline")
-    folder = command.datamodule.rollouts
     for weight in pipeline.mixture_weights:
         if not 0 <= weight <= 1:
             raise InputError("pipeline.mixture_weights", weight, "numbers from 0 to 1")
-    if command.trainer.world_size > 1:
-        open_rollouts(folder)  # several processes would roll out the same prompts; train/rollout.py shares them out
-        return
-    # Only references are read here; a folder made for a filter, which holds more, serves as it is.
-    passes = read_manifest(folder)["settings"]["passes"] if (folder / MANIFEST).is_file() else ["full_step"]
-    if "filter" in passes:
-        open_rollouts(folder)
-        return
-    rollout(
-        pipeline.base, folder, sources=pipeline.sources, limit=pipeline.rollout_limit, batch_size=pipeline.batch_size,
-        gen_length=pipeline.gen_length, block_length=pipeline.block_length, passes=passes,
-    )  # fmt: skip
+    roll_out(command)
 
 
 def finish(command: Command) -> None:
     """After ``fit``: best weights, decodes of validation prompts, export, comparison."""
     pipeline: Pipeline = command.setting("pipeline")
+    rollouts: RolloutSettings = command.setting("rollout")
     module: HelperModule = command.model
     trainer = command.trainer
     best = Path(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
@@ -92,10 +69,10 @@ def finish(command: Command) -> None:
     metrics = dict(trainer.validate(module, command.datamodule, verbose=False)[0])
     if not trainer.is_global_zero:  # every rank has to take part up to here
         return
-    predictor = MaskPredictor.from_pretrained(pipeline.base)
-    config = describe(module, predictor, command.datamodule.rollouts, metrics)
+    predictor = MaskPredictor.from_pretrained(rollouts.base)
+    config = describe(module, predictor, rollouts.folder, metrics)
     module.to(predictor.device)
-    rows = measure(predictor, Helper(module.net, config), pipeline)
+    rows = measure(predictor, Helper(module.net, config), pipeline, rollouts)
     for row in rows[1:]:
         prefix = f"apd/{row['settings']['mixture_weight']:g}"
         config.metrics.update({f"{prefix}/{name}": row[name] for name in FIGURES})
@@ -132,7 +109,9 @@ def describe(
     )  # fmt: skip
 
 
-def measure(predictor: MaskPredictor, helper: Helper, pipeline: Pipeline) -> list[dict[str, Any]]:
+def measure(
+    predictor: MaskPredictor, helper: Helper, pipeline: Pipeline, rollouts: RolloutSettings
+) -> list[dict[str, Any]]:
     """Decodes validation prompts full-step and with APD at every mixture weight.
 
     Returns:
@@ -140,7 +119,7 @@ def measure(predictor: MaskPredictor, helper: Helper, pipeline: Pipeline) -> lis
     """
     if not pipeline.mixture_weights:
         return []
-    prompts = load_prompts(pipeline.sources, split="validation", limit=pipeline.measure_prompts)
+    prompts = rollouts.prompts("validation", pipeline.measure_prompts)
     runs, ready = [Run("full_step")], dict[str, Strategy]()
     for weight in sorted(pipeline.mixture_weights):
         runs.append(Run("apd", {"mixture_weight": weight}))
@@ -149,8 +128,8 @@ def measure(predictor: MaskPredictor, helper: Helper, pipeline: Pipeline) -> lis
             max_lookahead=pipeline.max_lookahead,
         )  # fmt: skip
     return compare(
-        predictor, prompts, runs, gen_length=pipeline.gen_length, block_length=pipeline.block_length,
-        batch_size=pipeline.batch_size, strategies=ready,
+        predictor, prompts, runs, gen_length=rollouts.gen_length, block_length=rollouts.block_length,
+        batch_size=rollouts.batch_size, strategies=ready,
         progress=lambda label: print(f"decoding {len(prompts)} validation prompts: {label}", file=sys.stderr),
     )  # fmt: skip
 
@@ -165,7 +144,7 @@ def card(config: HelperConfig, rows: list[dict[str, Any]], settings: dict[str, A
     how = f", LoRA of rank {settings['model']['lora_rank']}" if settings["model"]["lora_rank"] else ""
     prompts = [
         " ".join(str(source[key]) for key in ("path", "split", "size") if source.get(key))
-        for source in settings["pipeline"]["sources"]
+        for source in settings["rollout"]["sources"]
     ]
     lines = [
         "# APD helper",
@@ -173,7 +152,7 @@ def card(config: HelperConfig, rows: list[dict[str, Any]], settings: dict[str, A
         f"A causal language model over the token ids of the mask predictor `{config.base_fingerprint}`, {what}{how}: the",
         "helper of adaptive parallel decoding (arXiv 2506.00413). Distilled on the predictor's own text: rollouts of",
         f"gen_length {config.gen_length}, EoT rule `{config.eot_rule}`; prompts: {', '.join(prompts)}; "
-        f"limit {settings['pipeline']['rollout_limit']}.",
+        f"limit {settings['rollout']['limit']}.",
         "",
         f"It has no tokenizer: the ids are the predictor's (vocab_size {config.vocab_size}, EoT {config.eot_id}). "
         "`helper.json` describes it; "
@@ -242,10 +221,10 @@ if __name__ == "__main__":
         HelperModule,
         HelperDataModule,
         verbs={"export": export},
-        settings={"pipeline": Pipeline},
-        links=[("pipeline.base", "model.base")],
+        settings={"rollout": RolloutSettings, "pipeline": Pipeline},
+        links=[("rollout.folder", "data.rollouts"), ("rollout.base", "model.base")],
         checkpoint={"monitor": "validation/loss"},
         callbacks=callbacks,
-        before={"fit": roll_out},
+        before={"fit": prepare},
         after={"fit": finish},
     )

@@ -260,6 +260,8 @@ class HelperModule(LightningModule):
         self._measure(batch, "test")
 
     def _measure(self, batch: TextBatch, stage: str) -> None:
+        if not len(batch):
+            return
         logits, tokens = self.logits(batch)
         meters: Any = self.meters[stage]
         known = tokens < self.vocab_size

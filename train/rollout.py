@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from data.rollout_data import RolloutData, RolloutSettings
 from decoding.config import DecodeConfig
 from decoding.memory_plan import plan_memory
 from decoding.strategies import make_strategy
 from train.cli import Command, run
-from train.rollout_module import RolloutData, RolloutModule, RolloutWriter
+from train.rollout_module import RolloutModule, RolloutWriter
 
 
 def _report(command: Command) -> None:
@@ -14,7 +15,7 @@ def _report(command: Command) -> None:
     if not module.trainer.is_global_zero:
         return
     numbers = ", ".join(f"{name.removeprefix('rollout/')} {value:.4g}" for name, value in module.summary().items())
-    print(f"{module.out}: {numbers}")
+    print(f"{module.folder}: {numbers}")
 
 
 def plan(
@@ -51,6 +52,8 @@ if __name__ == "__main__":
         RolloutData,
         subcommands=("predict",),
         verbs={"plan": plan},
+        settings={"rollout": RolloutSettings},
+        links=[("rollout", f"{part}.settings", None, "instantiate") for part in ("model", "data")],
         callbacks=lambda folder: [RolloutWriter()],
         after={"predict": _report},
     )

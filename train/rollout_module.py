@@ -3,27 +3,25 @@
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from data.labels import PASSES
 from data.manifest import read_manifest
 from data.prompt import Prompt
-from data.prompts import PromptSource, Split, encode_prompts, prompt_hash, tokenizer_hash
-from data.rollout_data import PromptBatch, RolloutData
+from data.prompts import encode_prompts, prompt_hash, tokenizer_hash
+from data.rollout_data import PromptBatch, RolloutData, RolloutSettings
 from data.shards import RolloutBatch, RolloutKey, Rollouts, ShardWriter
-from decoding.config import DecodeConfig
 from decoding.loop import decode
 from decoding.output import DecodeOutput
 from decoding.strategies import Strategy, make_strategy
 from models.errors import InputError
 from models.predictor import MaskPredictor, fingerprint
 from train.callbacks import progress
+from train.cli import Command
 
 
 class RolloutModule(LightningModule):
@@ -33,46 +31,12 @@ class RolloutModule(LightningModule):
     the same settings is only extended by the prompts it lacks.
 
     Args:
-        base: Folder or hub id of the base model.
-        out: Folder of the shards.
-        gen_length: Generated positions, in tokens.
-        block_length: Positions of one block.
-        steps: Denoising steps of the reference; null for one token a step.
-        eot: ``commit``: a committed EoT ends the row, as it does in use. ``off``: the padding is decoded too.
-        passes: Decodes to record: full_step, oracle, filter. The reference is decoded in any case.
-        filter: Folder of an exported filter, for the pass of that name.
-        chat_template: Wrap prompts in the chat template.
-        dtype: Dtype of the weights; null for the checkpoint's on a GPU and float32 on a CPU.
+        settings: What is rolled out.
     """
 
-    def __init__(
-        self,
-        base: str = "models/bundled/llada-tiny",
-        out: Path = Path("runs/rollout/shards"),
-        gen_length: int = 128,
-        block_length: int = 32,
-        steps: int | None = None,
-        eot: Literal["commit", "off"] = "commit",
-        passes: list[str] = ["full_step", "oracle"],  # noqa: B006  # never changed, and it shows in --help
-        filter: Path | None = None,
-        chat_template: bool = True,
-        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    ) -> None:
+    def __init__(self, settings: RolloutSettings) -> None:
         super().__init__()
-        if eot not in ("commit", "off"):
-            # The published rule may cut a row in one decode where it does not in another: no reference for the others.
-            raise InputError("eot", repr(eot), "commit | off")
-        for name in passes:
-            if name not in PASSES:
-                raise InputError("passes", repr(name), " | ".join(PASSES))
-        if not passes:
-            raise InputError("passes", "none", " | ".join(PASSES))
-        if ("filter" in passes) != (filter is not None):
-            raise InputError("filter", filter, "the folder of an exported filter if passes has filter, else null")
-        # Temperature 0: a label says whether the guess was already what greedy decoding ends up with.
-        self.decoding = DecodeConfig(gen_length, block_length, steps, eot=eot)
-        self.base, self.out, self.filter, self.chat_template, self.dtype_name = base, out, filter, chat_template, dtype
-        self.passes = [name for name in PASSES if name in passes]
+        self.settings, self.folder = settings, settings.folder
         self.predictor: MaskPredictor | None = None
 
     def setup(self, stage: str) -> None:
@@ -81,27 +45,31 @@ class RolloutModule(LightningModule):
         # when there is nothing left to decode.
         for message in ("Couldn't infer the batch indices", "Total length of `PromptBatches`"):
             warnings.filterwarnings("ignore", message=message)
-        dtype = getattr(torch, self.dtype_name) if self.dtype_name else None
-        self.predictor = MaskPredictor.from_pretrained(self.base, device=self.trainer.strategy.root_device, dtype=dtype)
+        settings = self.settings
+        dtype = getattr(torch, settings.dtype) if settings.dtype else None
+        self.predictor = MaskPredictor.from_pretrained(
+            settings.base, device=self.trainer.strategy.root_device, dtype=dtype
+        )
         self.strategies: dict[str, Strategy] = {
-            name: make_strategy("learn2pd", filter=self.filter) if name == "filter" else make_strategy(name)
-            for name in self.passes
+            name: make_strategy("learn2pd", filter=settings.filter) if name == "filter" else make_strategy(name)
+            for name in settings.passes
         }
-        key, request = self.key(), [self.trainer.datamodule.request()]  # type: ignore[attr-defined]
+        key, request = self.key(), [settings.request()]
         if self.trainer.is_global_zero:
-            ShardWriter(self.out, key, request)  # begins the manifest, which the other ranks then find
+            ShardWriter(self.folder, key, request)  # begins the manifest, which the other ranks then find
         self.trainer.strategy.barrier("rollout-folder")
-        self.shards = ShardWriter(self.out, key, request)
+        self.shards = ShardWriter(self.folder, key, request)
         self.started, self.decoded = time.perf_counter(), 0
 
     def key(self) -> RolloutKey:
         """What makes rollouts reusable; ``setup`` must have run."""
         assert self.predictor is not None
         assert self.predictor.tokenizer is not None
-        settings = self.decoding.settings() | {
-            "passes": self.passes,
-            "filter": fingerprint(Path(self.filter)) if self.filter else None,
-            "chat_template": self.chat_template,
+        given = self.settings
+        settings = given.decoding.settings() | {
+            "passes": given.passes,
+            "filter": fingerprint(given.filter) if given.filter else None,
+            "chat_template": given.chat_template,
             "dtype": str(next(self.predictor.model.parameters()).dtype).removeprefix("torch."),
             "eot_id": self.predictor.ids.eot,
         }
@@ -115,8 +83,8 @@ class RolloutModule(LightningModule):
         """
         assert self.predictor is not None
         assert self.predictor.tokenizer is not None
-        tokens = encode_prompts(prompts, self.predictor.tokenizer, self.chat_template)
-        room = self.predictor.max_length - self.decoding.gen_length
+        tokens = encode_prompts(prompts, self.predictor.tokenizer, self.settings.chat_template)
+        room = self.predictor.max_length - self.settings.gen_length
         for prompt, ids in zip(prompts, tokens, strict=True):
             if len(ids) > room:
                 accepted = f"at most {room}: the model's {self.predictor.max_length} less gen_length"
@@ -143,7 +111,7 @@ class RolloutModule(LightningModule):
     def _decode(self, batch: PromptBatch, strategy: Strategy, references: Tensor | None) -> DecodeOutput:
         assert self.predictor is not None
         return decode(
-            self.predictor, batch.tokens, self.decoding, strategy, references, record=True, record_eot=True,
+            self.predictor, batch.tokens, self.settings.decoding, strategy, references, record=True, record_eot=True,
             batch_size=batch.batch_size,
         )  # fmt: skip
 
@@ -158,7 +126,7 @@ class RolloutModule(LightningModule):
             prompts = self.trainer.datamodule.prompts  # type: ignore[attr-defined]
             self.shards.finish(prompt_hash(prompt.prompt) for prompt in prompts)
         self.trainer.strategy.barrier("rollout-merged")
-        self.rollouts = Rollouts(self.out, read_manifest(self.out))
+        self.rollouts = Rollouts(self.folder, read_manifest(self.folder))
         decoded = torch.tensor(float(self.decoded), device=self.trainer.strategy.root_device)
         self.decoded = int(self.trainer.strategy.reduce(decoded, reduce_op="sum"))
         for logger in self.trainer.loggers:
@@ -189,44 +157,34 @@ class RolloutWriter(BasePredictionWriter):
         pl_module.shards.write(prediction)
 
 
-def rollout(
-    base: str | Path,
-    out: str | Path,
-    *,
-    sources: list[PromptSource] | None = None,
-    split: Split | None = None,
-    limit: int | None = None,
-    per_task: int | None = None,
-    batch_size: int = 32,
-    accelerator: str = "auto",
-    devices: int = 1,
-    **decoding: Any,
-) -> Rollouts:
+def rollout(settings: RolloutSettings, *, accelerator: str = "auto", devices: int = 1, num_nodes: int = 1) -> Rollouts:
     """Rolls out what is missing in a folder, without a command line.
 
     Args:
-        base: Folder or hub id of the base model.
-        out: Folder of the shards.
-        sources: See :class:`RolloutData`, as for the next four.
-        split: Split to keep.
-        limit: Number of prompts.
-        per_task: Cap of each task.
-        batch_size: Prompts decoded together.
+        settings: What is rolled out.
         accelerator: Lightning's accelerator.
-        devices: Number of devices, each a rank with its own batches.
-        **decoding: Further arguments of :class:`RolloutModule`.
+        devices: Number of devices of a node, each a rank with its own batches.
+        num_nodes: Number of nodes.
 
     Returns:
         The finished set, as :func:`data.shards.load_records` takes it.
 
     Raises:
-        InputError: Bad settings or prompts, or a folder with rollouts of another model or other settings.
+        InputError: Bad prompts, or a folder with rollouts of another model or other settings.
     """
-    data = RolloutData(sources, split, limit, per_task, batch_size)
-    module = RolloutModule(str(base), Path(out), **decoding)
+    module = RolloutModule(settings)
     trainer = Trainer(
-        accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        callbacks=[RolloutWriter(), progress()],
+        accelerator=accelerator, devices=devices, num_nodes=num_nodes, logger=False, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=[RolloutWriter(), progress()],
     )  # fmt: skip
-    trainer.predict(module, data, return_predictions=False)
+    trainer.predict(module, RolloutData(settings), return_predictions=False)
     return module.rollouts
+
+
+def roll_out(command: Command) -> None:
+    """Before ``fit``: the rollouts that are missing, on the devices that the command has."""
+    trainer = command.trainer
+    accelerator = command.settings["trainer"]["accelerator"]
+    rollout(
+        command.setting("rollout"), accelerator=accelerator, devices=trainer.num_devices, num_nodes=trainer.num_nodes
+    )

@@ -1,7 +1,9 @@
 """`train/helper.py` as a user runs it: roll out, distil, decode, export, tune further; on a random model of two layers."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,8 +51,8 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, prom
     folder = tmp_path_factory.mktemp("work")
     sources = json.dumps([{"path": str(prompts), "answer_column": "answer"}])
     words = [
-        "--pipeline.base", tiny_checkpoint, "--pipeline.sources", sources, "--pipeline.rollout_limit", 24,
-        "--pipeline.gen_length", 16, "--pipeline.block_length", 8, "--pipeline.batch_size", 8,
+        "--rollout.base", tiny_checkpoint, "--rollout.sources", sources, "--rollout.limit", 24,
+        "--rollout.gen_length", 16, "--rollout.block_length", 8, "--rollout.batch_size", 8,
         "--pipeline.measure_prompts", 3, "--pipeline.mixture_weights", "[0.5, 1]", "--model.d_model", 32,
         "--model.n_layers", 1, "--model.mlp_hidden_size", 64, "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu",
         "--trainer.logger", "false",
@@ -83,7 +85,7 @@ def test_fit_leaves_everything_a_user_needs(fitted, tiny_checkpoint):
     assert config.metrics["apd/1/nfe_mean"] == 1  # R = 1 accepts everything
     assert config.metrics["apd/0.5/nfe_mean"] > 1
     record = yaml.safe_load((folder / "runs/helper/run.yaml").read_text())
-    assert record["config"]["model"]["base"] == str(tiny_checkpoint)  # linked to pipeline.base
+    assert record["config"]["model"]["base"] == str(tiny_checkpoint)  # linked to rollout.base
     card = (folder / "exports/helper/README.md").read_text()
     assert "| apd 0.5 |" in card
     assert "| validation/perplexity |" in card
@@ -111,7 +113,7 @@ def test_the_trained_helper_is_tested_without_training_again(command, capsys):
 def test_a_checkpoint_exports_to_the_same_weights(fitted, monkeypatch):
     folder, _ = fitted
     monkeypatch.chdir(folder)
-    words = ["--checkpoint", "runs/helper/checkpoints/best.ckpt", "--rollouts", "runs/rollout/helper"]
+    words = ["--checkpoint", "runs/helper/checkpoints/best.ckpt", "--rollouts", "runs/rollout/shards"]
     assert run("export", *words, "--out", "exports/again") == 0
     ours, again = (load_helper(folder / "exports" / name).model.state_dict() for name in ("helper", "again"))
     assert all(torch.equal(ours[name], again[name]) for name in ours)
@@ -119,14 +121,14 @@ def test_a_checkpoint_exports_to_the_same_weights(fitted, monkeypatch):
 
 def test_a_lora_of_the_export_reuses_the_rollouts_and_merges(fitted, command, monkeypatch):
     folder, _ = fitted
-    before = {file: file.stat().st_mtime_ns for file in (folder / "runs/rollout/helper").glob("*.parquet")}
+    before = {file: file.stat().st_mtime_ns for file in (folder / "runs/rollout/shards").glob("*.parquet")}
     more = ["--model.pretrained", "exports/helper", "--model.lora_rank", 2, "--run", "runs/lora"]
     assert command("fit", *more, "--pipeline.out", "exports/lora", "--pipeline.mixture_weights", "[]") == 0
-    assert before == {file: file.stat().st_mtime_ns for file in (folder / "runs/rollout/helper").glob("*.parquet")}
+    assert before == {file: file.stat().st_mtime_ns for file in (folder / "runs/rollout/shards").glob("*.parquet")}
     adapter = load_helper(folder / "exports/lora")
     assert adapter.config.adapter
     assert (folder / "exports/lora/adapter_model.safetensors").is_file()
-    words = ["--checkpoint", "runs/lora/checkpoints/best.ckpt", "--rollouts", "runs/rollout/helper", "--merge", "true"]
+    words = ["--checkpoint", "runs/lora/checkpoints/best.ckpt", "--rollouts", "runs/rollout/shards", "--merge", "true"]
     assert run("export", *words, "--out", "exports/merged") == 0
     merged = load_helper(folder / "exports/merged")
     assert not merged.config.adapter
@@ -153,6 +155,29 @@ def test_an_interrupted_fit_continues(command, monkeypatch, capsys):
     assert load_helper("exports/stopped").config.metrics["validation/perplexity"]
 
 
+@pytest.mark.slow  # starts the command, with two processes
+def test_on_two_devices_a_single_validation_batch_is_enough(fitted, tmp_path):
+    _, words = fitted
+    more = [
+        "--trainer.devices",
+        "2",
+        "--trainer.max_epochs",
+        "1",
+        "--data.batch_size",
+        "64",
+        "--pipeline.mixture_weights",
+        "[]",
+    ]
+    environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "fit", *map(str, words), *more], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    metrics = load_helper(tmp_path / "exports/helper").config.metrics
+    assert 0 <= metrics["validation/agreement"] <= 1
+
+
 def stop(epoch: int) -> None:
     if epoch == 1:
         raise KeyboardInterrupt
@@ -161,8 +186,8 @@ def stop(epoch: int) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--pipeline.gen_length", 32], "gen_length"),
-        (["--pipeline.base", "nowhere"], "base checkpoint: found 'nowhere'"),
+        (["--rollout.gen_length", 32], "gen_length"),
+        (["--rollout.base", "nowhere"], "base checkpoint: found 'nowhere'"),
         (["--model.d_modle", 8], "d_model"),
         (["--model.pretrained", "nowhere"], "pretrained: found 'nowhere'"),
         (["--pipeline.mixture_weights", "[2]"], "mixture_weights: found 2"),

@@ -41,9 +41,9 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, prom
     folder = tmp_path_factory.mktemp("work")
     sources = json.dumps([{"path": str(prompts), "answer_column": "answer"}])
     words = [
-        ROOT / "train/filter.py", "fit", "--pipeline.base", tiny_checkpoint, "--pipeline.sources", sources,
-        "--pipeline.rollout_limit", 24, "--pipeline.gen_length", 16, "--pipeline.batch_size", 8,
-        "--pipeline.pick_prompts", 3, "--pipeline.pick_from", "[0.5, 0.9]", "--model.block_length", 8,
+        ROOT / "train/filter.py", "fit", "--rollout.base", tiny_checkpoint, "--rollout.sources", sources,
+        "--rollout.limit", 24, "--rollout.gen_length", 16, "--rollout.batch_size", 8,
+        "--pipeline.pick_prompts", 3, "--pipeline.pick_from", "[0.5, 0.9]", "--rollout.block_length", 8,
         "--trainer.max_epochs", 3, "--trainer.accelerator", "cpu",
     ]  # fmt: skip
     done = run(*words, folder=folder)
@@ -85,13 +85,33 @@ def test_a_second_fit_does_not_roll_out_again(fitted):
     assert before == {file: file.stat().st_mtime_ns for file in (folder / "runs/rollout/shards").glob("*.parquet")}
 
 
+@pytest.mark.slow  # starts the command twice, with two processes
+def test_on_two_devices_fit_rolls_out_what_one_does_and_trains(fitted, tmp_path):
+    folder, words = fitted
+    more = ["--trainer.devices", 2, "--data.batch_size", 16, "--trainer.max_epochs", 1]
+    done = run(*words, *more, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("exported exports/filter") == 1
+    one, two = (sorted((work / "runs/rollout/shards").glob("*.parquet")) for work in (folder, tmp_path))
+    assert [file.read_bytes() for file in one] == [file.read_bytes() for file in two]
+
+
+@pytest.mark.slow  # starts the command
+def test_states_of_a_filter_are_recorded_and_fitted(fitted, tmp_path):
+    folder, words = fitted
+    more = ["--rollout.passes", "[full_step, filter]", "--rollout.filter", folder / "exports/filter"]
+    done = run(*words, *more, "--trainer.max_epochs", 1, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "passes full_step, filter;" in (tmp_path / "exports/filter/README.md").read_text()
+
+
 def test_the_command_refuses_what_does_not_fit(fitted):
     folder, words = fitted
     for arguments, message in (
-        (["--pipeline.gen_length", 32], "gen_length"),
-        (["--pipeline.base", "nowhere"], "base checkpoint: found 'nowhere'"),
+        (["--rollout.gen_length", 32], "gen_length"),
+        (["--rollout.base", "nowhere"], "base checkpoint: found 'nowhere'"),
         (["--model.chanels", 8], "channels"),
-        (["--model.block_length", 7], "block_length: found 7; accepted: a divisor of gen_length 16"),
+        (["--rollout.block_length", 7], "block_length: found 7; accepted: a divisor of gen_length 16"),
     ):
         done = run(*words, *arguments, folder=folder)
         assert done.returncode == 2, arguments

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from data.manifest import Rollouts
 from data.prompts import PromptSource
-from data.rollout_data import plan
+from data.rollout_data import RolloutSettings, plan
 from data.shards import load_records, load_sequences
 from decoding.loop import decode
 from models import LLaDAConfig, LLaDAModelLM
@@ -57,8 +59,12 @@ def sources(file: Path) -> list[PromptSource]:
 def whole(base: Path, file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in one piece."""
     folder = tmp_path_factory.mktemp("whole")
-    rollout(base, folder, sources=[PromptSource(str(file))], batch_size=2, accelerator="cpu", **SETTINGS)
+    roll(base, folder, sources=[PromptSource(str(file))], batch_size=2, **SETTINGS)
     return folder
+
+
+def roll(base: Path, folder: Path, **settings: Any) -> Rollouts:
+    return rollout(RolloutSettings(str(base), folder, **settings), accelerator="cpu")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -71,9 +77,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def command(base: Path, file: Path, out: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "train/rollout.py", "predict", "--run", str(out.parent / "run"), "--model.base", str(base),
-        "--model.out", str(out), "--model.gen_length", "16", "--model.block_length", "4", "--data.batch_size", "2",
-        "--data.sources", json.dumps([{"path": str(file)}]), "--trainer.accelerator", "cpu", *more,
+        sys.executable, "train/rollout.py", "predict", "--run", str(out.parent / "run"), "--rollout.base", str(base),
+        "--rollout.folder", str(out), "--rollout.gen_length", "16", "--rollout.block_length", "4",
+        "--rollout.batch_size", "2", "--rollout.sources", json.dumps([{"path": str(file)}]),
+        "--trainer.accelerator", "cpu", *more,
     ]  # fmt: skip
 
 
@@ -111,9 +118,9 @@ def test_two_ranks_write_what_one_does(base: Path, file: Path, whole: Path, tmp_
 @pytest.mark.slow  # starts the command
 def test_two_ranks_share_what_is_not_enough_for_both(base: Path, file: Path, tmp_path: Path) -> None:
     # One shard is left: the rank without any has to wait for it, not to end the run.
-    one = command(base, file, tmp_path / "one", "--data.limit", "2")
+    one = command(base, file, tmp_path / "one", "--rollout.limit", "2")
     subprocess.run(one, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
-    two = command(base, file, tmp_path / "two", "--data.limit", "2", "--trainer.devices", "2")
+    two = command(base, file, tmp_path / "two", "--rollout.limit", "2", "--trainer.devices", "2")
     subprocess.run(two, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
@@ -126,7 +133,7 @@ def test_a_finished_rows_place_goes_to_the_next_prompt_of_the_shard(base: Path, 
         return calls[-1][1]
 
     monkeypatch.setattr("train.rollout_module.decode", watched)
-    rollout(base, tmp_path, sources=sources, limit=16, batch_size=2, passes=["oracle"], **SETTINGS)
+    roll(base, tmp_path, sources=sources, limit=16, batch_size=2, passes=["oracle"], **SETTINGS)
     for prompts, out in calls:
         assert len(prompts) == 8
         assert all(len(step.rows) <= 2 for step in out.trace)
@@ -134,7 +141,7 @@ def test_a_finished_rows_place_goes_to_the_next_prompt_of_the_shard(base: Path, 
 
 
 def test_records_of_a_rollout(base: Path, sources, tmp_path: Path) -> None:
-    found = rollout(base, tmp_path, sources=sources, limit=10, batch_size=4, accelerator="cpu", **SETTINGS)
+    found = roll(base, tmp_path, sources=sources, limit=10, batch_size=4, **SETTINGS)
     records, sequences = load_records(found), load_sequences(found)
     assert len(sequences.prompts) == len(records.prompt_ids) == 10
     assert (sequences.nfe["full_step"] <= 16).all()
@@ -157,7 +164,7 @@ def test_records_of_a_rollout(base: Path, sources, tmp_path: Path) -> None:
 
 def test_the_batch_a_prompt_is_decoded_in_does_not_change_its_labels(base: Path, sources, tmp_path: Path) -> None:
     one, many = (
-        load_sequences(rollout(base, tmp_path / str(size), sources=sources, limit=6, batch_size=size, **SETTINGS))
+        load_sequences(roll(base, tmp_path / str(size), sources=sources, limit=6, batch_size=size, **SETTINGS))
         for size in (1, 6)
     )
     assert one.prompts == many.prompts
@@ -166,22 +173,22 @@ def test_the_batch_a_prompt_is_decoded_in_does_not_change_its_labels(base: Path,
 
 
 def test_a_larger_limit_decodes_only_the_missing_prompts(base: Path, sources, tmp_path: Path) -> None:
-    few = rollout(base, tmp_path, sources=sources, limit=6, batch_size=4, **SETTINGS)
+    few = roll(base, tmp_path, sources=sources, limit=6, batch_size=4, **SETTINGS)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("s*")}
     first = load_records(few).prompt_ids
-    more = rollout(base, tmp_path, sources=sources, limit=12, batch_size=4, **SETTINGS)
+    more = roll(base, tmp_path, sources=sources, limit=12, batch_size=4, **SETTINGS)
     assert load_records(more).prompt_ids[:6] == first
     assert more.manifest["counts"]["prompts"] == 12
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
-    again = rollout(base, tmp_path, sources=sources, limit=6, batch_size=4, **SETTINGS)
+    again = roll(base, tmp_path, sources=sources, limit=6, batch_size=4, **SETTINGS)
     assert again.manifest["counts"]["prompts"] == 12
 
 
 def test_other_settings_or_another_model_are_refused_before_any_work(base: Path, sources, tmp_path: Path) -> None:
-    rollout(base, tmp_path / "set", sources=sources, limit=2, **SETTINGS)
+    roll(base, tmp_path / "set", sources=sources, limit=2, **SETTINGS)
     before = contents(tmp_path / "set")
     with pytest.raises(InputError, match=r"settings\.block_length: found 4; accepted: 8"):
-        rollout(base, tmp_path / "set", sources=sources, limit=2, gen_length=16, block_length=8)
+        roll(base, tmp_path / "set", sources=sources, limit=2, gen_length=16, block_length=8)
     other = tmp_path / "other"
     torch.manual_seed(1)
     LLaDAModelLM(LLaDAConfig.from_pretrained(base)).save_pretrained(other)
@@ -189,7 +196,7 @@ def test_other_settings_or_another_model_are_refused_before_any_work(base: Path,
         (other / path.name).write_bytes(path.read_bytes())
     (other / "chat_template.jinja").write_bytes((base / "chat_template.jinja").read_bytes())
     with pytest.raises(InputError, match=r"manifest\.json: model_fingerprint"):
-        rollout(other, tmp_path / "set", sources=sources, limit=2, **SETTINGS)
+        roll(other, tmp_path / "set", sources=sources, limit=2, **SETTINGS)
     assert contents(tmp_path / "set") == before
 
 
@@ -197,7 +204,7 @@ def test_a_prompt_too_long_for_the_model_is_named_before_any_is_decoded(base: Pa
     path = tmp_path / "long.json"
     path.write_text(json.dumps([{"prompt": "Fine?"}, {"prompt": "1 " * 90}]))
     with pytest.raises(InputError, match=r"prompt long-[0-9a-f]{16}: found \d+ tokens; accepted: at most 80"):
-        rollout(base, tmp_path / "set", sources=[PromptSource(str(path))], **SETTINGS)
+        roll(base, tmp_path / "set", sources=[PromptSource(str(path))], **SETTINGS)
     assert not list((tmp_path / "set").glob("*.parquet"))
 
 
@@ -214,13 +221,13 @@ def test_a_prompt_too_long_for_the_model_is_named_before_any_is_decoded(base: Pa
 )
 def test_bad_settings_are_refused_by_name(base: Path, sources, tmp_path: Path, settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        rollout(base, tmp_path / "set", sources=sources, **SETTINGS | settings)
+        roll(base, tmp_path / "set", sources=sources, **SETTINGS | settings)
     assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.slow  # starts the command
 def test_the_command_refuses_bad_input_in_one_line(base: Path, file: Path, tmp_path: Path) -> None:
-    words = command(base, file, tmp_path / "set", "--data.limit", "0")
+    words = command(base, file, tmp_path / "set", "--rollout.limit", "0")
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "rollout.py: limit: found 0; accepted: a whole number of at least 1"
