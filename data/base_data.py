@@ -4,7 +4,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningDataModule
@@ -25,6 +25,8 @@ _CHUNK = 2048  # samples that are generated, sorted into lengths and shuffled to
 _SEED_STRIDE = 1_000_000  # between the seeds of two chunks
 
 Task = StoryTask | GymTask
+Objective = Literal["mask", "order"]
+_Row = tuple[list[int], int, int]  # token ids, length of the prompt, padded length
 
 
 def samples(task: Task, seed: int) -> Iterator[Prompt]:
@@ -64,16 +66,18 @@ class MaskedBatches(IterableDataset):
         start: First batch.
         stride: Every how many batches to yield one (the number of ranks).
         counts: Batches of each chunk that was generated so far, which spares generating them again; grows in use.
+        objective: ``mask``: masked at a ratio, as LLaDA is trained. ``order``: see :meth:`_order`.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], split: str, seed: int, tokens: int,
         length_step: int, max_length: int, more_blocks: list[float], start: int = 0, stride: int = 1,
-        counts: list[int] | None = None,
+        counts: list[int] | None = None, objective: Objective = "mask",
     ) -> None:  # fmt: skip
         self.tokenizer, self.tasks, self.split, self.seed, self.tokens = tokenizer, tasks, split, seed, tokens
         self.length_step, self.max_length, self.more_blocks = length_step, max_length, more_blocks
         self.start, self.stride, self.counts = start, stride, [] if counts is None else counts
+        self.make = {"mask": self._noise, "order": self._order}[objective]
         self.mask_id: int = tokenizer.convert_tokens_to_ids("<|mdm_mask|>")  # type: ignore[assignment]
         self.eot_id: int = tokenizer.convert_tokens_to_ids("<|endoftext|>")  # type: ignore[assignment]
 
@@ -90,11 +94,11 @@ class MaskedBatches(IterableDataset):
                 skip -= len(shapes)
                 continue
             for number in range(skip, len(shapes), self.stride):
-                yield self._noise(shapes[number], chunk * _CHUNK + number)
+                yield self.make(shapes[number], chunk * _CHUNK + number)
             skip = (skip - len(shapes)) % self.stride
 
-    def _shapes(self, chunk: int) -> list[list[tuple[list[int], int, int]]]:
-        """The batches of one chunk: lists of (ids, prompt length, padded length)."""
+    def _shapes(self, chunk: int) -> list[list[_Row]]:
+        """The batches of one chunk."""
         rng = random.Random(f"{self.seed}-{chunk}")
         prompts = mixture(self.tasks, _CHUNK, self.seed + chunk * _SEED_STRIDE, self.split)
         heads = self.tokenizer.apply_chat_template(
@@ -104,7 +108,7 @@ class MaskedBatches(IterableDataset):
         head_ids = self.tokenizer(cast(list[str], heads), add_special_tokens=False)["input_ids"]
         tails = self.tokenizer([f"{prompt.response}<|eot_id|><|endoftext|>" for prompt in prompts],
                                add_special_tokens=False)["input_ids"]  # fmt: skip
-        buckets: dict[int, list[tuple[list[int], int, int]]] = {}
+        buckets: dict[int, list[_Row]] = {}
         for head, tail in zip(head_ids, tails, strict=True):
             (more,) = rng.choices(range(len(self.more_blocks)), self.more_blocks)
             length = -(-(len(head) + len(tail)) // self.length_step) * self.length_step
@@ -124,7 +128,7 @@ class MaskedBatches(IterableDataset):
         rng.shuffle(batches)
         return batches
 
-    def _noise(self, rows: list[tuple[list[int], int, int]], number: int) -> dict[str, Tensor]:
+    def _noise(self, rows: list[_Row], number: int) -> dict[str, Tensor]:
         """Masks each region at its own ratio t; the ratios of a batch are spread evenly over (0, 1].
 
         Every second row is masked over its whole region, as LLaDA is trained. The others are states that block-wise decoding
@@ -156,6 +160,43 @@ class MaskedBatches(IterableDataset):
             "weight": weight,
         }
 
+    def _order(self, rows: list[_Row], number: int) -> dict[str, Tensor]:
+        """Predicts every response token once, each from what stands before it in an order drawn for its row.
+
+        Predicting masked tokens at a uniform ratio is, in expectation, predicting all of them in a random order (arXiv
+        2110.02037). Here one forward predicts all: after the clean text, in which a token
+        sees the prompt and what comes before it in the order, stands a MASK for each response token, which sees the same but
+        not its own token. Orders are left to right (6 in 10), random in each block (3), or random (1); padding is left out.
+        """
+        generator = torch.Generator().manual_seed(hash((self.seed, number)) % 2**63)
+        length, most = max(len(ids) for ids, _, _ in rows), max(len(ids) - prompt for ids, prompt, _ in rows)
+        ids = torch.full((len(rows), length + most), self.eot_id)
+        rank = torch.full_like(ids, length + 1)  # padding comes after everything
+        positions = torch.arange(length + most).repeat(len(rows), 1)
+        labels = []
+        for row, (tokens, prompt, _) in enumerate(rows):
+            count, kind = len(tokens) - prompt, float(torch.rand(1, generator=generator))
+            place = torch.arange(count)
+            major = place if kind < 0.6 else place // _BLOCK if kind < 0.9 else 0 * place
+            order = (major + torch.rand(count, generator=generator)).argsort().argsort() + 1
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            ids[row, length : length + count] = self.mask_id
+            rank[row, :prompt] = 0
+            rank[row, prompt : len(tokens)] = rank[row, length : length + count] = order
+            positions[row, length : length + count] = prompt + place
+            labels.append(ids[row, prompt : len(tokens)])
+        clean = torch.arange(length + most) < length
+        before = rank[:, None, :] < (rank + clean)[:, :, None]
+        found = torch.cat(labels)
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "attention_mask": before & clean | torch.eye(length + most, dtype=torch.bool),
+            "masked": (ids == self.mask_id).flatten().nonzero()[:, 0],
+            "labels": found,
+            "weight": torch.full(found.shape, 1 / len(found)),
+        }
+
 
 class BaseDataModule(LightningDataModule):
     """Streams for ``train/base.py``; trains the tokenizer first where the folder does not hold one.
@@ -171,6 +212,7 @@ class BaseDataModule(LightningDataModule):
         max_length: Longer samples are dropped, in tokens.
         more_blocks: Probability of 0, 1, 2, ... further blocks of 32 EoT after the answer.
         validation_batches: Batches in one validation pass.
+        objective: What is learned, see :class:`MaskedBatches`.
 
     Raises:
         InputError: Lengths that cannot be batched; or, in ``setup``, a tokenizer of another size than ``vocab_size``.
@@ -179,8 +221,10 @@ class BaseDataModule(LightningDataModule):
     def __init__(
         self, tasks: list[StoryTask], tokenizer: Path, vocab_size: int, seed: int, tokens: int, length_step: int,
         max_length: int, more_blocks: list[float], validation_batches: int, gym: list[GymTask] | None = None,
+        objective: Objective = "mask",
     ) -> None:  # fmt: skip
         super().__init__()
+        self.objective: Objective = objective
         self.tasks: list[Task] = [*tasks, *(gym or [])]
         self.folder, self.vocab_size, self.seed, self.tokens = tokenizer, vocab_size, seed, tokens
         self.length_step, self.max_length, self.more_blocks = length_step, max_length, more_blocks
@@ -217,7 +261,7 @@ class BaseDataModule(LightningDataModule):
     def _stream(self, split: str, seed: int, start: int, stride: int) -> MaskedBatches:
         return MaskedBatches(
             self.tokenizer, self.tasks, split, seed, self.tokens, self.length_step, self.max_length, self.more_blocks,
-            start, stride, self.counts if split == "train" else None,
+            start, stride, self.counts if split == "train" else None, self.objective,
         )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader:

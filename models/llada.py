@@ -278,7 +278,7 @@ class LLaDABlock(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int,
         index: Tensor | None, cache_rows: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """``(B, T, d_model)`` to the same; ``mask`` is ``(B, 1, 1, S)`` bool, True where a key may be attended."""
+        """``(B, T, d_model)`` to the same; ``mask`` is ``(B, 1, 1 or T, S)`` bool, True where a key may be attended."""
         rows, length = x.shape[:2]
         flat = self.attn_norm(x).flatten(0, 1)
         query, key, value = (
@@ -382,7 +382,8 @@ class LLaDAModelLM(PreTrainedModel):
         Args:
             input_ids: ``(B, T)`` int64.
             attention_mask: ``(B, S)`` bool or 0/1, False on padding; ``S`` is ``T``, or the cache's length with a cache.
-                ``None`` attends everywhere.
+                ``(B, T, S)`` says for each position what it may attend to, and needs ``position_ids``. ``None`` attends
+                everywhere.
             position_ids: ``(B, T)`` int64; by default counted from each row's first attended position.
             logits_at: ``(N,)`` int64 indices into the flattened ``(B * T)`` positions. The head is run on these only.
                 ``None`` runs it everywhere.
@@ -396,13 +397,14 @@ class LLaDAModelLM(PreTrainedModel):
             ``hidden_states`` holds one tensor, ``(B, T, d_model)`` or ``(N, d_model)``: what the head reads.
         """
         mask = None if attention_mask is None else attention_mask.bool()
-        if cache is not None and position_ids is None:
-            raise ValueError("forward with cache needs position_ids (B, T)")
+        pairs = mask is not None and mask.ndim == 3
+        if (cache is not None or pairs) and position_ids is None:
+            raise ValueError(f"forward with {'cache' if cache else 'a mask of pairs'} needs position_ids (B, T)")
         if position_ids is None and mask is not None:
             position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
         elif position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        keys_allowed = None if mask is None else mask[:, None, None, :]
+        keys_allowed = None if mask is None else mask[:, None] if pairs else mask[:, None, None, :]
         hidden = self.model(input_ids, keys_allowed, position_ids, cache, cache_index, cache_rows)
         if logits_at is not None:
             hidden = hidden.flatten(0, 1)[logits_at]

@@ -84,7 +84,9 @@ class BaseModule(LightningModule):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Weighted cross-entropy in nats per response token, an upper bound of the negative log-likelihood."""
-        logits = self.model(batch["input_ids"], logits_at=batch["masked"]).logits
+        logits = self.model(
+            batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"), batch["masked"]
+        ).logits
         return (F.cross_entropy(logits.float(), batch["labels"], reduction="none") * batch["weight"]).sum()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -12,6 +12,7 @@ from data.prompts import split_of
 from data.stories import StoryTask
 from eval.command import CONFIGS
 from models.errors import InputError
+from models.predictor import MaskPredictor
 
 TASKS = [StoryTask("story", weight=2, max_events=4), StoryTask("short")]
 
@@ -20,10 +21,10 @@ TASKS = [StoryTask("story", weight=2, max_events=4), StoryTask("short")]
 def stream(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("data.base_data._CHUNK", 64)
 
-    def make(start=0, stride=1, counts=None, split="train"):
+    def make(start=0, stride=1, counts=None, split="train", objective="mask"):
         return MaskedBatches(
             tiny_tokenizer, TASKS, split, 7, tokens=2048, length_step=32, max_length=512, more_blocks=[0.5, 0.5],
-            start=start, stride=stride, counts=counts,
+            start=start, stride=stride, counts=counts, objective=objective,
         )  # fmt: skip
 
     return make
@@ -73,6 +74,26 @@ def test_only_responses_are_masked_and_weighted_by_one_over_t(stream):
         assert sums.sum().item() == pytest.approx(1.0, abs=1e-4)
         for row in range(len(masked)):
             assert batch["weight"][rows == row].unique().numel() == 1
+
+
+def test_in_an_order_every_response_token_is_predicted_without_being_seen(stream, tiny_checkpoint):
+    model = MaskPredictor.from_pretrained(tiny_checkpoint).model
+    batch = next(iter(stream(objective="order")))
+    ids, mask, positions = batch["input_ids"], batch["attention_mask"], batch["position_ids"]
+    width, places = ids.shape[1], batch["masked"]
+    rows, columns = places // width, positions.flatten()[places]
+    assert torch.equal(ids[rows, columns], batch["labels"])  # a query stands where its token does
+    before = model(ids, mask, positions, places).logits
+    chosen = [int((rows == row).nonzero()[len((rows == row).nonzero()) // 2]) for row in rows.unique()]
+    changed = ids.clone()
+    changed[rows[chosen], columns[chosen]] = 5 + (changed[rows[chosen], columns[chosen]] == 5).long()
+    after = model(changed, mask, positions, places).logits
+    moved = (before != after).any(1)
+    assert not moved[chosen].any()
+    assert moved.any()  # those that come later in the order see it
+    prompt = torch.ones(width, dtype=torch.bool)
+    prompt[int(columns[rows == 0].min()) :] = False
+    assert mask[0, places[rows == 0] % width][:, prompt].all()
 
 
 def test_nothing_of_the_other_splits_is_trained_on(stream, tiny_tokenizer):
