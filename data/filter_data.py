@@ -22,13 +22,15 @@ class FilterBatch:
     Attributes:
         evidence: What the predictor said.
         final: bool, True where the guess was already the reference's token.
-        tail: bool, True at and after the reference's first EoT.
-        weight: float32, share of each position in the loss: 0 where it is decoded, else 1 or the weight of the tail.
+        tail: bool, True after the reference's first EoT.
+        example: bool, True where a filter has something to say: masked, and not full_step's own choice of that step.
+        weight: float32, share of each position in the loss; 0 where it is no example.
     """
 
     evidence: Evidence
     final: Tensor
     tail: Tensor
+    example: Tensor
     weight: Tensor
 
     def __len__(self) -> int:
@@ -43,7 +45,8 @@ class FilterBatch:
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "FilterBatch":
-        return FilterBatch(self.evidence.each(change), change(self.final), change(self.tail), change(self.weight))
+        rest = (self.final, self.tail, self.example, self.weight)
+        return FilterBatch(self.evidence.each(change), *map(change, rest))
 
 
 class Batches:
@@ -91,8 +94,8 @@ class FilterDataModule(LightningDataModule):
         rollouts: Folder of the shards.
         batch_size: Records in a training batch on one device; null for all of them (the published recipe).
         passes: Decodes whose records are used, of :data:`data.labels.PASSES`; null for all that are recorded.
-        tail_weight: Weight in the loss of positions at and after the reference's first EoT, which are up to nine tenths
-            of all positions and nearly all easy.
+        tail_weight: Weight in the loss of positions after the reference's first EoT, which are up to nine tenths of all
+            positions and nearly all easy.
         seed: Seed of the order of batches.
     """
 
@@ -142,12 +145,22 @@ class FilterDataModule(LightningDataModule):
         self.records = None  # the parts are copies
 
     def _part(self, records: Records, split: str, device: torch.device) -> FilterBatch:
-        """All records of one split, on the device."""
+        """All records of one split, on the device.
+
+        What full_step commits is final by construction, and committed whatever a filter says: no example. The passes count
+        alike in the loss, however many steps each takes: full_step has some ten states for each of the oracle's.
+        """
         wanted = torch.tensor([PASSES.index(name) for name in self.passes or PASSES])
         in_split = torch.tensor([name == split for name in records.splits], dtype=torch.bool)
         rows = (in_split[records.prompt] & torch.isin(records.passes, wanted)).nonzero()[:, 0]
-        weight = records.evidence.masked * torch.where(records.tail, self.tail_weight, 1.0)
-        return FilterBatch(records.evidence, records.final, records.tail, weight).take(rows).to(device)
+        evidence = records.evidence.each(lambda values: values[rows])
+        passes, tail, example = records.passes[rows], records.tail[rows], evidence.masked.clone()
+        own = (passes == PASSES.index("full_step")).nonzero()[:, 0]
+        example[own, evidence.confidence[own].masked_fill(~evidence.masked[own], -1).argmax(1)] = False
+        count = passes.bincount(minlength=len(PASSES))
+        share = len(passes) / (count.clamp(min=1) * (count > 0).sum().clamp(min=1))
+        weight = example * torch.where(tail, self.tail_weight, 1.0) * share[passes, None]
+        return FilterBatch(evidence, records.final[rows], tail, example, weight).to(device)
 
     def _batches(self, split: str) -> Batches:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

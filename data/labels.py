@@ -17,7 +17,7 @@ class Records:
     Attributes:
         evidence: What the predictor said about the active block, ``(R, K)`` fields.
         final: ``(R, K)`` bool, True where the guess equals the reference's token.
-        tail: ``(R, K)`` bool, True at and after the reference's first EoT.
+        tail: ``(R, K)`` bool, True after the reference's first EoT: padding, which says nothing about the text.
         prompt: ``(R,)`` int64, index of the prompt in ``prompt_ids``.
         passes: ``(R,)`` int64, index into ``PASSES``: which decode the row was recorded in.
         block: ``(R,)`` int64, number of the active block.
@@ -67,22 +67,34 @@ def of_block(region: Tensor, block: Tensor, block_length: int) -> Tensor:
     return region.unflatten(1, (-1, block_length))[torch.arange(len(block), device=block.device), block]
 
 
-def labels(steps: StepTrace, references: Tensor, eot_id: int) -> tuple[Tensor, Tensor]:
-    """Labels of recorded steps.
+def labels(steps: StepTrace, references: Tensor) -> Tensor:
+    """Which guesses of recorded steps were already final.
 
     Args:
         steps: Steps of ``R`` rows, as :func:`collect` gives them.
         references: ``(P, G)`` int64, the reference sequence of each prompt that ``steps.rows`` counts.
-        eot_id: Id of EoT.
 
     Returns:
-        ``final`` and ``tail``, ``(R, K)`` bool. ``final`` is False at decoded positions: they are no examples, and
-        counting them as positives makes a filter look better than it is.
+        ``(R, K)`` bool; False at decoded positions: they are no examples, and counting them as positives makes a filter
+        look better than it is.
     """
-    evidence, length = steps.evidence, steps.evidence.masked.shape[1]
-    reference = of_block(references[steps.rows], steps.block, length)
-    tail = of_block(ended(references, eot_id)[steps.rows], steps.block, length)
-    return (evidence.token == reference) & evidence.masked, tail
+    evidence = steps.evidence
+    reference = of_block(references[steps.rows], steps.block, evidence.masked.shape[1])
+    return (evidence.token == reference) & evidence.masked
+
+
+def after_eot(first: Tensor, block: Tensor, block_length: int) -> Tensor:
+    """True at the positions of a block that lie after the reference's first EoT.
+
+    Args:
+        first: ``(R,)`` int64, index of the first EoT in each row's reference.
+        block: ``(R,)`` int64, number of the active block.
+        block_length: ``K``.
+
+    Returns:
+        ``(R, K)`` bool. The first EoT itself is not among them: where the text ends has to be learned like any other token.
+    """
+    return block[:, None] * block_length + torch.arange(block_length, device=block.device) > first[:, None]
 
 
 def collect(trace: Sequence[StepTrace]) -> StepTrace:
@@ -155,19 +167,17 @@ def records_of(
         Records ordered by pass, prompt and step.
     """
     parts = [(PASSES.index(name), collect(trace)) for name, trace in traces.items()]
-    marks = [labels(steps, references, eot_id) for _, steps in parts]
-
-    def join(name: str) -> Tensor:
-        return torch.cat([getattr(steps, name) for _, steps in parts])
+    rows, block = (torch.cat([getattr(steps, name) for _, steps in parts]) for name in ("rows", "block"))
+    evidence = Evidence.cat([steps.evidence for _, steps in parts])
 
     return Records(
-        evidence=Evidence.cat([steps.evidence for _, steps in parts]),
-        final=torch.cat([final for final, _ in marks]),
-        tail=torch.cat([tail for _, tail in marks]),
-        prompt=join("rows"),
+        evidence=evidence,
+        final=torch.cat([labels(steps, references) for _, steps in parts]),
+        tail=after_eot(first_eot(references, eot_id)[rows], block, evidence.masked.shape[1]),
+        prompt=rows,
         passes=torch.cat([torch.full_like(steps.rows, number) for number, steps in parts]),
-        block=join("block"),
-        step=join("step"),
+        block=block,
+        step=torch.cat([steps.step for _, steps in parts]),
         prompt_ids=prompt_ids,
         splits=splits,
     )

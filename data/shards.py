@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from data.labels import PASSES, Records, history
+from data.labels import PASSES, Records, after_eot, history
 from data.manifest import (
     COLUMNS,
     MANIFEST,
@@ -110,7 +110,7 @@ class ShardWriter:
             "prompts": hashes,
             "splits": dict(sorted(Counter(batch.splits).items())),
             "passes": {name: int(nfe.sum()) for name, nfe in batch.nfe.items()},
-            "steps": self._write_table(f"steps-{name}.parquet", steps_table(batch, self.eot_id)),
+            "steps": self._write_table(f"steps-{name}.parquet", steps_table(batch)),
             "sequences": self._write_table(f"sequences-{name}.parquet", sequences_table(batch, self.eot_id)),
         }
         write_json(self.folder / f"shard-{name}.json", record)
@@ -226,7 +226,9 @@ def load_records(
     for name in passes or ():
         if name not in recorded:
             raise InputError("passes", repr(name), f"{' | '.join(recorded)}, recorded in {rollouts.folder}")
-    prompts = _in_order(pa.concat_tables(rollouts.tables("sequences", ["index", "prompt_id", "split"]))).slice(0, limit)
+    prompts = _in_order(
+        pa.concat_tables(rollouts.tables("sequences", ["index", "prompt_id", "split", "first_eot"]))
+    ).slice(0, limit)
     # The narrow columns first: they say where each row of the files goes, so the wide ones are laid down only once.
     keep, keys = _keys(rollouts, prompts["prompt_id"].combine_chunks(), passes or recorded)
     order = np.lexsort((keys["step"], keys["pass"], keys["prompt"]))
@@ -235,7 +237,8 @@ def load_records(
     place[order] = np.arange(len(order))
     wide = _wide(rollouts, keep, place)
     stable, previous = history(wide["masked"], wide["token"], wide["confidence"], prompt * len(PASSES) + which, block)
-    final, tail = wide.pop("final"), wide.pop("tail")
+    first = torch.from_numpy(prompts["first_eot"].to_numpy().astype(np.int64))
+    final, tail = wide.pop("final"), after_eot(first[prompt], block, wide["masked"].shape[1])
     ids, splits = prompts["prompt_id"].to_pylist(), prompts["split"].to_pylist()
     return Records(
         Evidence(**wide, stable=stable, previous=previous), final, tail, prompt, which, block, step, ids, splits
@@ -277,7 +280,7 @@ def _index_in(column: pa.ChunkedArray, values: pa.Array) -> np.ndarray:
 
 def _wide(rollouts: Rollouts, keep: Sequence[np.ndarray], place: np.ndarray) -> dict[str, Tensor]:
     """The per-position columns, ``(R, K)`` each; kept row ``n`` of the files goes to row ``place[n]``."""
-    names = ("masked", "token", "confidence", "margin", "entropy", "final", "tail")
+    names = ("masked", "token", "confidence", "margin", "entropy", "final")
     length = int(rollouts.manifest["settings"]["block_length"])
     types = {"token": torch.int64, "confidence": torch.float32, "margin": torch.float32, "entropy": torch.float32}
     wide = {name: torch.empty(len(place), length, dtype=types.get(name, torch.bool)) for name in names}

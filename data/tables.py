@@ -17,7 +17,7 @@ STEP_COLUMNS = (
     "prompt_id", "split", "pass", "block", "step",
     "masked", "token", "confidence",  # K values each, for every position of the active block
     "margin", "entropy",  # one value for each True in masked
-    "final", "tail",  # K values each
+    "final",  # K values each
     "open",  # G values: True where the generated region was not decoded yet
     "eot_probability", "eot_top",  # one value for each True in open
 )  # fmt: skip
@@ -58,7 +58,7 @@ class RolloutBatch:
         return [split_of(prompt.prompt) for prompt in self.prompts]
 
 
-def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
+def steps_table(batch: RolloutBatch) -> pa.Table:
     """One row a forward, with ``STEP_COLUMNS``; ordered by pass, prompt and step.
 
     Raises:
@@ -72,7 +72,6 @@ def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
         if steps.eot_probability is None or steps.eot_top is None:
             raise ValueError("the trace has no EoT evidence: decode with record_eot=True")
         evidence, rows = steps.evidence, steps.rows.numpy()
-        final, tail = labels(steps, batch.references, eot_id)
         still_open = (steps.eot_probability > 0) | steps.eot_top  # the trace has zeros where a position is decoded
         columns = {
             "prompt_id": pa.array(ids[rows], pa.string()),
@@ -85,8 +84,7 @@ def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
             "confidence": _fixed(evidence.confidence),
             "margin": _ragged(evidence.margin, evidence.masked),
             "entropy": _ragged(evidence.entropy, evidence.masked),
-            "final": _fixed(final),
-            "tail": _fixed(tail),
+            "final": _fixed(labels(steps, batch.references)),
             "open": _fixed(still_open),
             "eot_probability": _ragged(steps.eot_probability.half(), still_open),
             "eot_top": _ragged(steps.eot_top, still_open),

@@ -25,10 +25,10 @@ from models.filter import FilterConfig, build_filter
 class FilterModule(LightningModule):
     """Trains a filter by weighted binary cross-entropy on masked positions (Learn2PD, arXiv 2509.25188).
 
-    Logged for ``validation`` and ``test``: ``loss``, and over masked positions ``auroc``, ``average_precision``,
+    Logged for ``validation`` and ``test``: ``loss``, and over examples ``auroc``, ``average_precision``,
     ``precision`` and ``recall`` at ``threshold``, ``calibration_error`` (expected, 15 bins), and ``confidence_auroc``,
     which is that of the bare confidence: what learning has to beat. Each but the loss also as ``*_no_tail``, without
-    the positions at and after the reference's first EoT.
+    the positions after the reference's first EoT.
 
     Args:
         architecture: ``conv`` or ``block_mlp``.
@@ -138,8 +138,8 @@ class FilterModule(LightningModule):
         logits = self.net(batch.evidence)
         meters: Any = self.meters[stage]
         meters["loss"].update(self.loss(logits, batch), batch.weight.sum())
-        masked, probability = batch.evidence.masked, logits.sigmoid()
-        for part, where in (("all", masked), ("no_tail", masked & ~batch.tail)):
+        probability = logits.sigmoid()
+        for part, where in (("all", batch.example), ("no_tail", batch.example & ~batch.tail)):
             final = batch.final[where].long()
             meters[part].update(probability[where], final)
             meters[f"{part}_confidence"].update(batch.evidence.confidence[where], final)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.labels import PASSES, collect, ended, first_eot, history, labels, of_block, records_of
+from data.labels import PASSES, after_eot, collect, ended, first_eot, history, labels, of_block, records_of
 from data.shards import ShardWriter, load_records
 from decoding.config import DecodeConfig
 from decoding.loop import decode
@@ -30,19 +30,20 @@ def test_final_is_the_match_with_the_reference_on_masked_positions(decoded, eot:
     batch = decoded(5, eot=eot)
     for trace in batch.traces.values():
         for step in trace:
-            final, tail = labels(step, batch.references, EOT)
+            final = labels(step, batch.references)
+            tail = after_eot(first_eot(batch.references, EOT)[step.rows], step.block, 4)
             for n, row in enumerate(step.rows.tolist()):
                 start = int(step.block[n]) * 4
                 reference = batch.references[row, start : start + 4]
                 assert torch.equal(final[n], (step.evidence.token[n] == reference) & step.evidence.masked[n])
                 e = first_eot(batch.references[row], EOT)
-                assert torch.equal(tail[n], torch.arange(start, start + 4) >= e)
+                assert torch.equal(tail[n], torch.arange(start, start + 4) > e)
 
 
 def test_a_decoded_position_is_never_a_positive_example(decoded) -> None:
     batch = decoded(5)
     steps = collect(batch.traces["full_step"])
-    final, _ = labels(steps, batch.references, EOT)
+    final = labels(steps, batch.references)
     assert final.any()
     assert not (final & ~steps.evidence.masked).any()
 
@@ -51,7 +52,7 @@ def test_what_full_step_commits_is_labelled_final(decoded) -> None:
     """The reference's own commits are right by construction; a block or row mixed up shows here."""
     batch = decoded(5)
     steps = collect(batch.traces["full_step"])
-    final, _ = labels(steps, batch.references, EOT)
+    final = labels(steps, batch.references)
     assert final[steps.transfer].all()
 
 

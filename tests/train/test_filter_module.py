@@ -96,12 +96,28 @@ def test_decoded_positions_never_influence_the_loss(architecture):
     assert torch.equal(module.loss(module.net(some.evidence), some), before)
 
 
+def test_what_full_step_commits_is_no_example():
+    given = records(rows=400)
+    given.passes[:] = torch.arange(400) % 4 // 3  # three states of full_step for each of the oracle
+    module = data(given)
+    module.setup("fit")
+    part, rows = module.parts["train"], torch.tensor([name == "train" for name in SPLITS])[given.prompt]
+    masked, own = part.evidence.masked, given.passes[rows] == 0
+    best = part.evidence.confidence.masked_fill(~masked, -1).argmax(1)
+    dropped = masked & ~part.example
+    assert dropped.sum(1)[own].eq(masked[own].any(1)).all()
+    assert dropped[own].nonzero()[:, 1].equal(best[own & masked.any(1)])
+    assert not dropped[~own].any()
+    each = part.weight.amax(1)
+    assert each[own].sum().item() == pytest.approx(each[~own].sum().item(), rel=0.02)  # the passes count alike
+
+
 def test_the_tail_weighs_as_much_as_it_is_told():
     some, module = batch(), FilterModule(block_length=16)
-    masked = some.evidence.masked
-    assert some.weight[masked & some.tail].unique().item() == pytest.approx(0.1)
-    assert some.weight[masked & ~some.tail].unique().item() == 1
-    assert some.weight[~masked].unique().item() == 0
+    weight = some.weight / some.weight.amax(1, keepdim=True)
+    assert weight[some.example & some.tail].unique().item() == pytest.approx(0.1)
+    assert weight[some.example & ~some.tail].unique().item() == 1
+    assert weight[~some.example].unique().item() == 0
     logits = module.net(some.evidence)
     p, y = logits.sigmoid(), some.final.float()
     each = -(y * p.log() + (1 - y) * (1 - p).log())
@@ -171,7 +187,7 @@ def test_records_come_from_the_rollout_folder(monkeypatch):
 def numbered(rows: int) -> FilterBatch:
     some = torch.zeros(rows, 1)
     evidence = Evidence(**{f.name: some for f in fields(Evidence)})
-    return FilterBatch(evidence, torch.arange(rows)[:, None], some, some)
+    return FilterBatch(evidence, torch.arange(rows)[:, None], some, some, some)
 
 
 @pytest.mark.parametrize(("rows", "ranks", "size"), [(10, 1, 4), (10, 1, None), (11, 2, 3), (5, 4, 2), (11, 3, None)])
