@@ -92,7 +92,7 @@ def _entries(dataset: Any, task: GymTask, offset: int) -> Iterator[dict[str, Any
 def score(task: str, text: str, prompt: Prompt) -> float:
     """reasoning-gym's own score in ``[0, 1]`` of the final answer in ``text``."""
     entry = {"question": prompt.prompt, "answer": prompt.answer, "metadata": json.loads(prompt.metadata)}
-    return float(_judge(task)(final_answer(task, text), entry))
+    return float(_judge(task)(final_answer(text), entry))
 
 
 @functools.cache

@@ -1,6 +1,10 @@
 """One prompt, whatever source it comes from, and the part of a response to it that is judged."""
 
+import re
 from dataclasses import dataclass
+from decimal import Decimal
+
+_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,52 @@ class Prompt:
     metadata: str = "{}"
 
 
-def final_answer(task: str, text: str) -> str:
-    """The part of a response that is judged: what follows ``####`` for worked answers, else all of it."""
-    return text.rsplit("####", 1)[-1].strip() if task.startswith("gsm") else text.strip()
+def final_answer(text: str, numeric: bool = False) -> str:
+    r"""The part of a response that is judged, found as lm-eval's filters find it.
+
+    What follows the last ``####``; else what the last ``\boxed{}`` holds; else what follows "the answer is"; else, where the
+    answer is a number, the last number; else all of it.
+
+    Args:
+        text: The response.
+        numeric: Whether the answer is a number, which is then returned in plain digits.
+    """
+    found = text.strip()
+    if "####" in text:
+        found = text.rpartition("####")[2].strip()
+    elif boxed := _boxed(text):
+        found = boxed
+    elif said := re.findall(r"(?i:the answer is):?\s*(.+)", text):
+        found = said[-1].strip().removesuffix(".")
+    if not numeric:
+        return found
+    numbers = _NUMBER.findall(found)
+    # A mark is followed by the answer and perhaps by its unit; without a mark the last number is the result.
+    return _plain(numbers[-1 if found == text.strip() else 0]) if numbers else ""
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Whether a response ends with this answer; numbers are equal however they are written."""
+    if is_number(answer):
+        return final_answer(text, numeric=True) == _plain(answer)
+    return final_answer(text) == answer.strip()
+
+
+def is_number(answer: str) -> bool:
+    """Whether an answer is one number and nothing else."""
+    return _NUMBER.fullmatch(answer.strip()) is not None
+
+
+def _boxed(text: str) -> str:
+    r"""What the last ``\boxed{}`` holds, braces inside it included; empty if there is none or it is not closed."""
+    start, depth = text.rfind("\\boxed{"), 0
+    for place in range(start + 6, len(text)) if start >= 0 else ():
+        depth += (text[place] == "{") - (text[place] == "}")
+        if depth == 0:
+            return text[start + 7 : place].strip()
+    return ""
+
+
+def _plain(number: str) -> str:
+    value = Decimal(re.sub(r"[$,\s]", "", number).rstrip("."))
+    return format(value.normalize() if value else Decimal(0), "f")

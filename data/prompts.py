@@ -220,7 +220,7 @@ def _columns(source: PromptSource) -> Iterator[Prompt]:
         task = text(source.task_column) or source.task or file.stem
         if not prompt:
             raise InputError(f"{where}: {source.prompt_column}", "an empty prompt", "at least one character")
-        answer = text(source.answer_column) if source.answer_column else final_answer(task, response)
+        answer = text(source.answer_column) if source.answer_column else final_answer(response)
         yield Prompt(f"{task}-{prompt_hash(prompt)}", task, prompt, response, answer)
 
 

@@ -100,6 +100,11 @@ def samples(task: StoryTask, seed: int, start: int = 0) -> Iterator[Prompt]:
         )
 
 
+def knows(prompt: Prompt) -> bool:
+    """Whether a prompt is of these tasks, and :func:`score` can judge its answer."""
+    return prompt.task in TASKS and "steps" in json.loads(prompt.metadata)
+
+
 def score(text: str, prompt: Prompt) -> Score:
     """Judges an answer by its final answer, its steps, and whether each sentence is one of the task's.
 

@@ -12,12 +12,15 @@ from typing import Any, Literal
 
 import wandb
 
+from data.prompt import Prompt
 from data.prompts import PromptSource, load_prompts, prompt_hash
 from data.provenance import environment, now, write_run_file
 from eval.command import command, wandb_mode
 from eval.compare import Comparison, Run, print_table
 from eval.headline import MARGIN, check_margin, summary
+from eval.intervals import paired
 from eval.report import SCHEMA_VERSION, write
+from models.errors import InputError
 from models.predictor import MaskPredictor
 
 
@@ -32,6 +35,7 @@ def main(
     batch_size: int = 32,
     repeats: int = 1,
     margin: float = MARGIN,
+    pick_on: int | None = 256,
     out: Path = Path("runs/bench"),
 ) -> None:
     """Writes ``bench.json``, ``bench.md``, ``bench.png`` and ``run.yaml``, prints the table, and logs it all to W&B.
@@ -50,23 +54,41 @@ def main(
         batch_size: Prompts decoded together.
         repeats: How often every run is decoded, interleaved; the times are those of the median, of two the faster.
         margin: Loss of exact match against full_step, from 0 to 1, up to which a decode counts as equally good.
+        pick_on: Validation prompts of the same sources, decoded besides, on which each strategy's setting for the headline is
+            picked; null picks on the prompts that are reported, and says so.
         out: Folder of the results.
+
+    Raises:
+        InputError: Prompts without answers, or picking on prompts that are reported too.
     """
     settings = {
         "base": base, "runs": [asdict(run) for run in runs], "prompts": [asdict(source) for source in prompts],
         "split": split, "limit": limit, "gen_length": gen_length, "block_length": block_length, "batch_size": batch_size,
-        "repeats": repeats, "margin": margin,
+        "repeats": repeats, "margin": margin, "pick_on": pick_on,
     }  # fmt: skip
     check_margin(margin)
+    if pick_on is not None and split in (None, "validation"):
+        raise InputError("pick_on", pick_on, "null where validation prompts are reported")
     mode = wandb_mode()
     predictor = MaskPredictor.from_pretrained(base)
-    chosen = load_prompts(prompts, split=split, limit=limit)
-    comparison = Comparison(
-        predictor, chosen, runs, gen_length=gen_length, block_length=block_length, batch_size=batch_size,
-        repeats=repeats, folder=out / "decodes", warm_up=True,
-    )  # fmt: skip
-    decode(comparison)
-    rows = comparison.rows()
+    chosen = answered(load_prompts(prompts, split=split, limit=limit))
+
+    def rows_of(prompts: list[Prompt], repeats: int) -> list[dict[str, Any]]:
+        comparison = Comparison(
+            predictor, prompts, runs, gen_length=gen_length, block_length=block_length, batch_size=batch_size,
+            repeats=repeats, folder=out / "decodes", warm_up=True,
+        )  # fmt: skip
+        decode(comparison)
+        return comparison.rows()
+
+    picked_on = None
+    if pick_on is not None:
+        others = answered(load_prompts(prompts, split="validation", limit=pick_on))
+        sys.stderr.write(f"{len(others)} validation prompts, to pick settings on\n")
+        hashes = [prompt_hash(prompt.prompt) for prompt in others]
+        picked_on = {"split": "validation", "hashes": hashes, "rows": rows_of(others, 1)}
+        sys.stderr.write(f"{len(chosen)} prompts to report\n")
+    rows = rows_of(chosen, repeats)
     result = {
         "schema_version": SCHEMA_VERSION,
         "command": shlex.join(["python", *sys.argv]),
@@ -78,15 +100,44 @@ def main(
             "hashes": [prompt_hash(prompt.prompt) for prompt in chosen],
         },
         "scorers": sorted({scorer for row in rows for scorer in row["scorers"]}),
+        "picked_on": picked_on,
         "rows": rows,
     }  # fmt: skip
     write(result, out, margin)
     print_table(rows, f"{len(chosen)} prompts")
     print(summary(result["headline"]))
+    for warning in doubts(rows[0], margin):
+        print(f"warning: {warning}")
     write_run_file(out / "run.yaml", settings)
     if mode != "disabled":
         log(result, out, settings, mode)
     print(f"wrote bench.json, bench.md and bench.png to {out}")
+
+
+def answered(prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts, if each has an answer; an empty answer would call every empty text right."""
+    without = sum(not prompt.answer for prompt in prompts)
+    if without:
+        raise InputError(
+            "prompts", f"{without} of {len(prompts)} without an answer", "an answer_column or response_column"
+        )
+    return prompts
+
+
+def doubts(reference: dict[str, Any], margin: float) -> list[str]:
+    """Why a comparison says less than it seems to."""
+    found = []
+    if reference["exact_match"] < 0.05:
+        found.append(
+            f"full_step answers {100 * reference['exact_match']:.1f} % rightly: nothing can be lost against it"
+        )
+    blind = -paired(0, 0, reference["prompts"])[0]
+    if blind > margin:
+        found.append(
+            f"on {reference['prompts']} prompts even equal answers leave a loss of {100 * blind:.1f} points possible, and "
+            f"{100 * margin:g} are asked about"
+        )
+    return found
 
 
 def decode(comparison: Comparison) -> None:
@@ -164,7 +215,15 @@ class Watch:
 
 def log(result: dict[str, Any], out: Path, settings: dict[str, Any], mode: Any) -> None:
     """Logs the table, the plots, the picture and the settings to W&B."""
-    columns: list[Any] = ["label", "exact_match", "sequence_agreement", "token_agreement", "nfe_mean", "nfe_p95"]
+    columns: list[Any] = [
+        "label",
+        "exact_match",
+        "valid",
+        "sequence_agreement",
+        "token_agreement",
+        "nfe_mean",
+        "nfe_p95",
+    ]
     columns += ["tokens_per_forward", "tokens_per_second", "loop_share", "empty_answers", "truncated_correct_answers"]
     run = wandb.init(
         project="dlm-accel",

@@ -86,7 +86,7 @@ class Comparison:
 
     Args:
         predictor: The mask predictor.
-        prompts: Prompts with answers.
+        prompts: The prompts; without answers there are no figures of exact match.
         runs: What to compare. The first run of each ``gen_length`` is the reference of the others of that length, the
             oracle's included: a full_step decode, uncached, of at least as many prompts.
         gen_length: Generated positions of runs that do not say.
@@ -175,16 +175,17 @@ class Comparison:
 
     def rows(self) -> list[dict[str, Any]]:
         """The figures of every run, once all is decoded; times are those of the median repeat, the rest is equal in all."""
-        rows, rights = [], list[Tensor]()
+        rows, rights = [], list[Tensor | None]()
         eot = self.predictor.ids.eot
         for number, run in enumerate(self.runs):
             outs = sorted((self.results[number, n] for n in range(self.repeats)), key=lambda out: out.seconds)
             out, prompts, place = outs[(len(outs) - 1) // 2], self.prompts_of(number), self.reference[number]
             reference = self.results[place, 0].sequences[: len(prompts)]
-            right = rights[place][: len(prompts)] if place < number else None
+            known = rights[place] if place < number else None
+            right = None if known is None else known[: len(prompts)]
             row = {"label": run.label, "reference": self.runs[place].label, "settings": out.settings}
             row |= measure(out, prompts, reference, right, eot, component=self.strategies[number].component)
-            rights.append(torch.tensor([mark == "1" for mark in row["right"]]))
+            rights.append(torch.tensor([mark == "1" for mark in row["right"]]) if row["right"] is not None else None)
             row["seconds_all"] = [self.results[number, n].seconds for n in range(self.repeats)]
             row["times"] = [self.extras[number, n]["time"] for n in range(self.repeats)]
             row["memory"] = self.extras[number, 0].get("memory")
@@ -256,7 +257,7 @@ def compare(
 
     Args:
         predictor: The mask predictor.
-        prompts: Prompts with answers.
+        prompts: The prompts.
         runs: What to compare.
         progress: Called with each label before its decode starts.
         **settings: See :class:`Comparison`.
@@ -271,6 +272,26 @@ def compare(
     return comparison.rows()
 
 
+def loss(row: dict[str, Any]) -> float:
+    """What a decode loses against full_step, from 0 to 1: right answers; text, where the prompts have no answers."""
+    if row["paired_difference"] is None:
+        return 1 - row["token_agreement"]
+    return -row["paired_difference"]["mean"]
+
+
+def pick(rows: Sequence[dict[str, Any]], accepted: float) -> dict[str, Any]:
+    """The row of fewest forwards among those that lose at most ``accepted``; if there is none, the one that loses least."""
+    good = [row for row in rows if loss(row) <= accepted]
+    return (
+        min(good, key=lambda row: row["nfe_mean"]) if good else min(rows, key=lambda row: (loss(row), row["nfe_mean"]))
+    )
+
+
+def share(value: float | None) -> str:
+    """A share as a table's cell; a dash where there is none."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
 def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
     """Prints the rows on the terminal."""
     from rich.console import Console
@@ -281,11 +302,14 @@ def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
     for name in names:
         table.add_column(name, justify="left" if name == "decode" else "right", no_wrap=True)
     for row in rows:
-        low, high = (100 * end for end in row["paired_difference"]["interval"])
+        exact = difference = "–"
+        if row["exact_match"] is not None:
+            low, high = (100 * end for end in row["paired_difference"]["interval"])
+            exact = f"{100 * row['exact_match']:.1f}%"
+            difference = f"{100 * row['paired_difference']['mean']:+.1f} ({low:+.1f} to {high:+.1f})"
         table.add_row(
-            row["label"], f"{100 * row['exact_match']:.1f}%",
-            f"{100 * row['paired_difference']['mean']:+.1f} ({low:+.1f} to {high:+.1f})",
-            f"{100 * row['sequence_agreement']:.1f}%", f"{row['nfe_mean']:.1f}", f"{row['tokens_per_forward']:.2f}",
+            row["label"], exact, difference, f"{100 * row['sequence_agreement']:.1f}%", f"{row['nfe_mean']:.1f}",
+            f"{row['tokens_per_forward']:.2f}",
             f"{row['tokens_per_second']:.0f}", f"{100 * row['loop_share']:.0f}%",
             f"{rows[0]['nfe_mean'] / row['nfe_mean']:.1f}",
         )  # fmt: skip

@@ -12,7 +12,9 @@ Row = dict[str, Any]
 COSTS = {"nfe_mean": "forwards", "tokens_per_second": "speed"}
 
 
-def headline(rows: Sequence[Row], margin: float = MARGIN) -> list[dict[str, Any]]:
+def headline(
+    rows: Sequence[Row], margin: float = MARGIN, picked_on: Sequence[Row] | None = None
+) -> list[dict[str, Any]]:
     """For each strategy its cheapest settings among those as good as full_step.
 
     As good means that the exact match, paired prompt by prompt with full_step's, is at most ``margin`` lower; confirmed, that
@@ -20,8 +22,10 @@ def headline(rows: Sequence[Row], margin: float = MARGIN) -> list[dict[str, Any]
     compete within a group only: the same prompts, gen_length, batch size, dtype and temperature.
 
     Args:
-        rows: Rows of a comparison.
+        rows: Rows of a comparison, which are reported.
         margin: The loss that is accepted, from 0 to 1.
+        picked_on: Rows of the same runs on other prompts, on which the settings are picked. Without them they are picked on
+            the very prompts that are reported, which flatters whoever has many settings.
 
     Returns:
         A mapping for each group with more than one strategy: what its rows have in common, and ``strategies``, where
@@ -30,6 +34,7 @@ def headline(rows: Sequence[Row], margin: float = MARGIN) -> list[dict[str, Any]
         many times fewer forwards, or more tokens a second, that is than full_step (the reference decode itself), the best
         ``threshold`` and ``oracle`` have; ``None`` where the group has none of these.
     """
+    judged = {row["label"]: row for row in picked_on or rows}
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(_group(row), []).append(row)
@@ -38,8 +43,8 @@ def headline(rows: Sequence[Row], margin: float = MARGIN) -> list[dict[str, Any]
         names = list(dict.fromkeys(row["settings"]["strategy"] for row in members))
         if len(names) < 2:
             continue
-        good = [row for row in members if row["paired_difference"]["mean"] >= -margin]
-        sure = [row for row in good if confirmed(row, margin)]
+        good = [row for row in members if judged[row["label"]]["paired_difference"]["mean"] >= -margin]
+        sure = [row for row in good if confirmed(judged[row["label"]], margin)]
         reference = next((row for row in members if row["label"] == row["reference"]), None)
         entries: list[dict[str, Any]] = []
         for name in names:
@@ -48,12 +53,13 @@ def headline(rows: Sequence[Row], margin: float = MARGIN) -> list[dict[str, Any]
             entries[-1]["settings_as_good"] = len([row for row in tried if row in good])
         for cost, title in COSTS.items():
             for rows_as_good, ending in ((good, ""), (sure, "_confirmed")):
-                best = {name: _best(rows_as_good, name, cost) for name in names}
+                best = {name: _best(rows_as_good, name, cost, judged) for name in names}
                 for entry in entries:
                     baselines = best | {"full_step": reference}
                     entry[title + ending] = _pick(best[entry["strategy"]], baselines, cost, margin)
         common = dict(zip(("gen_length", "batch_size", "dtype", "temperature", "prompts"), key, strict=True))
-        found.append(common | {"margin": margin, "strategies": entries})
+        pick_prompts = None if picked_on is None else judged[members[0]["label"]]["prompts"]
+        found.append(common | {"margin": margin, "picked_on": pick_prompts, "strategies": entries})
     return found
 
 
@@ -78,9 +84,9 @@ def _better(cost: str, row: Row) -> float:
     return -row[cost] if cost == "nfe_mean" else row[cost]
 
 
-def _best(good: Sequence[Row], strategy: str, cost: str) -> Row | None:
+def _best(good: Sequence[Row], strategy: str, cost: str, judged: dict[str, Row]) -> Row | None:
     rows = [row for row in good if row["settings"]["strategy"] == strategy]
-    return max(rows, key=lambda row: _better(cost, row), default=None)
+    return max(rows, key=lambda row: _better(cost, judged[row["label"]]), default=None)
 
 
 def _pick(row: Row | None, baselines: dict[str, Row | None], cost: str, margin: float) -> dict[str, Any] | None:
@@ -108,9 +114,10 @@ def summary(groups: Sequence[dict[str, Any]]) -> str:
     """The headline in a line a strategy, for the terminal."""
     lines = []
     for group in groups:
+        where = "the same prompts" if group["picked_on"] is None else f"{group['picked_on']} others"
         lines.append(
             f"at most {100 * group['margin']:g} point below full_step on {group['prompts']} prompts, gen_length "
-            f"{group['gen_length']}, batch {group['batch_size']}, {group['dtype']}:"
+            f"{group['gen_length']}, batch {group['batch_size']}, {group['dtype']}, settings picked on {where}:"
         )
         for entry in group["strategies"]:
             fewest, fastest = entry["forwards"], entry["speed"]

@@ -2,39 +2,51 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.gym import score
-from data.prompt import Prompt, final_answer
+from data import gym, stories
+from data.prompt import Prompt, is_right
 from decoding.decoder import Generation
 from decoding.eot import first_true
 from eval.intervals import paired, wilson
 
 
-def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Tensor, list[str]]:
+def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Tensor | None, list[str]]:
     """Which answers are right, and who says so.
 
-    A prompt that reasoning-gym generated is judged by its task's own scorer where reasoning-gym is installed (a full score
-    is right), every other one by its final answer.
+    The bundled tasks have a scorer of their own, reasoning-gym's prompts have that task's where it is installed (a full score
+    is right), every other one is judged by its final answer.
 
     Returns:
-        ``(B,)`` bool, and the scorers that were used.
+        ``(B,)`` bool, and the scorers that were used; ``None`` and none if a prompt has no answer.
     """
+    if not all(prompt.answer for prompt in prompts):
+        return None, []
     with_gym = find_spec("reasoning_gym") is not None
     right, scorers = [], set()
     for prompt, text in zip(prompts, texts, strict=True):
-        if with_gym and "source_dataset" in json.loads(prompt.metadata):
-            right.append(score(prompt.task, text, prompt) >= 1.0)
+        if stories.knows(prompt):
+            right.append(stories.score(text, prompt).exact)
+            scorers.add("the task's own")
+        elif with_gym and "source_dataset" in json.loads(prompt.metadata):
+            right.append(gym.score(prompt.task, text, prompt) >= 1.0)
             scorers.add("reasoning-gym")
         else:
-            right.append(final_answer(prompt.task, text) == prompt.answer)
+            right.append(is_right(text, prompt.answer))
             scorers.add("final answer")
     return torch.tensor(right), sorted(scorers)
+
+
+def validity(prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor | None:
+    """Which answers are well formed and right in each of their steps, ``(B,)`` bool; ``None`` where no scorer reads steps."""
+    if not all(map(stories.knows, prompts)):
+        return None
+    return torch.tensor([stories.score(text, prompt).valid for prompt, text in zip(prompts, texts, strict=True)])
 
 
 def agreement(ours: Tensor, reference: Tensor, eot: int) -> tuple[Tensor, Tensor]:
@@ -64,13 +76,13 @@ def measure(
     eot: int,
     *,
     component: str = "",
-    judge: Callable[[Sequence[Prompt], Sequence[str]], tuple[Tensor, list[str]]] = judge,
+    judge: Callable[[Sequence[Prompt], Sequence[str]], tuple[Tensor | None, list[str]]] = judge,
 ) -> dict[str, Any]:
     """The figures of one decode.
 
     Args:
         out: The decode.
-        prompts: Its prompts, with answers.
+        prompts: Its prompts.
         reference: ``(B, G)`` int64, full_step's decode of them.
         reference_right: ``(B,)`` bool, which of its answers are right; ``None`` if ``out`` is the reference.
         eot: Id of the EoT token.
@@ -81,24 +93,28 @@ def measure(
         Plain data. Rates and shares are from 0 to 1, times in seconds, intervals 95 %. ``tokens`` counts what comes
         before each row's first EoT; ``nfe`` forwards of the predictor. ``truncated_correct_answers`` is the share of
         prompts that full_step answers rightly and this decode wrongly, in a text that ends before full_step's does.
+        Figures of right answers are ``None`` where a prompt has none, ``valid`` where no scorer reads steps.
     """
     right, scorers = judge(prompts, out.text)
     reference_right = right if reference_right is None else reference_right
     same, share = agreement(out.sequences, reference, eot)
     length, reference_length = first_true(out.sequences == eot), first_true(reference == eot)
     columns = {
-        "right": right, "reference_right": reference_right, "same": same, "share": share, "nfe": out.nfe, "tokens": length,
+        "right": right, "reference_right": reference_right, "valid": validity(prompts, out.text), "same": same,
+        "share": share, "nfe": out.nfe, "tokens": length,
     }  # fmt: skip
     tasks = [prompt.task for prompt in prompts]
     spans = [span(tokens) for tokens in reference_length.tolist()]
-    truncated = reference_right & ~right & (length < reference_length)
+    truncated = None
+    if right is not None and reference_right is not None:
+        truncated = (reference_right & ~right & (length < reference_length)).double().mean().item()
     tokens = int(length.sum())
     loop = out.seconds - out.predictor_seconds - out.helper_seconds
     row = _figures(columns) | {
         "by_task": _groups(columns, tasks),
         "by_length": _groups(columns, spans, order=lambda name: int(name.split()[0])),
         "empty_answers": (length == 0).double().mean().item(),
-        "truncated_correct_answers": truncated.double().mean().item(),
+        "truncated_correct_answers": truncated,
         "tokens": tokens,
         "seconds": out.seconds,
         "predictor_seconds": out.predictor_seconds,
@@ -110,7 +126,7 @@ def measure(
         "forward_calls": out.forward_calls,
         "counts": {name: int(count.sum()) for name, count in out.counts.items()},
         "scorers": scorers,
-        "right": "".join("1" if value else "0" for value in right.tolist()),
+        "right": None if right is None else "".join("1" if value else "0" for value in right.tolist()),
     }
     if component:
         row["component"] = {
@@ -130,31 +146,40 @@ def span(tokens: int) -> str:
 
 
 def _groups(
-    columns: dict[str, Tensor], names: Sequence[str], order: Callable[[str], Any] = lambda name: name
+    columns: Mapping[str, Tensor | None], names: Sequence[str], order: Callable[[str], Any] = lambda name: name
 ) -> dict[str, dict[str, Any]]:
     """The figures of each group of prompts; ``names`` says which group a prompt belongs to."""
     found = {}
     for name in sorted(set(names), key=order):
         chosen = torch.tensor([other == name for other in names])
-        found[name] = _figures({key: value[chosen] for key, value in columns.items()})
+        found[name] = _figures({key: None if value is None else value[chosen] for key, value in columns.items()})
     return found
 
 
-def _figures(columns: dict[str, Tensor]) -> dict[str, Any]:
+def _figures(columns: Mapping[str, Tensor | None]) -> dict[str, Any]:
     """Figures of some prompts, from one tensor ``(n,)`` for each of their properties."""
-    right, reference, nfe = columns["right"], columns["reference_right"], columns["nfe"].double()
-    count, won, lost = len(right), int((right & ~reference).sum()), int((~right & reference).sum())
+    right, reference, valid = columns["right"], columns["reference_right"], columns["valid"]
+    same, share, tokens, nfe = (columns[name] for name in ("same", "share", "tokens", "nfe"))
+    assert same is not None
+    assert share is not None
+    assert tokens is not None
+    assert nfe is not None
+    count, nfe = len(same), nfe.double()
+    exact = interval = difference = None
+    if right is not None and reference is not None:
+        won, lost = int((right & ~reference).sum()), int((~right & reference).sum())
+        exact, interval = right.double().mean().item(), wilson(int(right.sum()), count)
+        difference = {"mean": (won - lost) / count, "interval": paired(won, lost, count), "won": won, "lost": lost}
     return {
         "prompts": count,
-        "exact_match": right.double().mean().item(),
-        "exact_match_interval": wilson(int(right.sum()), count),
-        "paired_difference": {
-            "mean": (won - lost) / count, "interval": paired(won, lost, count), "won": won, "lost": lost,
-        },
-        "sequence_agreement": columns["same"].double().mean().item(),
-        "token_agreement": columns["share"].double().mean().item(),
+        "exact_match": exact,
+        "exact_match_interval": interval,
+        "paired_difference": difference,
+        "valid": None if valid is None else valid.double().mean().item(),
+        "sequence_agreement": same.double().mean().item(),
+        "token_agreement": share.double().mean().item(),
         "nfe_mean": nfe.mean().item(),
         "nfe_median": nfe.median().item(),
         "nfe_p95": nfe.quantile(0.95).item(),
-        "tokens_per_forward": columns["tokens"].sum().item() / nfe.sum().item(),
-    }  # fmt: skip
+        "tokens_per_forward": tokens.sum().item() / nfe.sum().item(),
+    }

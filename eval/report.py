@@ -15,7 +15,7 @@ from eval.intervals import paired
 from models.checkpoint import current_eot_rule
 from models.errors import InputError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 Row = dict[str, Any]
 
 
@@ -50,7 +50,12 @@ def _headline_lines(groups: Sequence[dict[str, Any]]) -> list[str]:
             f"## At equal quality: gen_length {group['gen_length']}, batch {group['batch_size']}, {group['dtype']}",
             "",
             f"The cheapest setting of each strategy that answers at most {100 * group['margin']:g} point fewer of "
-            f"{group['prompts']} prompts rightly than full_step does; confirmed where the 95 % interval rules a larger loss out.",
+            f"{group['prompts']} prompts rightly than full_step does; confirmed where the 95 % interval rules a larger loss out. "
+            + (
+                f"Settings are picked on {group['picked_on']} other prompts, the validation split's."
+                if group["picked_on"]
+                else "Settings are picked on the prompts that are reported."
+            ),
         ]
         for title, head, unit in (("forwards", "NFE", "fewer forwards"), ("speed", "tokens/s", "as many tokens/s")):
             columns = ["strategy", "setting", "exact match", "difference to full_step", head]
@@ -107,6 +112,7 @@ _ALL = {
         f"({100 * row['exact_match_interval'][0]:.1f} to {100 * row['exact_match_interval'][1]:.1f})"
     ),
     "difference (95 %)": _difference,
+    "valid": lambda row: "–" if row.get("valid") is None else _percent(row["valid"]),
     "same text": lambda row: _percent(row["sequence_agreement"]),
     "same tokens": lambda row: _percent(row["token_agreement"]),
     "NFE mean / median / p95": lambda row: f"{row['nfe_mean']:.2f} / {row['nfe_median']:.0f} / {row['nfe_p95']:.0f}",
@@ -122,9 +128,10 @@ _ALL = {
     "peak MiB": _memory,
 }
 _NOTES = [
-    "Same text, same tokens: agreement with full_step up to the end of the text. Tokens are counted before the first EoT. "
-    "Predictor / helper / loop: shares of the wall time. Empty: answers without a token. Cut: prompts that full_step answers "
-    "rightly and this decode wrongly, in a text that ends earlier. Saved by EoT: mean forwards fewer than with the rule off.",
+    "Valid: every sentence well formed and every step right. Same text, same tokens: agreement with full_step up to the "
+    "end of the text. Tokens are counted before the first EoT. Predictor / helper / loop: shares of the wall time. Empty: "
+    "answers without a token. Cut: prompts that full_step answers rightly and this decode wrongly, in a text that ends "
+    "earlier. Saved by EoT: mean forwards fewer than with the rule off.",
 ]
 
 
@@ -226,8 +233,9 @@ def read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(str(file), error, "a JSON file written by eval/bench.py") from error
     found = result.get("schema_version") if isinstance(result, dict) else None
-    if found != SCHEMA_VERSION:
-        raise InputError(f"{file}: schema_version", found, str(SCHEMA_VERSION))
+    if found not in (3, SCHEMA_VERSION):  # version 3 knew no prompts to pick on
+        raise InputError(f"{file}: schema_version", found, f"3 | {SCHEMA_VERSION}")
+    result |= {"schema_version": SCHEMA_VERSION, "picked_on": result.get("picked_on")}
     for row in result["rows"]:
         row["settings"]["eot"] = current_eot_rule(row["settings"]["eot"], f"{file}: eot")
     return result
@@ -331,7 +339,8 @@ def write(result: dict[str, Any], folder: Path, margin: float, name: str = "benc
         margin: See :func:`eval.headline.headline`.
         name: Name of the files, without their ending.
     """
-    result["headline"] = headline(result["rows"], margin)
+    picked_on = result.get("picked_on")
+    result["headline"] = headline(result["rows"], margin, picked_on and picked_on["rows"])
     write_aside(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
     write_aside(folder / f"{name}.md", markdown(result))
     draw(result["rows"], folder / f"{name}.png", margin)

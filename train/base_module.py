@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor
 
-from data import gym, stories
 from data.base_data import BaseDataModule
-from data.prompt import Prompt
 from data.prompts import encode_prompts
 from decoding.config import DecodeConfig
 from decoding.loop import decode
 from decoding.strategies import FullStep
+from eval.measure import judge
 from models import LLaDAConfig, LLaDAModelLM
 from models.predictor import MaskPredictor, TokenIds
 
@@ -123,8 +122,10 @@ class BaseModule(LightningModule):
         config = DecodeConfig(gen_length=self.probe_length)
         output = decode(predictor, encode_prompts(prompts, words), config, FullStep())
         right: dict[str, list[float]] = {}
-        for prompt, text in zip(prompts, words.batch_decode(output.sequences, skip_special_tokens=True), strict=True):
-            right.setdefault(prompt.task, []).append(judge(text, prompt))
+        marks, _ = judge(prompts, words.batch_decode(output.sequences, skip_special_tokens=True))
+        assert marks is not None
+        for prompt, mark in zip(prompts, marks.tolist(), strict=True):
+            right.setdefault(prompt.task, []).append(float(mark))
         self.log_dict(
             {f"validation/exact/{task}": sum(each) / len(each) for task, each in right.items()}, rank_zero_only=True
         )
@@ -169,10 +170,3 @@ def orthogonal(matrices: Tensor, group: Mapping[str, Any]) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
-
-
-def judge(text: str, prompt: Prompt) -> float:
-    """1 if the answer is right, by the task's own scorer."""
-    if prompt.task in stories.TASKS:
-        return float(stories.score(text, prompt).exact)
-    return float(gym.score(prompt.task, text, prompt) == 1)

@@ -14,9 +14,11 @@ from lightning.pytorch.loggers import WandbLogger
 
 from data.filter_data import FilterDataModule
 from data.manifest import open_rollouts
+from data.prompt import Prompt
+from data.prompts import Split, split_of
 from data.rollout_data import RolloutSettings
 from decoding.strategies import Strategy, make_strategy
-from eval.compare import Run, compare, print_table
+from eval.compare import Run, compare, pick, print_table, share
 from models.errors import InputError
 from models.filter import FilterConfig, save_filter
 from models.predictor import MaskPredictor
@@ -25,6 +27,8 @@ from train.filter_module import FilterModule
 from train.folder import load_checkpoint
 from train.rollout_module import roll_out
 
+FIGURES = ("exact_match", "valid", "sequence_agreement", "token_agreement", "nfe_mean", "tokens_per_forward")
+
 
 @dataclass
 class Pipeline:
@@ -32,22 +36,29 @@ class Pipeline:
 
     Args:
         out: Folder of the export.
-        pick_prompts: Validation prompts on which the threshold is picked.
+        pick_prompts: Validation prompts on which the threshold is picked; null for all of the sources.
+        test_prompts: Test prompts on which the picked threshold is reported; null for all of the sources.
         pick_from: Candidate thresholds.
-        baseline: Confidence threshold of the training-free decode whose quality the picked threshold has to match.
+        baselines: Confidence thresholds of the training-free decode, of which the best is picked by the same rule.
+        loss: Right answers, as a share from 0 to 1, that a decode may lose against full_step to count as equally good.
     """
 
     out: Path
-    pick_prompts: int
+    pick_prompts: int | None
+    test_prompts: int | None
     pick_from: list[float]
-    baseline: float
+    baselines: list[float]
+    loss: float
 
 
 def prepare(command: Command) -> None:
     """Before ``fit``: the rollouts that are missing, on the trainer's devices."""
     pipeline: Pipeline = command.setting("pipeline")
-    if not pipeline.pick_from:
-        raise InputError("pipeline.pick_from", "no thresholds", "at least one from 0 to 1")
+    for name, values in (("pick_from", pipeline.pick_from), ("baselines", pipeline.baselines)):
+        if not values or not all(0 <= value <= 1 for value in values):
+            raise InputError(f"pipeline.{name}", values, "at least one threshold from 0 to 1")
+    if not 0 <= pipeline.loss < 1:
+        raise InputError("pipeline.loss", pipeline.loss, "a share from 0 to 1, 0.01 for one point")
     roll_out(command)
 
 
@@ -65,15 +76,15 @@ def finish(command: Command) -> None:
     predictor = MaskPredictor.from_pretrained(rollouts.base)
     config = describe(module.config, predictor, rollouts.folder, metrics)
     module.net.to(predictor.device).eval()
-    config, rows = pick_threshold(predictor, module, config, pipeline, rollouts)
-    save_filter(pipeline.out, module.net, config, card(config, rows, command.settings))
-    print_table(rows, f"{rows[0]['prompts']} validation prompts; picked threshold {config.threshold:g}")
+    config, split, rows = pick_threshold(predictor, module, config, pipeline, rollouts)
+    save_filter(pipeline.out, module.net, config, card(config, split, rows, command.settings))
+    print_table(rows, f"{rows[0]['prompts']} {split} prompts; thresholds picked on validation")
     print(f"exported {pipeline.out}")
     # The run is over: started again, fit begins anew. An interrupted one still has its last.ckpt and continues.
     (command.folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):  # absent with WANDB_MODE=disabled
-            names = ["label", "exact_match", "sequence_agreement", "token_agreement", "nfe_mean", "tokens_per_forward"]
+            names = ["label", *FIGURES]
             logger.log_table("comparison", columns=names, data=[[row[name] for name in names] for row in rows])
 
 
@@ -92,42 +103,50 @@ def describe(config: FilterConfig, predictor: MaskPredictor, rollouts: Path, met
 
 def pick_threshold(
     predictor: MaskPredictor, module: FilterModule, config: FilterConfig, pipeline: Pipeline, rollouts: RolloutSettings
-) -> tuple[FilterConfig, list[dict[str, Any]]]:
-    """The cheapest threshold at the quality of the training-free baseline.
+) -> tuple[FilterConfig, str, list[dict[str, Any]]]:
+    """Picks the cheapest threshold that loses no more than is accepted, on validation prompts, and measures it on test.
 
-    Quality is how often the text is the same as full_step's. Where no candidate reaches the baseline's, the one that
-    comes nearest is taken.
+    The training-free threshold that it is compared with is picked by the same rule. Where the sources have no test
+    prompt, the figures are those of validation.
 
     Returns:
-        The configuration with the threshold and its figures, and the rows of the comparison.
+        The configuration with the threshold and its figures, the split that these are of, and the rows of the comparison.
     """
-    prompts = rollouts.prompts("validation", pipeline.pick_prompts)
-    runs = [Run("full_step"), Run("threshold", {"threshold": pipeline.baseline})]
-    ready: dict[str, Strategy] = {}
-    for threshold in sorted(pipeline.pick_from):
-        strategy = make_strategy("learn2pd", network=module.net, config=config, threshold=threshold)
-        runs.append(Run("learn2pd", {"threshold": threshold}))
-        ready[runs[-1].label] = strategy
-    rows = compare(
-        predictor, prompts, runs, gen_length=config.gen_length, block_length=config.block_length,
-        batch_size=rollouts.batch_size, strategies=ready,
-        progress=lambda label: print(f"picking the threshold on {len(prompts)} prompts: {label}", file=sys.stderr),
-    )  # fmt: skip
-    wanted = rows[1]["sequence_agreement"]
-    good = [row for row in rows[2:] if row["sequence_agreement"] >= wanted]
-    # Without a candidate as good as the baseline, the one that comes nearest to full_step.
-    best = sorted(rows[2:], key=lambda row: (-row["sequence_agreement"], row["nfe_mean"]))
-    chosen = min(good or best[:1], key=lambda row: row["nfe_mean"])
-    figures = {
-        f"decode/{name}": chosen[name]
-        for name in ("exact_match", "sequence_agreement", "nfe_mean", "tokens_per_forward")
-    } | {"decode/prompts": len(prompts), "decode/baseline_nfe_mean": rows[1]["nfe_mean"]}
-    threshold = chosen["settings"]["threshold"]
-    return replace(config, threshold=threshold, metrics=config.metrics | figures), rows
+
+    def decode(split: Split, prompts: list[Prompt], runs: list[Run]) -> list[dict[str, Any]]:
+        ready: dict[str, Strategy] = {
+            run.label: make_strategy("learn2pd", network=module.net, config=config, **run.options)
+            for run in runs
+            if run.strategy == "learn2pd"
+        }
+        return compare(
+            predictor, prompts, runs, gen_length=config.gen_length, block_length=config.block_length,
+            batch_size=rollouts.batch_size, strategies=ready,
+            progress=lambda label: print(f"decoding {len(prompts)} {split} prompts: {label}", file=sys.stderr),
+        )  # fmt: skip
+
+    plain = [Run("threshold", {"threshold": threshold}) for threshold in sorted(pipeline.baselines)]
+    learned = [Run("learn2pd", {"threshold": threshold}) for threshold in sorted(pipeline.pick_from)]
+    split: Split = "validation"
+    prompts = rollouts.prompts(split, pipeline.pick_prompts)
+    rows = decode(split, prompts, [Run("full_step"), *plain, *learned])
+    picked = [pick(part, pipeline.loss) for part in (rows[1 : len(plain) + 1], rows[len(plain) + 1 :])]
+    threshold = picked[1]["settings"]["threshold"]
+    tests = [prompt for prompt in rollouts.prompts() if split_of(prompt.prompt) == "test"]
+    if tests:
+        split = "test"
+        tests = rollouts.prompts(split, pipeline.test_prompts)
+        chosen = [run for run in (*plain, *learned) if run.label in (picked[0]["label"], picked[1]["label"])]
+        rows = decode(split, tests, [Run("full_step"), *chosen, Run("oracle")])
+        picked = rows[1:3]
+    figures = {f"decode/{name}": picked[1][name] for name in FIGURES}
+    figures |= {"decode/prompts": picked[1]["prompts"], "decode/threshold_nfe_mean": picked[0]["nfe_mean"]}
+    return replace(config, threshold=threshold, metrics=config.metrics | figures), split, rows
 
 
-def card(config: FilterConfig, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """The model card of an export."""
+def card(config: FilterConfig, split: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """The model card of an export; ``rows`` are of the prompts of ``split``."""
+    count = rows[0]["prompts"]
     lines = [
         f"# Learn2PD filter ({config.architecture})",
         "",
@@ -137,15 +156,15 @@ def card(config: FilterConfig, rows: list[dict[str, Any]], settings: dict[str, A
         f"prompts: {', '.join(source['path'] for source in settings['rollout']['sources'])}, "
         f"limit {settings['rollout']['limit']}.",
         "",
-        f"Threshold {config.threshold:g}: the cheapest candidate that gives full_step's text on the validation prompts as "
-        f"often as `threshold {settings['pipeline']['baseline']:g}` does.",
+        f"Threshold {config.threshold:g}: on validation prompts the one of fewest forwards that loses at most "
+        f"{100 * settings['pipeline']['loss']:g} point against full_step; `threshold` is picked by the same rule.",
         "",
-        f"| decode of {rows[0]['prompts']} validation prompts | exact | same text as full_step | NFE | tokens/forward |",
-        "|---|---|---|---|---|",
+        f"| decode of {count} {split} prompts | exact | valid | same text as full_step | NFE | tokens/forward |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['label']} | {row['exact_match']:.3f} | {row['sequence_agreement']:.3f} | {row['nfe_mean']:.1f} "
-        f"| {row['tokens_per_forward']:.2f} |"
+        f"| {row['label']} | {share(row['exact_match'])} | {share(row['valid'])} | {share(row['sequence_agreement'])} "
+        f"| {row['nfe_mean']:.1f} | {row['tokens_per_forward']:.2f} |"
         for row in rows
     ]
     lines += ["", "| validation metric (masked positions) | value |", "|---|---|"]

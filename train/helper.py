@@ -18,7 +18,7 @@ from data.helper_data import HelperDataModule
 from data.manifest import open_rollouts
 from data.rollout_data import RolloutSettings
 from decoding.strategies import Strategy, make_strategy
-from eval.compare import Run, compare, print_table
+from eval.compare import Run, compare, print_table, share
 from models.errors import InputError
 from models.helper import Helper, HelperConfig, save_helper
 from models.predictor import MaskPredictor
@@ -169,7 +169,7 @@ def card(config: HelperConfig, rows: list[dict[str, Any]], settings: dict[str, A
             "|---|---|---|---|---|",
         ]
         lines += [
-            f"| {row['label']} | {row['exact_match']:.3f} | {row['sequence_agreement']:.3f} | {row['nfe_mean']:.1f} "
+            f"| {row['label']} | {share(row['exact_match'])} | {share(row['sequence_agreement'])} | {row['nfe_mean']:.1f} "
             f"| {row['tokens_per_forward']:.2f} |"
             for row in rows
         ]

@@ -43,12 +43,13 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, prom
     words = [
         ROOT / "train/filter.py", "fit", "--rollout.base", tiny_checkpoint, "--rollout.sources", sources,
         "--rollout.limit", 24, "--rollout.gen_length", 16, "--rollout.batch_size", 8,
-        "--pipeline.pick_prompts", 3, "--pipeline.pick_from", "[0.5, 0.9]", "--rollout.block_length", 8,
+        "--pipeline.pick_prompts", 3, "--pipeline.test_prompts", 2, "--pipeline.pick_from", "[0.5, 0.9]",
+        "--pipeline.baselines", "[0.9]", "--rollout.block_length", 8,
         "--trainer.max_epochs", 3, "--trainer.accelerator", "cpu",
     ]  # fmt: skip
     done = run(*words, folder=folder)
     assert done.returncode == 0, done.stderr
-    assert "learn2pd 0.5" in done.stdout
+    assert "test prompts; thresholds picked on validation" in done.stdout
     return folder, [str(word) for word in words]
 
 
@@ -62,7 +63,21 @@ def test_fit_leaves_everything_a_user_needs(fitted, tiny_checkpoint):
     assert json.loads((folder / "runs/rollout/shards/manifest.json").read_text())["complete"]
     record = yaml.safe_load((folder / "runs/filter/run.yaml").read_text())
     assert record["config"]["model"]["architecture"] == "conv"
-    assert "| learn2pd 0.9 |" in (folder / "exports/filter/README.md").read_text()
+    assert f"| learn2pd {config.threshold:g} |" in (folder / "exports/filter/README.md").read_text()
+
+
+def test_prompts_without_answers_are_judged_by_their_text(tiny_checkpoint, tmp_path):
+    texts = [f"What is {a} + {b}?" for a in range(12) for b in range(12)]
+    (tmp_path / "open.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    done = run(
+        ROOT / "train/filter.py", "fit", "--rollout.base", tiny_checkpoint, "--rollout.sources", '[{"path": "open.jsonl"}]',
+        "--rollout.limit", 24, "--rollout.gen_length", 16, "--rollout.batch_size", 8, "--rollout.block_length", 8,
+        "--pipeline.pick_prompts", 3, "--pipeline.test_prompts", 2, "--pipeline.pick_from", "[0.5]",
+        "--pipeline.baselines", "[0.9]", "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert load_filter(tmp_path / "exports/filter")[1].metrics["decode/exact_match"] is None
+    assert "| learn2pd 0.5 | – |" in (tmp_path / "exports/filter/README.md").read_text()
 
 
 def test_the_export_decodes(fitted, tiny_checkpoint):

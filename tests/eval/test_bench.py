@@ -34,12 +34,12 @@ def bench(folder: Path, *words: object) -> subprocess.CompletedProcess:
 def done(tmp_path_factory, tiny_checkpoint):
     """A finished benchmark: its folder, the words it was started with, and what it printed."""
     folder = tmp_path_factory.mktemp("bench")
-    lines = [{"prompt": f"What is {n} + 4?", "answer": "7", "task": "sums"} for n in range(6)]
+    lines = [{"prompt": f"What is {n} + 4?", "answer": "7", "task": "sums"} for n in range(120)]
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, lines)))
     sources = [{"path": "sums.jsonl", "answer_column": "answer"}]
     words = [
-        "--base", tiny_checkpoint, "--runs", json.dumps(RUNS), "--prompts", json.dumps(sources), "--split", "null",
-        "--limit", 4, "--gen_length", 16, "--block_length", 8, "--repeats", 2,
+        "--base", tiny_checkpoint, "--runs", json.dumps(RUNS), "--prompts", json.dumps(sources), "--limit", 4,
+        "--pick_on", 2, "--gen_length", 16, "--block_length", 8, "--repeats", 2,
     ]  # fmt: skip
     out = bench(folder, *words)
     assert out.returncode == 0, out.stderr
@@ -50,7 +50,7 @@ def test_everything_a_reader_needs_is_written(done, tiny_checkpoint):
     folder, _, out = done
     content = json.loads((folder / "runs/bench/bench.json").read_text())
     rows = content["rows"]
-    assert content["schema_version"] == 3
+    assert content["schema_version"] == 4
     assert [row["settings"]["strategy"] for row in rows] == ["full_step", "threshold", "oracle"]
     assert rows[0]["nfe_mean"] == 16
     assert rows[2]["sequence_agreement"] == 1.0  # the oracle reproduces its reference
@@ -61,6 +61,12 @@ def test_everything_a_reader_needs_is_written(done, tiny_checkpoint):
         assert row["settings"]["fingerprints"] == {"base": MaskPredictor.from_pretrained(tiny_checkpoint).fingerprint}
     assert {"device", "torch", "git"} <= set(content["environment"])
     assert len(content["prompts"]["hashes"]) == 4
+    assert len(content["picked_on"]["hashes"]) == 2
+    assert not set(content["picked_on"]["hashes"]) & set(content["prompts"]["hashes"])
+    assert [row["prompts"] for row in content["picked_on"]["rows"]] == [2, 2, 2]
+    assert "Settings are picked on 2 other prompts" in (folder / "runs/bench/bench.md").read_text()
+    assert "warning: full_step answers 0.0 % rightly" in out.stdout
+    assert "warning: on 4 prompts even equal answers leave a loss of" in out.stdout
     assert content["headline"][0]["strategies"][0]["strategy"] == "full_step"
     assert (folder / "runs/bench/bench.png").stat().st_size > 10_000
     assert "## At equal quality" in (folder / "runs/bench/bench.md").read_text()
@@ -73,7 +79,8 @@ def test_everything_a_reader_needs_is_written(done, tiny_checkpoint):
 def test_started_again_it_decodes_only_what_is_missing(done):
     folder, words, _ = done
     before = json.loads((folder / "runs/bench/bench.json").read_text())
-    next((folder / "runs/bench/decodes").glob("threshold-*")).unlink()
+    for file in (folder / "runs/bench/decodes").glob("threshold-*"):
+        file.unlink()
     again = bench(folder, *words)
     assert again.returncode == 0, again.stderr
     told = [line for line in again.stderr.splitlines() if line.startswith("decode")]
@@ -91,6 +98,8 @@ def test_started_again_it_decodes_only_what_is_missing(done):
         (["--margin", 2], "margin: found 2"),
         (["--runs", '[{"strategy": "threshold"}]'], "runs: first of gen_length 16: found 'threshold'"),
         (["--runs", '[{"strategy": "full_step"}, {"strategy": "nothing"}]'], "strategy: found 'nothing'; accepted: full_step |"),
+        (["--split", "null"], "pick_on: found 2; accepted: null where"),
+        (["--prompts", '[{"path": "sums.jsonl", "answer_column": null}]'], "without an answer; accepted: an answer_column"),
         (["--split", "nothing"], "train | validation | test"),
         (["--repeat", 3], "--repeat 3; accepted: repeats"),
     ],

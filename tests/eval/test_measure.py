@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from data import stories
 from data.gym import GymTask, samples
 from data.prompt import Prompt
+from data.stories import StoryTask
 from decoding.decoder import Generation
 from eval.intervals import paired
 from eval.measure import agreement, judge, measure, span
@@ -77,9 +79,43 @@ def test_spans_of_lengths():
 def test_without_reasoning_gym_the_final_answer_decides(monkeypatch):
     monkeypatch.setattr("eval.measure.find_spec", lambda name: None)
     prompts = [Prompt("a", "gsm_symbolic", "p", answer="4", metadata='{"source_dataset": "gsm_symbolic"}')] * 3
-    right, scorers = judge(prompts, ["2+2=4\n#### 4", "#### 5", "4 of them"])
+    right, scorers = judge(prompts, ["2+2=4\n#### 4", "#### 5", "none of them"])
     assert right.tolist() == [True, False, False]
     assert scorers == ["final answer"]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("48 / 2 = 24.\n#### 72", "72", True),
+        ("The answer is 18.", "18", True),
+        (r"so \boxed{18} of 20", "18", True),
+        (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
+        ("#### $1,800.00", "1800", True),
+        ("He has 5 apples and 3 pens", "5", False),  # the last number is the result
+        ("5 apples and 3 pens make 8", "8", True),
+        ("", "4", False),
+        ("the answer is: Tom", "Tom", True),
+        ("#### bell, vase", "vase, bell", False),
+    ],
+)
+def test_an_answer_is_found_however_it_is_written(text, answer, right):
+    assert judge([Prompt("a", "t", "p", answer=answer)], [text])[0].tolist() == [right]
+
+
+def test_without_answers_nothing_is_right_or_wrong():
+    out = generation([[1, EOT, EOT, EOT]], [2], [""])
+    row = measure(out, [Prompt("a", "t", "p")], out.sequences, None, EOT)
+    assert (row["exact_match"], row["paired_difference"], row["right"]) == (None, None, None)
+    assert row["sequence_agreement"] == 1
+
+
+def test_a_worked_answer_is_valid_if_every_step_is():
+    prompt = next(stories.samples(StoryTask("story"), 3))
+    out = generation([[1, EOT, EOT, EOT]] * 2, [1, 1], [prompt.response, f"#### {prompt.answer}"])
+    row = measure(out, [prompt] * 2, out.sequences, None, EOT)
+    assert (row["exact_match"], row["valid"]) == (1.0, 0.5)
+    assert row["scorers"] == ["the task's own"]
 
 
 def test_reasoning_gym_judges_its_own_prompts():

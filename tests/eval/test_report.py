@@ -51,7 +51,7 @@ ROWS = [
 
 def result(rows=ROWS, **changed):
     return {
-        "schema_version": 3, "command": "python eval/bench.py", "time": "now", "scorers": ["final answer"],
+        "schema_version": 4, "command": "python eval/bench.py", "time": "now", "scorers": ["final answer"],
         "environment": {"device": "cpu", "threads": 2, "torch": "2", "transformers": "5", "git": "abc"},
         "base": {"name": "base", "fingerprint": "f"}, "headline": headline(rows), "rows": rows,
         "prompts": {"sources": [], "split": "test", "tasks": {"sums": PROMPTS}, "hashes": ["h"] * PROMPTS},
@@ -94,6 +94,16 @@ def test_a_loss_that_chance_does_not_rule_out_is_not_confirmed():
     unsure = {"paired_difference": ROWS[4]["paired_difference"] | {"interval": (-0.1, 0.1)}}
     assert not confirmed(ROWS[4] | unsure, 0.01)
     assert confirmed(ROWS[0] | unsure, 0.01)  # the reference is as good as itself
+
+
+def test_settings_picked_on_other_prompts_are_reported_as_they_are():
+    others = [dict(row) for row in ROWS]
+    others[1] = row("threshold", "threshold 0.5", 5, 2.5, 900)  # looked good there
+    found = {entry["strategy"]: entry for entry in headline(ROWS, picked_on=others)[0]["strategies"]}
+    assert found["threshold"]["forwards"]["label"] == "threshold 0.5"
+    assert found["threshold"]["forwards"]["paired_difference"]["mean"] == -0.04  # and is not
+    assert found["threshold"]["forwards"]["nfe_mean"] == 2.0
+    assert not found["threshold"]["forwards"]["confirmed"]
 
 
 def test_other_conditions_do_not_compete():
@@ -192,7 +202,7 @@ def test_a_result_with_the_older_name_of_the_eot_rule_is_read_and_told(tmp_path)
     text = json.dumps(result())
     (tmp_path / "old.json").write_text(text.replace('"eot": "commit"', '"eot": "filter"'))
     with pytest.warns(UserWarning, match=r"old\.json: eot: found 'filter', the older name of 'commit'"):
-        assert read(tmp_path / "old.json") == json.loads(text)
+        assert read(tmp_path / "old.json") == json.loads(text) | {"picked_on": None}
 
 
 def test_two_files_are_compared(tmp_path, capsys):
