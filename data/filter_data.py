@@ -11,6 +11,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from data.labels import PASSES, Records
+from data.manifest import open_rollouts
 from models.errors import InputError
 from models.features import Evidence
 
@@ -119,6 +120,7 @@ class FilterDataModule(LightningDataModule):
         self.seed = seed
         self.records: Records | None = None
         self.parts: dict[str, FilterBatch] = {}
+        self.digest: str | None = None
 
     def setup(self, stage: str) -> None:
         """Reads the rollouts, or takes ``records`` where they are set, and puts each split on the device.
@@ -131,7 +133,8 @@ class FilterDataModule(LightningDataModule):
         if self.records is None:
             from data.shards import load_records
 
-            self.records = load_records(self.rollouts, self.passes)
+            rollouts = open_rollouts(self.rollouts)
+            self.records, self.digest = load_records(rollouts, self.passes), rollouts.digest
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         for split in ("train", "validation", "test"):
             part = self._part(self.records, split, device)

@@ -126,6 +126,7 @@ class HelperDataModule(LightningDataModule):
         self.rollouts, self.batch_size, self.seed = Path(rollouts), batch_size, seed
         self.parts: dict[str, Texts] = {}
         self.manifest: dict[str, Any] = {}
+        self.digest: str | None = None
 
     @property
     def eot_id(self) -> int:
@@ -141,7 +142,7 @@ class HelperDataModule(LightningDataModule):
         if self.parts:
             return
         rollouts = open_rollouts(self.rollouts)
-        self.manifest = rollouts.manifest
+        self.manifest, self.digest = rollouts.manifest, rollouts.digest
         sequences = load_sequences(rollouts)
         for split in ("train", "validation", "test"):
             part = split_texts(sequences, split)

@@ -43,6 +43,14 @@ class Rollouts:
     folder: Path
     manifest: dict[str, Any] = field(repr=False)
 
+    @property
+    def digest(self) -> str:
+        """16 hex digits that change with every prompt, label and setting in the set, and with nothing else."""
+        files = sorted(shard[kind]["sha256"] for shard in self.manifest["shards"] for kind in COLUMNS)
+        names = ("model_fingerprint", "tokenizer_hash", "settings")
+        content = json.dumps([files, {name: self.manifest[name] for name in names}], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
     def tables(self, kind: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The ``"steps"`` or ``"sequences"`` tables, in the order of the shards."""
         for shard in self.manifest["shards"]:

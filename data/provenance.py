@@ -51,14 +51,15 @@ def _cpu_lines() -> list[str]:
         return []
 
 
-def write_run_file(file: Path, settings: Mapping[str, Any]) -> None:
+def write_run_file(file: Path, settings: Mapping[str, Any], **known: str) -> None:
     """Writes ``run.yaml``: what a command was started with.
 
     Args:
         file: The file to write.
         settings: Resolved settings, as plain data.
+        **known: What else it depended on, such as the digest of its rollouts.
     """
-    record = {"argv": sys.argv, "time": now(), "environment": environment(), "config": dict(settings)}
+    record = {"argv": sys.argv, "time": now(), "environment": environment()} | known | {"config": dict(settings)}
     write_aside(file, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
 
 

@@ -77,7 +77,9 @@ def finish(command: Command) -> None:
     config = describe(module.config, predictor, rollouts.folder, metrics)
     module.net.to(predictor.device).eval()
     config, split, rows = pick_threshold(predictor, module, config, pipeline, rollouts)
-    save_filter(pipeline.out, module.net, config, card(config, split, rows, command.settings))
+    save_filter(
+        pipeline.out, module.net, config, card(config, command.datamodule.digest, split, rows, command.settings)
+    )
     print_table(rows, f"{rows[0]['prompts']} {split} prompts; thresholds picked on validation")
     print(f"exported {pipeline.out}")
     # The run is over: started again, fit begins anew. An interrupted one still has its last.ckpt and continues.
@@ -144,8 +146,10 @@ def pick_threshold(
     return replace(config, threshold=threshold, metrics=config.metrics | figures), split, rows
 
 
-def card(config: FilterConfig, split: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """The model card of an export; ``rows`` are of the prompts of ``split``."""
+def card(
+    config: FilterConfig, rollouts: str | None, split: str, rows: list[dict[str, Any]], settings: dict[str, Any]
+) -> str:
+    """The model card of an export, trained on rollouts of this digest; ``rows`` are of the prompts of ``split``."""
     count = rows[0]["prompts"]
     lines = [
         f"# Learn2PD filter ({config.architecture})",
@@ -154,7 +158,7 @@ def card(config: FilterConfig, split: str, rows: list[dict[str, Any]], settings:
         f"Trained on rollouts of gen_length {config.gen_length}, block_length {config.block_length}, EoT rule "
         f"`{config.eot_rule}`, passes {', '.join(settings['data']['passes'] or settings['rollout']['passes'])}; "
         f"prompts: {', '.join(source['path'] for source in settings['rollout']['sources'])}, "
-        f"limit {settings['rollout']['limit']}.",
+        f"limit {settings['rollout']['limit']}; digest of the rollouts {rollouts}.",
         "",
         f"Threshold {config.threshold:g}: on validation prompts the one of fewest forwards that loses at most "
         f"{100 * settings['pipeline']['loss']:g} point against full_step; `threshold` is picked by the same rule.",

@@ -1,5 +1,6 @@
 """The folder of a run: what it was started with, and the checkpoints that it or a later command continues from."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class RunFile(Callback):
-    """Writes what a run was started with, once it has got past checking its input.
+    """Writes what a run was started with, once it has got past checking its input, and tells if its rollouts have changed.
+
+    Rollouts may be extended between two parts of a run. Their digest is in ``run.yaml``, in the logs and in the checkpoint.
 
     Args:
         file: The file to write.
@@ -95,7 +98,27 @@ class RunFile(Callback):
 
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
         self.file, self.settings = file, settings
+        self.rollouts: str | None = None
+        self.trained_on: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.is_global_zero:
-            write_run_file(self.file, self.settings)
+        self.rollouts = getattr(trainer.datamodule, "digest", None)  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
+            return
+        known = {} if self.rollouts is None else {"rollouts": self.rollouts}
+        write_run_file(self.file, self.settings, **known)
+        for logger in trainer.loggers if known else ():
+            logger.log_hyperparams(known)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self.trained_on not in (None, self.rollouts):
+            print(
+                f"the rollouts were {self.trained_on} when the checkpoint was written and are {self.rollouts} now; "
+                "training goes on with what is there now", file=sys.stderr,
+            )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollouts": self.rollouts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.trained_on = state_dict["rollouts"]

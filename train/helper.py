@@ -77,7 +77,7 @@ def finish(command: Command) -> None:
         prefix = f"apd/{row['settings']['mixture_weight']:g}"
         config.metrics.update({f"{prefix}/{name}": row[name] for name in FIGURES})
     config.metrics.update({f"full_step/{name}": row[name] for row in rows[:1] for name in FIGURES})
-    save_helper(pipeline.out, module.net, config, card(config, rows, command.settings))
+    save_helper(pipeline.out, module.net, config, card(config, command.datamodule.digest, rows, command.settings))
     if rows:
         print_table(rows, f"{rows[0]['prompts']} validation prompts")
     print(f"exported {pipeline.out}")
@@ -134,8 +134,8 @@ def measure(
     )  # fmt: skip
 
 
-def card(config: HelperConfig, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """The model card of an export."""
+def card(config: HelperConfig, rollouts: str | None, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """The model card of an export, trained on rollouts of this digest."""
     what = (
         f"tuned from `{config.source}`"
         if config.source
@@ -152,7 +152,7 @@ def card(config: HelperConfig, rows: list[dict[str, Any]], settings: dict[str, A
         f"A causal language model over the token ids of the mask predictor `{config.base_fingerprint}`, {what}{how}: the",
         "helper of adaptive parallel decoding (arXiv 2506.00413). Distilled on the predictor's own text: rollouts of",
         f"gen_length {config.gen_length}, EoT rule `{config.eot_rule}`; prompts: {', '.join(prompts)}; "
-        f"limit {settings['rollout']['limit']}.",
+        f"limit {settings['rollout']['limit']}; digest of the rollouts {rollouts}.",
         "",
         f"It has no tokenizer: the ids are the predictor's (vocab_size {config.vocab_size}, EoT {config.eot_id}). "
         "`helper.json` describes it; "

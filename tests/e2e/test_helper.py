@@ -150,8 +150,14 @@ def test_an_interrupted_fit_continues(command, monkeypatch, capsys):
     assert not Path("exports/stopped").exists()
     assert command("fit", *more, "--model.warmup_steps", 3) == 2  # not the same command
     assert "warmup_steps" in capsys.readouterr().err
-    assert command("fit", *more) == 0
-    assert "continuing runs/stopped/checkpoints/last.ckpt at step" in capsys.readouterr().err
+    digest = yaml.safe_load(Path("runs/stopped/run.yaml").read_text())["rollouts"]
+    assert command("fit", *more, "--rollout.limit", 32) == 0
+    told = capsys.readouterr().err
+    assert "continuing runs/stopped/checkpoints/last.ckpt at step" in told
+    now = yaml.safe_load(Path("runs/stopped/run.yaml").read_text())["rollouts"]
+    assert digest != now
+    assert f"the rollouts were {digest} when the checkpoint was written and are {now} now" in told
+    assert f"digest of the rollouts {now}" in Path("exports/stopped/README.md").read_text()
     assert load_helper("exports/stopped").config.metrics["validation/perplexity"]
 
 
