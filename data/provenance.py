@@ -1,5 +1,6 @@
 """What a result depends on, written beside it: settings, versions, device; and files that are there in full or not at all."""
 
+import hashlib
 import platform
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,6 +35,15 @@ def versions() -> dict[str, str | None]:
         "lightning": version("lightning"),
         "git": commit,
     }
+
+
+def code_digest(*packages: ModuleType) -> str:
+    """SHA-256 of the source of some packages, committed or not, in hex."""
+    digest = hashlib.sha256()
+    for package in packages:
+        for file in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def environment() -> dict[str, Any]:

@@ -18,7 +18,7 @@ import decoding
 import models
 from data.prompt import Prompt
 from data.prompts import prompt_hash, tokenizer_hash
-from data.provenance import environment, now
+from data.provenance import code_digest, environment, now
 from decoding.config import CacheRule, EotRule
 from decoding.decoder import Decoder, Generation
 from decoding.strategies import Strategy, make_strategy
@@ -335,12 +335,13 @@ def _forwards_without_eot(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -
 
 def _surroundings() -> list[Any]:
     """What a decode depends on besides its settings: the code it runs through, committed or not, and the machine."""
-    digest = hashlib.sha256()
-    packages = [sorted(Path(package.__path__[0]).rglob("*.py")) for package in (models, decoding, data)]
-    for file in [*itertools.chain(*packages), Path(__file__)]:
-        digest.update(file.read_bytes())
     known = environment()
-    return [digest.hexdigest(), *(known[name] for name in ("device", "threads", "torch", "transformers"))]
+    own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return [
+        code_digest(models, decoding, data),
+        own,
+        *(known[name] for name in ("device", "threads", "torch", "transformers")),
+    ]
 
 
 def _tokenizer(predictor: MaskPredictor) -> str:

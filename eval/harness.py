@@ -61,7 +61,7 @@ def main(
     compile: bool = False,
     batch_size: int = 32,
     mc_samples: int = 128,
-    greedy_check: bool = False,
+    greedy_check: bool | None = None,
     add_bos: bool = False,
     truncate: bool = False,
     num_fewshot: int | None = None,
@@ -101,7 +101,8 @@ def main(
         compile: Compile the predictor's forward.
         batch_size: Rows of one forward.
         mc_samples: Draws for each log-likelihood.
-        greedy_check: Find out whether greedy decoding gives a continuation; a forward for each token.
+        greedy_check: Find out whether greedy decoding gives a continuation, a forward for each token; by default where a
+            question has only one, as LAMBADA's do.
         add_bos: Put BOS before prompts without a chat template.
         truncate: Cut the left of a context that is too long instead of refusing it.
         num_fewshot: Solved examples before the question; by default the task's own number.

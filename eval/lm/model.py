@@ -3,6 +3,8 @@
 import itertools
 import time
 import warnings
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,12 +18,16 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from torch import Tensor
 from tqdm import tqdm
 
+import data
+import decoding
+import models
 from data.prompts import tokenizer_hash
-from data.provenance import environment
+from data.provenance import code_digest, environment
 from decoding.config import CacheRule, DecodeConfig, EotRule
 from decoding.decoder import Decoder, cut
 from decoding.strategies import STRATEGIES
 from decoding.text import MARK, render, token_ids
+from eval import lm
 from eval.lm import processes
 from eval.lm.answers import Answers, Sums, Tally, answer_key, summary
 from eval.lm.likelihood import Pair, greedy_matches, log_likelihoods, pair_ids
@@ -61,8 +67,9 @@ class DiffusionLM(LM):
         compile: Compile the forward.
         batch_size: Rows of one forward.
         mc_samples: Draws for one log-likelihood.
-        greedy_check: Also find out whether greedy decoding gives the continuation, which LAMBADA asks for, at a forward for
-            each of its tokens; without it lm-eval is told no.
+        greedy_check: Also find out whether greedy decoding gives a continuation, at a forward for each of its tokens. ``None``
+            does so where a question has one continuation only, as LAMBADA's do: lm-eval reads it there, and not where it
+            picks one of several.
         add_bos: Put BOS before prompts that the chat template has not rendered, empty ones included. LLaDA's own evaluation
             of base models does not.
         truncate: Cut the left of a context that is too long, as lm-eval's other models do; by default it is an error.
@@ -78,7 +85,7 @@ class DiffusionLM(LM):
         gen_length: int | None = None, block_length: int = 32, steps: int | None = None, temperature: float | None = None,
         eot: EotRule = "commit", cache: CacheRule = "none", refresh: int | None = None, seed: int = 0,
         dtype: str | None = None, device: str | None = None, compile: bool = False, batch_size: int | str = 32,
-        mc_samples: int = 128, greedy_check: bool = False, add_bos: bool = False, truncate: bool = False,
+        mc_samples: int = 128, greedy_check: bool | None = None, add_bos: bool = False, truncate: bool = False,
         answers: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -104,6 +111,7 @@ class DiffusionLM(LM):
         self.tokenizer: Any = predictor.tokenizer
         self._device, self.max_length = predictor.device, predictor.max_length
         self.settings = self.decoder.settings(config)  # once: fingerprints are read off the weights
+        self.code = code_digest(models, decoding, data, lm)  # whatever an answer comes through
         self.answers = Answers(None if answers is None else Path(answers), self.rank)
         self.generation, self.likelihood = Tally(), Tally()
         self.everyone: list[tuple[Sums, Sums]] = []
@@ -158,7 +166,17 @@ class DiffusionLM(LM):
         for context, continuation in map(_arguments, requests):
             prompt, answer = pair_ids(self.tokenizer, context, continuation)
             pairs.append(Pair(self._fit(self._bos(context) + prompt, len(answer), "continuation"), answer))
-        found = self._score(pairs, self.greedy_check, "loglikelihood", disable_tqdm)
+        alone = Counter((request.task_name, request.doc_id) for request in requests)
+        found: list[Any] = [None] * len(pairs)
+        for greedy in (False, True):
+            chosen = [
+                n
+                for n, request in enumerate(requests)
+                if self._greedy(request, alone[request.task_name, request.doc_id]) == greedy
+            ]
+            scored = self._score([pairs[n] for n in chosen], greedy, "loglikelihood", disable_tqdm) if chosen else []
+            for n, result in zip(chosen, scored, strict=True):
+                found[n] = result
         for request, result in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, result)
         return found
@@ -182,6 +200,11 @@ class DiffusionLM(LM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
         return found
 
+    def _greedy(self, request: Instance, continuations: int) -> bool:
+        if self.greedy_check is None:
+            return request.doc_id is not None and continuations == 1
+        return self.greedy_check
+
     def _jobs(self, requests: Sequence[Instance]) -> list[Job]:
         jobs: list[Job] = []
         seen: dict[str, int] = {}
@@ -191,12 +214,13 @@ class DiffusionLM(LM):
             config, stop = self._config(asked), asked.stop
             prompt = self._bos(context) + token_ids(self.tokenizer, context)
             prompt = self._fit(prompt, config.gen_length, "gen_length")
-            parts = {"prompt": prompt, "settings": self._settings(config, stop)}
+            most = asked.max_gen_toks if self.gen_length is None else config.gen_length
+            parts = {"prompt": prompt, "settings": self._settings(config, stop), "most": most, "code": self.code}
             key = answer_key(**parts)
             if config.temperature:  # a request that is repeated wants another draw each time
                 seen[key] = seen.get(key, 0) + 1
                 key = answer_key(**parts, repeat=seen[key])
-            jobs.append(Job(key, prompt, config, stop, request.args))
+            jobs.append(Job(key, prompt, config, stop, most, request.args))
         return jobs
 
     def _config(self, asked: Asked) -> DecodeConfig:
@@ -211,8 +235,12 @@ class DiffusionLM(LM):
         config, stop = jobs[0].config, jobs[0].stop
 
         def finished(index: int, tokens: list[int], nfe: int) -> None:
+            tokens = tokens[: jobs[index].most]  # the last block may reach further than was asked for
             text = self.decoder.decode_text(tokens)
-            text = text[: cut(text, stop)]
+            if (end := cut(text, stop)) is not None:  # what follows a stop sequence is no part of the answer
+                text = text[:end]
+                reach = range(len(tokens) + 1)
+                tokens = tokens[: bisect_left(reach, end, key=lambda n: len(self.decoder.decode_text(tokens[:n])))]
             self.answers.add({jobs[index].key: {"text": text, "tokens": len(tokens), "nfe": nfe}})
             self.cache_hook.add_partial("generate_until", jobs[index].arguments, text)
             bar.update()
@@ -232,7 +260,7 @@ class DiffusionLM(LM):
             "mc_samples": self.mc_samples, "seed": self.seed, "greedy_check": greedy, "dtype": self.settings["dtype"],
             "fingerprints": {"base": fingerprint},
         }  # fmt: skip
-        keys = [answer_key(prompt=pair.prompt, answer=pair.answer, settings=settings) for pair in pairs]
+        keys = [answer_key(prompt=pair.prompt, answer=pair.answer, settings=settings, code=self.code) for pair in pairs]
         todo = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self.answers}
         longest_first = sorted(todo.items(), key=lambda item: -len(item[1].prompt))
         started = time.perf_counter()

@@ -18,7 +18,7 @@ TIMEOUT = timedelta(weeks=52)
 
 
 def launch(devices: int, device: str | None) -> None:
-    """Starts the other processes of a command with Lightning Fabric, unless torchrun or accelerate has done so.
+    """Starts the other processes of a command with Lightning Fabric, unless torchrun, accelerate or srun has done so.
 
     Args:
         devices: Number of processes.
@@ -29,7 +29,7 @@ def launch(devices: int, device: str | None) -> None:
     """
     if devices < 1:
         raise InputError("devices", devices, "a whole number of at least 1")
-    if devices == 1:
+    if devices == 1 or _adopt_slurm():
         return
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
@@ -45,14 +45,30 @@ def launch(devices: int, device: str | None) -> None:
 
 
 def join() -> tuple[int, int]:
-    """Joins the processes this one was started with, whoever started them: Fabric, torchrun or accelerate.
+    """Joins the processes this one was started with, whoever started them: Fabric, torchrun, accelerate or srun.
 
     Returns:
         Number of this process, and how many there are.
     """
+    _adopt_slurm()
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(BACKEND, timeout=TIMEOUT)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _adopt_slurm() -> bool:
+    """Takes rank, device and address from SLURM's variables where srun started several tasks; whether it did."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    if "WORLD_SIZE" in os.environ or not SLURMEnvironment.detect() or int(os.environ["SLURM_NTASKS"]) < 2:
+        return False
+    slurm = SLURMEnvironment()
+    found = {
+        "RANK": slurm.global_rank(), "LOCAL_RANK": slurm.local_rank(), "WORLD_SIZE": slurm.world_size(),
+        "MASTER_ADDR": slurm.main_address, "MASTER_PORT": slurm.main_port,
+    }  # fmt: skip
+    os.environ.update({name: str(value) for name, value in found.items()})
+    return True
 
 
 def own_device(asked: str | None) -> str | None:

@@ -24,6 +24,7 @@ class Job:
         prompt: Token ids.
         config: Decode settings.
         stop: Texts that end the answer.
+        most: Tokens that the answer may have; whole blocks are decoded.
         arguments: The request as lm-eval gave it.
     """
 
@@ -31,6 +32,7 @@ class Job:
     prompt: list[int]
     config: DecodeConfig
     stop: tuple[str, ...]
+    most: int
     arguments: tuple[Any, ...]
 
 

@@ -25,6 +25,7 @@ from decoding.strategies import STRATEGIES
 from decoding.text import encode, render, token_ids
 from eval.command import command
 from eval.harness import lm_eval_command, main
+from eval.lm import processes
 from eval.lm.answers import Answers
 from eval.lm.likelihood import Pair, draw_masks, greedy_matches, log_likelihoods, mask_counts, pair_ids
 from eval.lm.model import DiffusionLM
@@ -107,6 +108,18 @@ def test_a_stop_sequence_ends_an_answer_and_saves_forwards(make_lm):
     full, stopped, _ = lm.get_model_info()["dlm_accel"]["generation"]
     assert stopped["nfe_mean"] < full["nfe_mean"]
     assert stopped["settings"]["stop"] == ["never", stop]
+    ids = lm.decoder.generate(PROMPTS[:1], gen_length=32, block_length=8, eot="off", chat_template=False).tokens[0]
+    before = next(n for n in range(33) if len(lm.decoder.decode_text(ids[:n])) >= whole.index(stop))
+    assert stopped["tokens"] == before  # what was decoded after it, in the same block, is no part of the answer
+
+
+def test_an_answer_has_no_more_tokens_than_were_asked_for(make_lm):
+    lm = make_lm(gen_length=None)
+    long, short = (lm.generate_until(generation(PROMPTS[:1], max_gen_toks=most))[0] for most in (16, 11))
+    assert long.startswith(short)
+    assert len(short) < len(long)
+    rows = lm.get_model_info()["dlm_accel"]["generation"]
+    assert sum(row["tokens"] for row in rows) == 27
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -252,6 +265,19 @@ def test_the_greedy_check_is_a_decode_of_one_token_a_forward(make_lm, predictor,
     text = decoder.decode_text(answer)
     assert isinstance(asked.loglikelihood(scoring([("1 + 1 =", text)]))[0][1], bool)
     assert not_asked.loglikelihood(scoring([("1 + 1 =", text)]))[0][1] is False
+
+
+def test_greedy_decoding_is_checked_where_lm_eval_reads_it(make_lm, monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        "eval.lm.model.greedy_matches", lambda predictor, pairs, size: checked.extend(pairs) or [True] * len(pairs)
+    )
+    pairs = [("1 + 1 =", " 2"), ("1 + 2 =", " 3"), ("1 + 2 =", " 4"), ("1 + 3 =", " 4")]
+    docs = [0, 1, 1, 2]  # the second question offers two continuations, of which the likelier is taken
+    requests = [Instance("loglikelihood", {}, pair, 0, ("task", doc, 1)) for pair, doc in zip(pairs, docs, strict=True)]
+    found = make_lm(mc_samples=2).loglikelihood(requests)
+    assert [greedy for _, greedy in found] == [True, False, False, True]
+    assert len(checked) == 2
 
 
 def test_a_long_text_is_scored_in_windows(make_lm):
@@ -583,6 +609,37 @@ def start(folder: Path, *words: object) -> tuple[dict, str]:
     assert done.returncode == 0, done.stderr
     (file,) = (folder / "out").rglob("results*.json")
     return json.loads(file.read_text()), done.stdout
+
+
+@pytest.mark.parametrize("job", [{}, {"WORLD_SIZE": "1"}, {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "bash"}])
+def test_without_several_tasks_of_srun_a_process_is_alone(job, monkeypatch):
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    assert processes.join() == (0, 1)
+
+
+@pytest.mark.slow
+def test_tasks_of_srun_find_each_other_and_their_device(tmp_path):
+    code = (
+        "import torch; from eval.lm import processes; torch.cuda.is_available = lambda: True; "
+        "rank, size = processes.join(); print(rank, size, processes.own_device(None), processes.gather(rank))"
+    )
+    job = {
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_JOB_ID": "4321",
+        "SLURM_NODEID": "0",
+    }
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            env=os.environ | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [task.communicate(timeout=120)[0].strip() for task in tasks]
+    assert said == ["0 2 cuda:0 [0, 1]", "1 2 cuda:1 [0, 1]"]
 
 
 @pytest.fixture(scope="module")
