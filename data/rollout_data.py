@@ -11,6 +11,7 @@ from lightning import LightningDataModule
 from data.labels import PASSES
 from data.prompt import Prompt
 from data.prompts import PromptSource, Split, load_prompts, prompt_hash
+from data.shards import ShardWriter
 from decoding.config import DecodeConfig
 from models.errors import InputError
 
@@ -151,7 +152,7 @@ class RolloutData(LightningDataModule):
         self.prompts = self.settings.prompts()
 
     def predict_dataloader(self) -> "PromptBatches":
-        """This rank's part of the batches that are not written yet."""
+        """The batches that are not written yet."""
         trainer: Any = self.trainer
         module = trainer.lightning_module  # a train.rollout_module.RolloutModule
         tokens = module.encode(self.prompts)
@@ -161,7 +162,7 @@ class RolloutData(LightningDataModule):
             index = [n for n in planned if prompt_hash(self.prompts[n].prompt) not in done]
             if index:
                 batches.append(PromptBatch(index, [self.prompts[n] for n in index], [tokens[n] for n in index], size))
-        return PromptBatches(batches[trainer.global_rank :: trainer.world_size])
+        return PromptBatches(batches, trainer.global_rank, trainer.world_size, module.shards)
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
         """Returns the batch: the decode loop moves what it needs."""
@@ -169,13 +170,25 @@ class RolloutData(LightningDataModule):
 
 
 class PromptBatches:
-    """An iterable of batches; Lightning would take a plain list for one of data loaders."""
+    """The batches that no other process has taken: a rank's own share first, then what is left of the others'.
 
-    def __init__(self, batches: list[PromptBatch]) -> None:
-        self.batches = batches
+    Nothing is handed out beforehand, so no rank waits for a slower one, a process that dies costs its current batch, and
+    further ones may join: any number of runs on one folder share its work.
+
+    Attributes:
+        share: About how many of them one rank decodes.
+    """
+
+    def __init__(self, batches: list[PromptBatch], rank: int, ranks: int, shards: ShardWriter) -> None:
+        own = batches[rank::ranks]
+        self.batches = own + [batch for n, batch in enumerate(batches) if n % ranks != rank]
+        self.share, self.shards = len(own), shards
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        return iter(self.batches)
+        for batch in self.batches:
+            with self.shards.claim(self.shards.name(batch.index, batch.prompts)) as mine:
+                if mine:
+                    yield batch  # until the next one is asked for, when this one is written

@@ -8,11 +8,13 @@ and a hash of its prompts, so it depends neither on ranks nor on interruptions.
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +39,7 @@ from data.manifest import (
     write_json,
 )
 from data.prompt import Prompt
+from data.prompts import prompt_hash
 from data.provenance import now, versions
 from data.tables import RolloutBatch, fixed, ragged, sequences_table, steps_table
 from models.errors import InputError
@@ -59,7 +62,7 @@ _FLOATS = [f"{name}.list.element" for name in ("confidence", "margin", "entropy"
 class ShardWriter:
     """Writes shards into a folder and knows which prompts it holds.
 
-    Ranks share a folder, each with its own writer for its own batches; the first one made begins the manifest.
+    Processes share a folder, each with its own writer; the first one made begins the manifest.
 
     Args:
         folder: Folder of the set; made if it is not there.
@@ -96,18 +99,62 @@ class ShardWriter:
         if not self.manifest["complete"] and (new or not (self.folder / MANIFEST).exists()):
             write_json(self.folder / MANIFEST, self.manifest)
 
+    @classmethod
+    def begun(cls, folder: Path) -> "ShardWriter":
+        """The writer of a set that exists, as its manifest describes it."""
+        found = read_manifest(folder)
+        return cls(folder, RolloutKey(found["model_fingerprint"], found["tokenizer_hash"], found["settings"]))
+
     def written(self) -> list[dict[str, Any]]:
-        """What is written so far, one record a shard, in order. A damaged shard does not count: it is decoded again."""
-        records = [renamed(json.loads(file.read_text())) for file in sorted(self.folder.glob("shard-*.json"))]
-        return [r for r in records if all(intact(self.folder / r[kind]["file"], r[kind]) for kind in COLUMNS)]
+        """What is written so far, one record a shard, in order. A damaged shard is forgotten, and decoded again."""
+        records = []
+        for file in sorted(self.folder.glob("shard-*.json")):
+            record = renamed(json.loads(file.read_text()))
+            if all(intact(self.folder / record[kind]["file"], record[kind]) for kind in COLUMNS):
+                records.append(record)
+            else:
+                file.unlink(missing_ok=True)
+        return records
+
+    def name(self, index: Sequence[int], prompts: Sequence[Prompt]) -> str:
+        """Name of the shard of these prompts, the first of which has this place in the run's list."""
+        hashes = " ".join(prompt_hash(prompt.prompt) for prompt in prompts)
+        return f"{index[0]:07d}-{hashlib.sha256(hashes.encode()).hexdigest()[:8]}"
+
+    @contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Keeps other processes from decoding a shard while this one does, until it dies or leaves the context.
+
+        A lock of the file system, so nothing stays behind of a process that is killed. Where there are no locks two
+        processes may decode the same shard, to the same bytes.
+
+        Yields:
+            True where it is this process's to decode; False where another is at it or it is written.
+        """
+        path = self.folder / f"claim-{name}"
+        with path.open("a") as stream:
+            if not _lock(stream):
+                yield False
+                return
+            try:
+                yield not (self.folder / f"shard-{name}.json").is_file()
+            finally:
+                path.unlink(missing_ok=True)
+
+    def claimed(self) -> int:
+        """How many shards other processes are decoding right now."""
+        count = 0
+        for path in self.folder.glob("claim-*"):
+            with suppress(FileNotFoundError), path.open("a") as stream:
+                count += not _lock(stream)
+        return count
 
     def write(self, batch: RolloutBatch) -> None:
         """Writes one batch. Killed before this returns, it does not count; written again, it has the same bytes."""
-        hashes = batch.hashes
-        name = f"{batch.index[0]:07d}-{hashlib.sha256(' '.join(hashes).encode()).hexdigest()[:8]}"
+        name = self.name(batch.index, batch.prompts)
         record = {
             "name": name,
-            "prompts": hashes,
+            "prompts": batch.hashes,
             "splits": dict(sorted(Counter(batch.splits).items())),
             "passes": {name: int(nfe.sum()) for name, nfe in batch.nfe.items()},
             "steps": self._write_table(f"steps-{name}.parquet", steps_table(batch)),
@@ -116,15 +163,20 @@ class ShardWriter:
         write_json(self.folder / f"shard-{name}.json", record)
 
     def _write_table(self, name: str, table: pa.Table) -> dict[str, Any]:
-        aside = self.folder / f"{name}.part"
+        aside = self.folder / f"{name}.{os.getpid()}.part"
         encodings: dict[str, Any] = {"use_dictionary": [n for n in _REPEATED if n in table.column_names]}
         if "confidence" in table.column_names:
             encodings["use_byte_stream_split"] = _FLOATS
         pq.write_table(table, aside, compression="zstd", **encodings)
         return describe(aside.replace(self.folder / name), table.num_rows)
 
+    def missing(self, expected: Iterable[str]) -> list[str]:
+        """Which of the prompts, given by their hashes, are in no shard yet."""
+        there = {prompt for record in self.written() for prompt in record["prompts"]}
+        return [prompt for prompt in expected if prompt not in there]
+
     def finish(self, expected: Iterable[str]) -> Rollouts:
-        """Merges the ranks' shards into the final manifest; call on one rank when all are done.
+        """Merges all processes' shards into the final manifest; may be called again.
 
         Args:
             expected: Hashes of the prompts that were to be decoded.
@@ -132,7 +184,7 @@ class ShardWriter:
         Raises:
             InputError: A prompt is missing or was written twice.
         """
-        records = self.written()
+        records = _without_repeats(self.written())
         count = Counter(prompt for record in records for prompt in record["prompts"])
         for problem, prompts in (
             ("written twice", [prompt for prompt, times in count.items() if times > 1]),
@@ -155,10 +207,33 @@ class ShardWriter:
         """Removes what killed runs left behind: ``load_dataset("parquet")`` with a wildcard would read it."""
         keep = {record[kind]["file"] for record in records for kind in COLUMNS}
         keep |= {f"shard-{record['name']}.json" for record in records}
-        for pattern in ("steps-*", "sequences-*", "shard-*", f"{MANIFEST}.part"):
+        for pattern in ("steps-*", "sequences-*", "shard-*", "claim-*", f"{MANIFEST}*.part"):
             for file in self.folder.glob(pattern):
                 if file.name not in keep:
                     file.unlink()
+
+
+def _without_repeats(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records without those all of whose prompts are in larger ones: a prompt's rollout is the same in any shard."""
+    kept, there = [], set[str]()
+    for record in sorted(records, key=lambda record: (-len(record["prompts"]), record["name"])):
+        if not there.issuperset(record["prompts"]):
+            kept.append(record)
+            there.update(record["prompts"])
+    return sorted(kept, key=lambda record: record["name"])
+
+
+def _lock(stream: IO[str]) -> bool:
+    """Locks a file for this process; False where another has it. True where the system knows no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 @dataclass

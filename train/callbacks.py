@@ -79,7 +79,8 @@ class ProgressLines(ProgressBar):
         self._line("batch", index + 1, trainer)
 
     def on_predict_start(self, trainer: Trainer, *_: Any) -> None:
-        self._start(0, sum(trainer.num_predict_batches))
+        # Batches that are handed out as they are asked for: a rank may take all, and will take its share.
+        self._start(0, getattr(trainer.predict_dataloaders, "share", sum(trainer.num_predict_batches)))
 
     def on_predict_batch_end(self, trainer: Trainer, _module: Any, _out: Any, _batch: Any, index: int, *_: Any) -> None:
         self._line("batch", index + 1, trainer)

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from data.prompts import PromptSource, load_prompts, prompt_hash
 from data.rollout_data import RolloutData, RolloutSettings
+from data.shards import ShardWriter
 from decoding.config import DecodeConfig
 from decoding.memory_plan import plan_memory
 from decoding.strategies import make_strategy
@@ -45,13 +47,32 @@ def plan(
     )  # fmt: skip
 
 
+def merge(folder: Path) -> None:
+    """Finishes a set whose prompts are all decoded, by however many processes; may run while they still work.
+
+    Args:
+        folder: Folder of the shards.
+
+    Raises:
+        InputError: No set, or prompts that are not decoded yet, with their number.
+    """
+    shards = ShardWriter.begun(folder)
+    expected: dict[str, None] = {}
+    for request in shards.manifest["sources"]:
+        sources = [PromptSource(**source) for source in request["sources"]]
+        prompts = load_prompts(sources, request["split"], request["limit"], request["per_task"])
+        expected |= dict.fromkeys(prompt_hash(prompt.prompt) for prompt in prompts)
+    counts = shards.finish(expected).manifest["counts"]
+    print(f"{folder}: {counts['prompts']} prompts, complete")
+
+
 if __name__ == "__main__":
     run(
         "rollout",
         RolloutModule,
         RolloutData,
         subcommands=("predict",),
-        verbs={"plan": plan},
+        verbs={"plan": plan, "merge": merge},
         settings={"rollout": RolloutSettings},
         links=[("rollout", f"{part}.settings", None, "instantiate") for part in ("model", "data")],
         callbacks=lambda folder: [RolloutWriter()],

@@ -118,13 +118,19 @@ class RolloutModule(LightningModule):
     def teardown(self, stage: str) -> None:
         """Merges what all ranks wrote; Lightning calls this when a run has come to its end, not when it was stopped.
 
+        While other runs on this folder still decode, whichever comes last merges.
+
         Raises:
             InputError: A prompt was left out, as ``limit_predict_batches`` does; the next run decodes it.
         """
         self.trainer.strategy.barrier("rollout-done")
         if self.trainer.is_global_zero:
             prompts = self.trainer.datamodule.prompts  # type: ignore[attr-defined]
-            self.shards.finish(prompt_hash(prompt.prompt) for prompt in prompts)
+            expected = [prompt_hash(prompt.prompt) for prompt in prompts]
+            if (others := self.shards.claimed()) and (missing := self.shards.missing(expected)):
+                print(f"{self.folder}: {len(missing)} prompts are left, {others} batches of them with other runs")
+            else:
+                self.shards.finish(expected)
         self.trainer.strategy.barrier("rollout-merged")
         self.rollouts = Rollouts(self.folder, read_manifest(self.folder))
         decoded = torch.tensor(float(self.decoded), device=self.trainer.strategy.root_device)
@@ -134,14 +140,12 @@ class RolloutModule(LightningModule):
 
     def summary(self) -> dict[str, float]:
         """What there is to say about a finished run: sizes, mean NFE of each of the passes, and this run's speed."""
-        counts = self.rollouts.manifest["counts"]
         seconds = time.perf_counter() - self.started
-        return {
-            "rollout/prompts": counts["prompts"],
-            "rollout/decoded": self.decoded,
-            "rollout/prompts_per_second": self.decoded / seconds,
-            **{f"rollout/nfe_{name}": steps / counts["prompts"] for name, steps in counts["steps"].items()},
-        }
+        own = {"rollout/decoded": self.decoded, "rollout/prompts_per_second": self.decoded / seconds}
+        if not (counts := self.rollouts.manifest.get("counts")):
+            return own
+        means = {f"rollout/nfe_{name}": steps / counts["prompts"] for name, steps in counts["steps"].items()}
+        return {"rollout/prompts": counts["prompts"]} | own | means
 
 
 class RolloutWriter(BasePredictionWriter):

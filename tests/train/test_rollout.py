@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from data.manifest import Rollouts
+from data.manifest import RolloutKey, Rollouts
 from data.prompts import PromptSource
 from data.rollout_data import RolloutSettings, plan
-from data.shards import load_records, load_sequences
+from data.shards import ShardWriter, load_records, load_sequences
 from decoding.loop import decode
 from models import LLaDAConfig, LLaDAModelLM
 from models.errors import InputError
 from models.tokenizer import train_tokenizer
+from train.rollout import merge
 from train.rollout_module import rollout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +124,43 @@ def test_two_ranks_share_what_is_not_enough_for_both(base: Path, file: Path, tmp
     two = command(base, file, tmp_path / "two", "--rollout.limit", "2", "--trainer.devices", "2")
     subprocess.run(two, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.slow  # starts the command
+def test_runs_on_one_folder_share_its_work_and_one_that_dies_is_replaced(
+    base: Path, file: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    words = [command(base, file, out, "--run", str(tmp_path / f"run{n}")) for n in range(3)]
+    first, second = (
+        subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for line in words[:2]
+    )
+    while not list(out.glob("shard-*.json")) and first.poll() is None:
+        time.sleep(0.01)
+    first.kill()
+    third = subprocess.run(words[2], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    told = second.communicate(timeout=300)[0] + third.stdout
+    first.wait()
+    assert second.returncode == 0
+    assert contents(out) == contents(whole)
+    decoded = [int(part.split(",")[0]) for part in told.split("decoded ")[1:]]
+    assert len(decoded) == 2
+    assert sum(decoded) <= 40  # none of it twice
+
+
+def test_what_others_decode_is_left_to_them(base: Path, sources, whole: Path, tmp_path: Path, capsys) -> None:
+    known = ShardWriter.begun(whole).manifest
+    key = RolloutKey(known["model_fingerprint"], known["tokenizer_hash"], known["settings"])
+    name = min(whole.glob("shard-*.json")).stem.removeprefix("shard-")
+    with ShardWriter(tmp_path, key).claim(name) as mine:
+        assert mine
+        roll(base, tmp_path, sources=sources, batch_size=2, **SETTINGS)
+        assert "8 prompts are left, 1 batches of them with other runs" in capsys.readouterr().out
+        with pytest.raises(InputError, match="8 not decoded"):
+            merge(tmp_path)
+    roll(base, tmp_path, sources=sources, batch_size=2, **SETTINGS)
+    merge(tmp_path)
+    assert "40 prompts, complete" in capsys.readouterr().out
 
 
 def test_a_finished_rows_place_goes_to_the_next_prompt_of_the_shard(base: Path, sources, tmp_path, monkeypatch) -> None:
