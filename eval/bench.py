@@ -20,6 +20,7 @@ from eval.compare import Comparison, Run, print_table
 from eval.headline import MARGIN, check_margin, summary
 from eval.intervals import paired
 from eval.report import SCHEMA_VERSION, write
+from eval.tracking import USUAL, WandbSettings, evaluation_run
 from models.errors import InputError
 from models.predictor import MaskPredictor
 
@@ -37,6 +38,7 @@ def main(
     margin: float = MARGIN,
     pick_on: int | None = 256,
     out: Path = Path("runs/bench"),
+    wandb: WandbSettings = USUAL,
 ) -> None:
     """Writes ``bench.json``, ``bench.md``, ``bench.png`` and ``run.yaml``, prints the table, and logs it all to W&B.
 
@@ -57,6 +59,7 @@ def main(
         pick_on: Validation prompts of the same sources, decoded besides, on which each strategy's setting for the headline is
             picked; null picks on the prompts that are reported, and says so.
         out: Folder of the results.
+        wandb: Where W&B files the run.
 
     Raises:
         InputError: Prompts without answers, or picking on prompts that are reported too.
@@ -110,7 +113,7 @@ def main(
         print(f"warning: {warning}")
     write_run_file(out / "run.yaml", settings)
     if mode != "disabled":
-        log(result, out, settings, mode)
+        log(result, out, settings, wandb, mode)
     print(f"wrote bench.json, bench.md and bench.png to {out}")
 
 
@@ -213,27 +216,12 @@ class Watch:
         return sum(known.values()) / sum(len(size(n)) for n in known) * len(size(number))
 
 
-def log(result: dict[str, Any], out: Path, settings: dict[str, Any], mode: Any) -> None:
+def log(result: dict[str, Any], out: Path, settings: dict[str, Any], where: WandbSettings, mode: str) -> None:
     """Logs the table, the plots, the picture and the settings to W&B."""
-    columns: list[Any] = [
-        "label",
-        "exact_match",
-        "valid",
-        "sequence_agreement",
-        "token_agreement",
-        "nfe_mean",
-        "nfe_p95",
-    ]
+    columns = ["label", "exact_match", "valid", "sequence_agreement", "token_agreement", "nfe_mean", "nfe_p95"]
     columns += ["tokens_per_forward", "tokens_per_second", "loop_share", "empty_answers", "truncated_correct_answers"]
-    run = wandb.init(
-        project="dlm-accel",
-        job_type="eval",
-        config=settings,
-        mode=mode,
-        dir=out,
-        settings=wandb.Settings(silent=True),
-    )
-    table = wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in result["rows"]])
+    run = evaluation_run(where, settings, out, mode)
+    table = wandb.Table(columns=list[Any](columns), data=[[row[name] for name in columns] for row in result["rows"]])
     content: dict[str, Any] = {"bench": table, "quality against cost": wandb.Image(str(out / "bench.png"))}
     for cost in ("nfe_mean", "tokens_per_second"):
         content[f"exact match against {cost}"] = wandb.plot.scatter(table, cost, "exact_match")

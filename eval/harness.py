@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from data.provenance import write_aside, write_run_file
 from decoding.config import CacheRule, EotRule
-from eval.command import command, entry
+from eval.command import command, entry, wandb_mode
 from eval.lm import processes
 from eval.lm.presets import PRESETS, resolve
+from eval.tracking import USUAL, WandbSettings, evaluation_run
 from models.errors import InputError
 
 if TYPE_CHECKING:  # an extra, imported when it is needed
@@ -74,6 +75,7 @@ def main(
     log_samples: bool = False,
     resume: bool = True,
     out: Path | None = None,
+    wandb: WandbSettings = USUAL,
 ) -> None:
     """Runs tasks, prints lm-eval's table, and writes ``results.json`` and ``run.yaml``.
 
@@ -115,8 +117,10 @@ def main(
         log_samples: Also write samples_<task>.jsonl.
         resume: Keep answers in out, and use those that are there.
         out: Folder of the results; runs/harness/<preset or tasks>-<strategy> by default.
+        wandb: Where W&B files the run.
     """
-    settings, overrides = resolve(preset, dict(locals()))
+    settings, overrides = resolve(preset, {name: value for name, value in locals().items() if name != "wandb"})
+    mode = wandb_mode()
     check_settings(settings)
     check_installed()
     logging.getLogger("lm_eval").setLevel(os.environ.get("LMEVAL_LOG_LEVEL", "error").upper())
@@ -129,6 +133,8 @@ def main(
         results = evaluate(settings, manager)
         if results is not None:  # the first process has them
             write_results(results, settings, overrides)
+            if mode != "disabled":
+                log(results, settings, wandb, mode)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command continues from the answers that are saved") from None
     finally:
@@ -299,6 +305,20 @@ def write_results(results: dict[str, Any], settings: dict[str, Any], overrides: 
             f"forward, {row['empty_answers']} empty"
         )
     print(f"wrote results.json{' and samples' if samples else ''} to {out}")
+
+
+def log(results: dict[str, Any], settings: dict[str, Any], where: WandbSettings, mode: str) -> None:
+    """Logs lm-eval's figures and what the decodes cost to W&B."""
+    plain = json.loads(json.dumps(settings, default=str))
+    run = evaluation_run(where, plain, settings["out"], mode)
+    for task, figures in results["results"].items():
+        run.summary.update(
+            {f"{task}/{name}": value for name, value in figures.items() if isinstance(value, int | float)}
+        )
+    for row in results["config"]["dlm_accel"]["generation"]:
+        cost = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        run.summary.update({f"cost/gen_length {row['settings']['gen_length']}/{name}": cost[name] for name in cost})
+    run.finish()
 
 
 def lm_eval_command(args: list[str]) -> None:

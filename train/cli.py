@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from eval.command import CONFIGS, CommandParser, command, entry, wandb_mode
+from eval.tracking import WandbSettings
 from models.errors import InputError
 from train.callbacks import checkpoints, progress
 from train.folder import CHECKPOINTS, RunFile, check_same_run, load_checkpoint, named_checkpoint
@@ -27,21 +28,6 @@ JOB_TYPES = {"fit": "fit", "validate": "eval", "test": "eval", "predict": "rollo
 """W&B job type of each subcommand."""
 
 _INTERRUPTED = "interrupted; the same command continues from what is saved"
-
-
-@dataclass
-class WandbSettings:
-    """Where W&B files a run; ``WANDB_MODE`` says whether it does.
-
-    Args:
-        project: Project.
-        entity: User or team; null is the key's own.
-        tags: Tags of the run.
-    """
-
-    project: str = "dlm-accel"
-    entity: str | None = None
-    tags: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -267,3 +253,34 @@ def loggers(folder: Path, job_type: str, settings: Mapping[str, Any]) -> list[Lo
         logger._wandb_init.pop("anonymous", None)  # Lightning sets this retired argument, and W&B warns about it
         found.insert(0, logger)
     return found
+
+
+def log_export(
+    loggers: Sequence[Logger], kind: str, folder: Path, metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str], rollouts: str | None,
+) -> None:  # fmt: skip
+    """Tells W&B what a run ended with: figures in its summary, the comparison as a table, the export as its artifact.
+
+    Args:
+        loggers: The trainer's; those that are not W&B's keep nothing.
+        kind: ``filter`` or ``helper``.
+        folder: Folder of the export.
+        metrics: Figures of the export, its threshold among them.
+        rows: Rows of the comparison.
+        columns: Which of their fields the table has.
+        rollouts: Digest of the rollouts it was trained on, which W&B knows as the run's input where it can be reached.
+    """
+    for logger in loggers:
+        if not isinstance(logger, WandbLogger):  # absent with WANDB_MODE=disabled
+            continue
+        run = logger.experiment
+        run.summary.update(dict(metrics))
+        if rows:
+            logger.log_table(
+                "comparison", columns=list(columns), data=[[row[name] for name in columns] for row in rows]
+            )
+        export = wandb.Artifact(f"{kind}-{folder.name}", type="model", metadata={"rollouts": rollouts, **metrics})
+        export.add_dir(str(folder))
+        if rollouts is not None and not run.settings._offline:
+            run.use_artifact(wandb.Artifact(f"rollouts-{rollouts}", type="rollouts", metadata={"digest": rollouts}))
+        run.log_artifact(export)

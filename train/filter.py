@@ -10,7 +10,6 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import WandbLogger
 
 from data.filter_data import FilterDataModule
 from data.manifest import open_rollouts
@@ -22,7 +21,7 @@ from eval.compare import Run, compare, pick, print_table, share
 from models.errors import InputError
 from models.filter import FilterConfig, save_filter
 from models.predictor import MaskPredictor
-from train.cli import Command, run
+from train.cli import Command, log_export, run
 from train.filter_module import FilterModule
 from train.folder import load_checkpoint
 from train.rollout_module import roll_out
@@ -84,10 +83,8 @@ def finish(command: Command) -> None:
     print(f"exported {pipeline.out}")
     # The run is over: started again, fit begins anew. An interrupted one still has its last.ckpt and continues.
     (command.folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):  # absent with WANDB_MODE=disabled
-            names = ["label", *FIGURES]
-            logger.log_table("comparison", columns=names, data=[[row[name] for name in names] for row in rows])
+    picked = config.metrics | {"threshold": config.threshold}
+    log_export(trainer.loggers, "filter", pipeline.out, picked, rows, ["label", *FIGURES], command.datamodule.digest)
 
 
 def describe(config: FilterConfig, predictor: MaskPredictor, rollouts: Path, metrics: dict[str, float]) -> FilterConfig:

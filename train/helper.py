@@ -12,7 +12,6 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import WandbLogger
 
 from data.helper_data import HelperDataModule
 from data.manifest import open_rollouts
@@ -22,7 +21,7 @@ from eval.compare import Run, compare, print_table, share
 from models.errors import InputError
 from models.helper import Helper, HelperConfig, save_helper
 from models.predictor import MaskPredictor
-from train.cli import Command, run
+from train.cli import Command, log_export, run
 from train.folder import load_checkpoint
 from train.helper_module import HelperModule
 from train.rollout_module import roll_out
@@ -83,10 +82,8 @@ def finish(command: Command) -> None:
     print(f"exported {pipeline.out}")
     # The run is over: started again, fit begins anew. An interrupted one still has its last.ckpt and continues.
     (command.folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
-    for logger in trainer.loggers:
-        if rows and isinstance(logger, WandbLogger):  # absent with WANDB_MODE=disabled
-            names = ["label", *FIGURES]
-            logger.log_table("comparison", columns=names, data=[[row[name] for name in names] for row in rows])
+    columns = ["label", *FIGURES]
+    log_export(trainer.loggers, "helper", pipeline.out, config.metrics, rows, columns, command.datamodule.digest)
 
 
 def describe(

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from eval.command import wandb_mode
 from models.errors import InputError
 from train.callbacks import ProgressLines
-from train.cli import run
+from train.cli import log_export, run
 
 
 class Toy(LightningModule):
@@ -245,6 +247,24 @@ def test_wandb_is_offline_without_a_key(toy, monkeypatch: pytest.MonkeyPatch, tm
     assert status == 0
     assert "wandb sync" in err
     assert list(Path("runs/toy/wandb").glob("offline-run-*"))
+
+
+def test_an_export_is_in_its_runs_summary_and_among_its_artifacts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    wandb.finish()  # an earlier test's run would be taken
+    (tmp_path / "exports").mkdir()
+    (tmp_path / "exports/config.json").write_text("{}")
+    logger = WandbLogger(save_dir=tmp_path, mode="offline", settings=wandb.Settings(silent=True))
+    logged = []
+    monkeypatch.setattr(logger.experiment, "log_artifact", logged.append)
+    row = {"label": "learn2pd 0.9", "nfe_mean": 12.5}
+    log_export([logger], "filter", tmp_path / "exports", {"threshold": 0.9}, [row], ["label", "nfe_mean"], "abc")
+    assert logger.experiment.summary["threshold"] == 0.9
+    (artifact,) = (found for found in logged if found.type == "model")
+    assert artifact.metadata == {"rollouts": "abc", "threshold": 0.9}
+    assert list(artifact.manifest.entries) == ["config.json"]
+    logger.experiment.finish()
 
 
 def test_wandb_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
