@@ -188,7 +188,15 @@ class PromptBatches:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        for batch in self.batches:
-            with self.shards.claim(self.shards.name(batch.index, batch.prompts)) as mine:
-                if mine:
-                    yield batch  # until the next one is asked for, when this one is written
+        left, took = self.batches, True
+        while took:  # once more over what others had taken: one of them may have died
+            took, before = False, left
+            left = []
+            for batch in before:
+                name = self.shards.name(batch.index, batch.prompts)
+                with self.shards.claim(name) as mine:
+                    if mine:
+                        took = True
+                        yield batch  # until the next one is asked for, when this one is written
+                    elif not self.shards.has(name):
+                        left.append(batch)

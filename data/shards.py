@@ -121,6 +121,10 @@ class ShardWriter:
         hashes = " ".join(prompt_hash(prompt.prompt) for prompt in prompts)
         return f"{index[0]:07d}-{hashlib.sha256(hashes.encode()).hexdigest()[:8]}"
 
+    def has(self, name: str) -> bool:
+        """Whether a shard is written."""
+        return (self.folder / f"shard-{name}.json").is_file()
+
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Keeps other processes from decoding a shard while this one does, until it dies or leaves the context.
@@ -137,7 +141,7 @@ class ShardWriter:
                 yield False
                 return
             try:
-                yield not (self.folder / f"shard-{name}.json").is_file()
+                yield not self.has(name)
             finally:
                 path.unlink(missing_ok=True)
 
