@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from decoding.config import DecodeConfig
@@ -69,17 +70,21 @@ class FilterStrategy(BlockStrategy):
 class Learn2PD(FilterStrategy):
     """Commits the positions whose filter probability exceeds the threshold, and always the most confident one.
 
-    Source: arXiv 2509.25188, section 3.
+    Source: arXiv 2509.25188, section 3. With a ``budget`` it commits instead as many positions, the most probable first, as
+    keep the expected number of wrong ones among them, the sum of ``1 - p``, within the budget: many where all are sure, few
+    where none is. The most confident one is full_step's own choice and costs nothing.
 
     Args:
         filter: Folder of an exported filter.
         threshold: Probability above which a guess counts as final; the export's own by default.
+        budget: Wrong commits that a row may expect of a step, in place of the threshold.
         network: A filter network to use instead of one loaded from ``filter``, with its ``config``.
         config: Configuration of ``network``.
     """
 
     filter: str | Path | None = None
     threshold: float | None = None
+    budget: float | None = None
     network: nn.Module | None = field(default=None, repr=False)
     config: FilterConfig | None = field(default=None, repr=False)
     name = "learn2pd"
@@ -87,6 +92,11 @@ class Learn2PD(FilterStrategy):
 
     def __post_init__(self) -> None:
         config = self.take_filter()
+        if self.budget is not None:
+            if self.threshold is not None:
+                raise InputError("learn2pd.budget", f"{self.budget} and threshold {self.threshold}", "one of them")
+            require_range(self.name, "budget", self.budget, "a number above 0", lambda value: value > 0)
+            return
         if self.threshold is None:
             self.threshold = config.threshold
         require_range(
@@ -96,9 +106,16 @@ class Learn2PD(FilterStrategy):
     def decide(self, step: Step) -> Decision:
         assert self.network is not None
         evidence = step.evidence
-        final = (self.network(evidence).sigmoid() > self.threshold) & evidence.masked
+        probability = self.network(evidence).sigmoid()
         best = top_1(step.log_confidence, evidence.masked)
+        if self.budget is None:
+            final = (probability > self.threshold) & evidence.masked
+        else:
+            risk = torch.where(evidence.masked & ~best, 1 - probability, torch.inf)
+            ascending, order = risk.sort(dim=1, stable=True)
+            final = torch.empty_like(best).scatter_(1, order, ascending.cumsum(1) <= self.budget)
         return Decision(final | best, counts={"filter_commits": (final & ~best).sum(1)})
 
     def settings(self) -> dict[str, Any]:
-        return {"strategy": self.name, "threshold": self.threshold, "filter": str(self.filter) if self.filter else None}
+        limit = {"threshold": self.threshold} if self.budget is None else {"budget": self.budget}
+        return {"strategy": self.name} | limit | {"filter": str(self.filter) if self.filter else None}

@@ -8,7 +8,10 @@ from data.labels import records_of
 from decoding.config import DecodeConfig
 from decoding.decoder import Decoder
 from decoding.loop import decode
+from decoding.step import Step
 from decoding.strategies import make_strategy
+from models.errors import InputError
+from models.features import Evidence
 from models.filter import FilterConfig, build_filter, import_official, save_filter
 
 MASK, EOT, PROMPT = 63, 62, 2
@@ -102,6 +105,33 @@ def test_an_imported_filter_decodes_as_its_authors_code_also_in_a_block_that_was
         assert out.nfe[row] == steps
         cut += short
     assert cut > 5  # otherwise the comparison would be hollow
+
+
+def test_a_budget_is_spent_on_the_surest_positions_of_each_row():
+    config = FilterConfig(block_length=4, gen_length=4, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved")
+    probability = torch.tensor([[0.99, 0.95, 0.9, 0.2], [0.6, 0.97, 0.5, 0.5], [0.9, 0.99, 0.99, 0.99]])
+
+    class Network(torch.nn.Module):
+        needs_all_positions = False
+
+        def forward(self, evidence):
+            return probability.logit()
+
+    strategy = make_strategy("learn2pd", network=Network(), config=config, budget=0.1)
+    masked = torch.tensor([[True] * 4, [True] * 4, [True, False, True, True]])
+    confidence = torch.tensor([[0.5, 0.4, 0.3, 0.2]] * 3)  # the first position is full_step's own choice
+    evidence = Evidence(masked, torch.zeros(3, 4).long(), confidence)
+    decision = strategy.decide(Step(evidence, confidence.log(), torch.ones(3).long()))
+    # .05 leaves room for no .1; .03 for no .5; two of .01 fit, and the decoded one costs nothing.
+    assert decision.transfer.tolist() == [
+        [True, True, False, False],
+        [True, True, False, False],
+        [True, False, True, True],
+    ]
+    assert decision.counts["filter_commits"].tolist() == [1, 1, 2]
+    assert strategy.settings()["budget"] == 0.1
+    with pytest.raises(InputError, match=r"learn2pd\.budget: found 0\.1 and threshold 0\.9"):
+        make_strategy("learn2pd", network=Network(), config=config, budget=0.1, threshold=0.9)
 
 
 def test_a_filter_that_never_fires_is_reported(random_llada, prompts):
