@@ -21,6 +21,7 @@ from eval.compare import Run, compare, pick, print_table, share
 from models.errors import InputError
 from models.filter import FilterConfig, save_filter
 from models.predictor import MaskPredictor
+from train.cards import metadata
 from train.cli import Command, log_export, run
 from train.filter_module import FilterModule
 from train.folder import load_checkpoint
@@ -149,7 +150,7 @@ def card(
     """The model card of an export, trained on rollouts of this digest; ``rows`` are of the prompts of ``split``."""
     count = rows[0]["prompts"]
     lines = [
-        f"# Learn2PD filter ({config.architecture})",
+        metadata("filter", settings["rollout"]) + f"# Learn2PD filter ({config.architecture})",
         "",
         f"Says which guesses of the mask predictor `{config.base_fingerprint}` are already final (arXiv 2509.25188).",
         f"Trained on rollouts of gen_length {config.gen_length}, block_length {config.block_length}, EoT rule "

@@ -21,6 +21,7 @@ from eval.compare import Run, compare, print_table, share
 from models.errors import InputError
 from models.helper import Helper, HelperConfig, save_helper
 from models.predictor import MaskPredictor
+from train.cards import metadata
 from train.cli import Command, log_export, run
 from train.folder import load_checkpoint
 from train.helper_module import HelperModule
@@ -144,7 +145,7 @@ def card(config: HelperConfig, rollouts: str | None, rows: list[dict[str, Any]],
         for source in settings["rollout"]["sources"]
     ]
     lines = [
-        "# APD helper",
+        metadata("helper", settings["rollout"]) + "# APD helper",
         "",
         f"A causal language model over the token ids of the mask predictor `{config.base_fingerprint}`, {what}{how}: the",
         "helper of adaptive parallel decoding (arXiv 2506.00413). Distilled on the predictor's own text: rollouts of",

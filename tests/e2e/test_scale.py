@@ -12,6 +12,7 @@ import yaml
 
 from data.prompts import split_of
 from models.filter import load_filter
+from train.cards import metadata
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,3 +46,13 @@ def test_the_readmes_commands_for_8b(devices: int, tiny_checkpoint: Path, tmp_pa
     manifest = json.loads((tmp_path / "runs/8b/shards/manifest.json").read_text())
     assert (manifest["complete"], manifest["counts"]["prompts"]) == (True, 40)
     assert load_filter(tmp_path / "exports/filter-8b")[1].gen_length == 32
+
+
+def test_a_card_names_what_the_hub_knows(tmp_path: Path) -> None:
+    rollout = {"base": "GSAI-ML/LLaDA-8B-Instruct", "sources": [{"path": "openai/gsm8k"}, {"path": "bundled"}]}
+    _, text, rest = metadata("filter", rollout).split("---\n")
+    assert rest == ""
+    found = yaml.safe_load(text)
+    assert (found["base_model"], found["datasets"]) == ("GSAI-ML/LLaDA-8B-Instruct", ["openai/gsm8k"])
+    assert "learn2pd" in found["tags"]
+    assert "base_model" not in yaml.safe_load(metadata("helper", rollout | {"base": str(tmp_path)}).split("---\n")[1])
