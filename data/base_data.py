@@ -131,7 +131,7 @@ class MaskedBatches(IterableDataset):
     def _noise(self, rows: list[_Row], number: int) -> dict[str, Tensor]:
         """Masks each region at its own ratio t; the ratios of a batch are spread evenly over (0, 1].
 
-        Every second row is masked over its whole region, as LLaDA is trained. The others are states that block-wise decoding
+        One row in four is masked over its whole region, as LLaDA is trained. The others are states that block-wise decoding
         passes through: one block masked at ratio t, what is left of it visible, what is right of it masked and not learned.
         """
         generator = torch.Generator().manual_seed(hash((self.seed, number)) % 2**63)
@@ -144,7 +144,7 @@ class MaskedBatches(IterableDataset):
         region = place >= 0
         answer = torch.tensor([len(row[0]) for row in rows])[:, None] - prompt
         block = (torch.rand(batch, 1, generator=generator) * answer).long() // _BLOCK
-        blockwise = torch.arange(batch)[:, None] % 2 == 1
+        blockwise = torch.arange(batch)[:, None] % 4 > 0
         active = region & (~blockwise | (place // _BLOCK == block))
         count = active.sum(1)
         ratio = (torch.randperm(batch, generator=generator) + torch.rand(1, generator=generator)) / batch

@@ -121,23 +121,24 @@ def score(text: str, prompt: Prompt) -> Score:
     for sentence in re.findall(r"[^.]*\.|[^.]+$", body.strip()):
         sentence = sentence.strip()
         start = _says(sentence, "start")
-        if sentence in fillers or (start and start["c"] in known["start"]):
+        if sentence in fillers or (start and known["start"].get(start["p"]) == start["c"]):
             continue
         step = expected[len(said)] if len(said) < len(expected) else None
         numbers = _says(sentence, step[0]) if step else None
         if step and numbers is not None:
-            said.append(numbers.items() <= dict(zip("abc", step[1:], strict=True)).items())
+            known_numbers = dict(zip("abc", step[1:], strict=True))
+            said.append(all(known_numbers.get(name, value) == value for name, value in numbers.items()))
             continue
         said.append(False)
         well_formed = well_formed and any(_says(sentence, kind) is not None for kind in STEPS)
     return Score(bool(mark) and final.strip() == prompt.answer, sum(said) / max(len(expected), len(said)), well_formed)
 
 
-def _says(sentence: str, kind: str) -> dict[str, int] | None:
-    """The numbers of a sentence that says a step of this kind; ``None`` if it does not."""
+def _says(sentence: str, kind: str) -> dict[str, int | str] | None:
+    """The numbers and the person ``p`` of a sentence that says a step of this kind; ``None`` if it does not."""
     for form in _forms(kind):
         if match := form.fullmatch(sentence):
-            return {name: int(value) for name, value in match.groupdict().items()}
+            return {name: value if name == "p" else int(value) for name, value in match.groupdict().items()}
     return None
 
 
@@ -154,8 +155,9 @@ def _pattern(form: str) -> str:
         name = part.strip("{}")
         if part == name:
             parts.append(re.escape(part))
-        elif name in ("a", "b", "c"):
-            parts.append(f"(?P={name})" if f"(?P<{name}>\\d+)" in parts else f"(?P<{name}>\\d+)")
+        elif name in ("a", "b", "c", "p"):
+            value = f"(?P<{name}>{'[A-Za-z]+' if name == 'p' else '[0-9]+'})"
+            parts.append(f"(?P={name})" if value in parts else value)
         else:
             parts.append(r"[A-Za-z]+")
     return "".join(parts)
@@ -169,7 +171,7 @@ class _Writer:
         self.question: list[str] = []
         self.sentences: list[str] = []
         self.steps: list[Step] = []
-        self.start: list[int] = []
+        self.start: dict[str, int] = {}
 
     def ask(self, kind: str, **slots: Any) -> None:
         """Adds a sentence to the prompt."""
@@ -184,9 +186,7 @@ class _Writer:
         text = lead + form.format(a=a, b=b, c=c, **slots)
         aside = self._draw(ASIDES) if self.steps and kind != "start" else ""
         self.sentences += [text[0].upper() + text[1:], aside]
-        if kind == "start":
-            self.start.append(c)
-        else:
+        if kind != "start":
             self.steps.append((kind, a, b, c))
 
     def response(self, answer: str, opening: bool = True) -> str:
@@ -212,7 +212,7 @@ class _Story:
     def begin(self, people: int) -> None:
         """Says what each of the first ``people`` has."""
         for name in self.names[:people]:
-            self.have[name] = self.rng.randint(2, self.most // 2)
+            self.have[name] = self.writer.start[name] = self.rng.randint(2, self.most // 2)
             self.writer.ask("start", p=name, c=self.have[name], **self.words)
             if self.rng.random() < 0.35:
                 self.writer.say("start", p=name, c=self.have[name], **self.words)

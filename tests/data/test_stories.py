@@ -56,6 +56,14 @@ def test_what_a_bad_decode_writes_is_judged():
     assert score(sentences[0] + ". " + prompt.response, prompt).steps < 1 or "{" not in sentences[0]
 
 
+def test_what_people_have_at_first_may_be_said_or_not():
+    for prompt in take(name="story"):
+        for name, count in json.loads(prompt.metadata)["start"].items():
+            assert score(f"{name} owns {count}. {prompt.response}", prompt).valid
+            assert not score(f"{name} owns {count + 1}. {prompt.response}", prompt).valid
+            assert not score(f"Someone owns {count}. {prompt.response}", prompt).valid
+
+
 def test_each_step_left_out_costs_its_share():
     prompt = next(p for p in take(name="order") if len(json.loads(p.metadata)["steps"]) >= 4)
     steps = len(json.loads(prompt.metadata)["steps"])
