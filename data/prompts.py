@@ -12,8 +12,10 @@ from typing import Any, Literal, get_args
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from data.gym import GymTask, samples
+from data import gym, stories
+from data.gym import GymTask
 from data.prompt import Prompt, final_answer
+from data.stories import StoryTask
 from decoding.text import encode
 from models.errors import InputError
 
@@ -23,14 +25,15 @@ BUNDLED = Path(__file__).resolve().parent / "bundled"
 
 @dataclass
 class PromptSource:
-    """Where prompts come from: the bundled sets, a reasoning-gym task, a file, or a data set of the Hugging Face hub.
+    """Where prompts come from: the bundled sets, a generator, a file, or a data set of the Hugging Face hub.
 
     Args:
-        path: ``bundled``; ``gym:<task>``; a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; or anything that
-            ``datasets.load_dataset`` takes. Code that comes with a data set is never run.
+        path: ``bundled``; ``stories:<task>``, of our own generator; ``gym:<task>``, of reasoning-gym; a ``.jsonl``, ``.json``,
+            ``.csv`` or ``.parquet`` file; or anything that ``datasets.load_dataset`` takes. Code that comes with a data
+            set is never run.
         split: Bundled: train, validation or test, by default all of them. Hub: the data set's own split, by default
             train. The split that a prompt belongs to here is decided by its hash all the same.
-        size: At most this many prompts, the tasks in turn. A reasoning-gym task needs it.
+        size: At most this many prompts, the tasks in turn. A generator needs it.
         task: Task name where there is no ``task_column``; by default the last part of the path.
         prompt_column: Column of the user's message.
         response_column: Column of the reference response, if there is one.
@@ -38,8 +41,9 @@ class PromptSource:
         task_column: Column of the task name, for sets of many tasks.
         subset: Hub: the data set's configuration.
         revision: Hub: the commit or tag.
-        seed: reasoning-gym: seed of the stream.
-        options: reasoning-gym: restrictions of the task, the fields of :class:`data.gym.GymTask`.
+        seed: Generators: seed of the stream.
+        options: Generators: restrictions of the task, the fields of :class:`data.stories.StoryTask` or
+            :class:`data.gym.GymTask`.
     """
 
     path: str = "bundled"
@@ -165,8 +169,8 @@ def _read(source: PromptSource) -> Iterator[Prompt]:
         raise InputError(f"{source.path}: size", source.size, "a whole number of at least 1")
     if source.path == "bundled":
         return _bundled(source)
-    if source.path.startswith("gym:"):
-        return _gym(source)
+    if source.path.startswith(("stories:", "gym:")):
+        return _generated(source)
     return _columns(source)
 
 
@@ -186,18 +190,20 @@ def _bundled(source: PromptSource) -> Iterator[Prompt]:
             yield prompt
 
 
-def _gym(source: PromptSource) -> Iterator[Prompt]:
+def _generated(source: PromptSource) -> Iterator[Prompt]:
     if source.size is None:
         raise InputError(f"{source.path}: size", None, "the number of prompts to generate")
+    kind, _, name = source.path.partition(":")
+    make, stream = (StoryTask, stories.samples) if kind == "stories" else (GymTask, gym.samples)
     unique: dict[str, Prompt] = {}
     try:
-        task = GymTask(source.path.removeprefix("gym:"), **source.options)
-        for prompt in itertools.islice(samples(task, source.seed), 20 * source.size + 1000):
+        prompts: Iterator[Prompt] = stream(make(name, **source.options), source.seed)  # type: ignore[arg-type]
+        for prompt in itertools.islice(prompts, 20 * source.size + 1000):
             unique.setdefault(prompt.prompt, prompt)
             if len(unique) == source.size:
                 break
     except (ImportError, TypeError, ValueError) as error:
-        raise InputError(source.path, error, "a reasoning-gym task with the options of data.gym.GymTask") from error
+        raise InputError(source.path, error, f"a task with the options of {make.__module__}.{make.__name__}") from error
     if len(unique) < source.size:
         raise InputError(f"{source.path}: size", source.size, f"at most {len(unique)}: so many different prompts came")
     yield from unique.values()
@@ -233,7 +239,7 @@ def _hub_rows(source: PromptSource) -> Iterable[Mapping[str, Any]]:
         )  # type: ignore[return-value]
     except Exception as error:  # the library raises its own, the file system's and the network's
         formats = ", ".join(_READERS)
-        accepted = f"bundled, gym:<task>, an existing file ({formats}) or a data set that can be loaded"
+        accepted = f"bundled, stories:<task>, gym:<task>, an existing file ({formats}) or a data set that can be loaded"
         raise InputError(f"prompt source {source.path!r}", str(error).splitlines()[0], accepted) from error
 
 

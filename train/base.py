@@ -80,6 +80,6 @@ if __name__ == "__main__":
         subcommands=("fit", "validate"),
         verbs={"export": export},
         checkpoint={"every_n_train_steps": 250},
-        callbacks=lambda folder: [EMAWeightAveraging(decay=0.999)],
+        callbacks=lambda folder: [EMAWeightAveraging(decay=0.995)],
         precision=precision(),
     )

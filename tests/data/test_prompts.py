@@ -231,3 +231,17 @@ def test_the_tokenizers_hash_sees_the_template_and_not_the_last_call(tokenizer) 
     assert tokenizer_hash(tokenizer) == before
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     assert tokenizer_hash(tokenizer) != before
+
+
+def test_stories_are_generated_as_they_are_asked_for() -> None:
+    source = PromptSource("stories:story", size=30, seed=3, options={"max_number": 30, "wording": "held_out"})
+    found = load_prompts([source])
+    assert len(found) == 30
+    assert found == load_prompts([source])
+    assert all(json.loads(prompt.metadata)["wording"] == "held_out" for prompt in found)
+    with pytest.raises(InputError, match="stories:story: size: found None"):
+        load_prompts([PromptSource("stories:story")])
+    with pytest.raises(InputError, match="story task: name: found 'tale'"):
+        load_prompts([PromptSource("stories:tale", size=3)])
+    with pytest.raises(InputError, match=r"accepted: a task with the options of data\.stories\.StoryTask"):
+        load_prompts([PromptSource("stories:story", size=3, options={"words": 3})])
