@@ -16,7 +16,7 @@ from decoding.config import DecodeConfig
 from models.errors import InputError
 
 _WINDOW = 16  # batches whose prompts are sorted by length together
-_SHARD = 4  # batches of a shard: as a row of the first is finished, one of the others takes its place
+SHARD = 4  # batches of a shard: as a row of the first is finished, one of the others takes its place
 
 
 @dataclass
@@ -158,7 +158,7 @@ class RolloutData(LightningDataModule):
         tokens = module.encode(self.prompts)
         done = {prompt for record in module.shards.written() for prompt in record["prompts"]}
         batches, size = [], self.settings.batch_size
-        for planned in plan([len(ids) for ids in tokens], size * _SHARD, _WINDOW // _SHARD):
+        for planned in plan([len(ids) for ids in tokens], size * SHARD, _WINDOW // SHARD):
             index = [n for n in planned if prompt_hash(self.prompts[n].prompt) not in done]
             if index:
                 batches.append(PromptBatch(index, [self.prompts[n] for n in index], [tokens[n] for n in index], size))

@@ -1,15 +1,19 @@
 """Rolls out a base model into labelled steps: ``python train/rollout.py predict``; settings in ``configs/rollout``."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from data.prompts import PromptSource, load_prompts, prompt_hash
-from data.rollout_data import RolloutData, RolloutSettings
+from data.prompts import PromptSource, load_prompts, prompt_hash, split_of
+from data.rollout_data import SHARD, RolloutData, RolloutSettings
 from data.shards import ShardWriter
 from decoding.config import DecodeConfig
 from decoding.memory_plan import plan_memory
 from decoding.strategies import make_strategy
 from train.cli import Command, run
 from train.rollout_module import RolloutModule, RolloutWriter
+from train.rollout_module import run as run_rollout
 
 
 def _report(command: Command) -> None:
@@ -47,6 +51,32 @@ def plan(
     )  # fmt: skip
 
 
+def estimate(rollout: RolloutSettings, accelerator: str = "auto") -> None:
+    """Prints how much work rollouts are, and keeps nothing: prompts, shards, and time and disk from the first shard.
+
+    Args:
+        rollout: What is to be rolled out.
+        accelerator: Lightning's accelerator.
+    """
+    prompts = rollout.prompts()
+    shards = -(-len(prompts) // (SHARD * rollout.batch_size))
+    print(f"{len(prompts)} prompts in {shards} shards of {SHARD} batches of {rollout.batch_size}")
+    for (task, split), count in sorted(Counter((p.task, split_of(p.prompt)) for p in prompts).items()):
+        print(f"  {task}, {split}: {count}")
+    with TemporaryDirectory() as folder:
+        sample = replace(rollout, folder=Path(folder), limit=min(len(prompts), SHARD * rollout.batch_size))
+        module = run_rollout(sample, accelerator=accelerator, devices=1)
+        (*_, record) = module.rollouts.manifest["shards"]
+        summary = module.summary()
+    share = len(prompts) / summary["rollout/prompts"]
+    for kind in ("steps", "sequences"):
+        print(f"  {kind}: {record[kind]['bytes'] * share / 2**20:.3g} MiB in all")
+    hours = len(prompts) / summary["rollout/prompts_per_second"] / 3600
+    print(f"{summary['rollout/prompts_per_second']:.2f} prompts a second on one {module.device.type} device, so about")
+    for devices in (1, 8, 64):
+        print(f"  {hours / min(devices, shards):.3g} hours on {devices}")
+
+
 def merge(folder: Path) -> None:
     """Finishes a set whose prompts are all decoded, by however many processes; may run while they still work.
 
@@ -72,7 +102,7 @@ if __name__ == "__main__":
         RolloutModule,
         RolloutData,
         subcommands=("predict",),
-        verbs={"plan": plan, "merge": merge},
+        verbs={"plan": plan, "estimate": estimate, "merge": merge},
         settings={"rollout": RolloutSettings},
         links=[("rollout", f"{part}.settings", None, "instantiate") for part in ("model", "data")],
         callbacks=lambda folder: [RolloutWriter()],

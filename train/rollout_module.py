@@ -176,13 +176,18 @@ def rollout(settings: RolloutSettings, *, accelerator: str = "auto", devices: in
     Raises:
         InputError: Bad prompts, or a folder with rollouts of another model or other settings.
     """
+    return run(settings, accelerator=accelerator, devices=devices, num_nodes=num_nodes).rollouts
+
+
+def run(settings: RolloutSettings, **devices: Any) -> RolloutModule:
+    """As :func:`rollout`, but returns the module, which knows how long it took."""
     module = RolloutModule(settings)
     trainer = Trainer(
-        accelerator=accelerator, devices=devices, num_nodes=num_nodes, logger=False, enable_checkpointing=False,
-        enable_model_summary=False, callbacks=[RolloutWriter(), progress()],
+        logger=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[RolloutWriter(), progress()],
+        **devices,
     )  # fmt: skip
     trainer.predict(module, RolloutData(settings), return_predictions=False)
-    return module.rollouts
+    return module
 
 
 def roll_out(command: Command) -> None:

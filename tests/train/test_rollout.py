@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from decoding.loop import decode
 from models import LLaDAConfig, LLaDAModelLM
 from models.errors import InputError
 from models.tokenizer import train_tokenizer
-from train.rollout import merge
+from train.rollout import estimate, merge
 from train.rollout_module import rollout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,6 +147,16 @@ def test_runs_on_one_folder_share_its_work_and_one_that_dies_is_replaced(
     decoded = [int(part.split(",")[0]) for part in told.split("decoded ")[1:]]
     assert len(decoded) == 2
     assert sum(decoded) <= 40  # none of it twice
+
+
+def test_an_estimate_decodes_one_shard_and_keeps_nothing(base: Path, sources, tmp_path: Path, capsys) -> None:
+    estimate(RolloutSettings(str(base), tmp_path / "set", sources, batch_size=2, **SETTINGS), accelerator="cpu")
+    said = capsys.readouterr().out
+    assert said.startswith("40 prompts in 5 shards of 4 batches of 2\n  sums, test: 5\n")
+    hours = {int(n): float(h) for h, n in re.findall(r"([\d.e-]+) hours on (\d+)", said)}
+    assert hours[8] == hours[64] == pytest.approx(hours[1] / 5, rel=0.01)  # five shards keep five devices busy
+    assert re.search(r"steps: [\d.]+ MiB", said)
+    assert not (tmp_path / "set").exists()
 
 
 def test_what_others_decode_is_left_to_them(base: Path, sources, whole: Path, tmp_path: Path, capsys) -> None:
