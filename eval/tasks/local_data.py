@@ -6,6 +6,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from data.prompt import final_answer, is_number
+
 
 def load(file: str, **_: Any) -> dict[str, Dataset]:
     """The rows of a JSONL file of this folder, as lm-eval's test split.
@@ -19,5 +21,5 @@ def load(file: str, **_: Any) -> dict[str, Dataset]:
 
 
 def final_answers(responses: list[list[str]], docs: list[dict[str, Any]]) -> list[str]:
-    """A filter of lm-eval: what follows the mark that ends every answer; nothing where it was not reached."""
-    return [texts[0].partition("####")[2].strip() for texts in responses]
+    """A filter of lm-eval: the part of each first response that is judged."""
+    return [final_answer(texts[0], is_number(doc["answer"])) for texts, doc in zip(responses, docs, strict=True)]

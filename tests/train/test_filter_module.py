@@ -1,5 +1,6 @@
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,10 +178,12 @@ def test_splits_go_by_prompt_and_passes_by_name():
 def test_records_come_from_the_rollout_folder(monkeypatch):
     asked = []
     monkeypatch.setattr("data.shards.load_records", lambda *given: asked.append(given) or records(400))
+    monkeypatch.setattr("data.filter_data.open_rollouts", lambda folder: SimpleNamespace(folder=folder, digest="abc"))
     module = FilterDataModule(Path("rollouts"), passes=["oracle"])
     module.setup("fit")
     module.setup("validate")  # a second stage reads nothing again
-    assert asked == [(Path("rollouts"), ["oracle"])]
+    ((rollouts, passes),) = asked
+    assert (rollouts.folder, passes, module.digest) == (Path("rollouts"), ["oracle"], "abc")
     assert len(module.parts["train"])
 
 
