@@ -47,12 +47,6 @@ def first_eot(sequences: Tensor, eot_id: int) -> Tensor:
     return found.to(torch.uint8).argmax(dim=-1)
 
 
-def ended(sequences: Tensor, eot_id: int) -> Tensor:
-    """True at and after each sequence's first EoT: ``(..., G)`` int64 to ``(..., G)`` bool."""
-    index = torch.arange(sequences.shape[-1], device=sequences.device)
-    return index >= first_eot(sequences, eot_id)[..., None]
-
-
 def of_block(region: Tensor, block: Tensor, block_length: int) -> Tensor:
     """The columns of each row's active block.
 

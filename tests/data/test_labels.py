@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.labels import PASSES, after_eot, collect, ended, first_eot, history, labels, of_block, records_of
+from data.labels import PASSES, after_eot, collect, first_eot, history, labels, of_block, records_of
 from data.shards import ShardWriter, load_records
 from decoding.config import DecodeConfig
 from decoding.loop import decode
@@ -17,7 +17,9 @@ def test_first_eot_is_its_index_or_the_length() -> None:
     sequences = torch.tensor([[1, 2, EOT, EOT], [EOT, 1, EOT, 1], [1, 2, 3, 4]])
     assert first_eot(sequences, EOT).tolist() == [2, 0, 4]
     assert first_eot(sequences[2], EOT).item() == 4
-    assert ended(sequences, EOT).int().tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]
+    block = torch.zeros(3, dtype=torch.int64)
+    after = after_eot(first_eot(sequences, EOT), block, 4)
+    assert after.int().tolist() == [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]]
 
 
 def test_columns_of_the_active_block() -> None:
