@@ -330,6 +330,86 @@ def render(result: Path, margin: float = MARGIN) -> None:
     print(f"wrote {result.stem}.json, {result.stem}.md and {result.stem}.png to {result.parent}")
 
 
+def readme(result: Path, section: str = "headline", target: Path = Path("README.md")) -> None:
+    """Writes the figures of a result between the comments ``<!-- section -->`` and ``<!-- /section -->`` of a text.
+
+    Args:
+        result: A JSON file written by ``eval/bench.py``.
+        section: ``headline``, ``cost`` or ``apd``.
+        target: The text.
+    """
+    if section not in _SECTIONS:
+        raise InputError("section", section, " | ".join(_SECTIONS))
+    begin, end = f"<!-- {section} -->\n", f"<!-- /{section} -->"
+    text = target.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or end not in text.split(begin)[1]:
+        raise InputError(str(target), f"no lines {begin.strip()} and {end}", "both, in this order")
+    before, rest = text.split(begin)
+    lines = _SECTIONS[section](read(result))
+    write_aside(target, "".join([before, begin, *(f"{line}\n" for line in lines), end, rest.split(end, 1)[1]]))
+
+
+def _short_headline(result: dict[str, Any]) -> list[str]:
+    """The cheapest setting of each strategy at equal quality, in forwards, of the first group of rows."""
+    columns = ["strategy", "cheapest setting as good", "exact match", "difference (95 %)", "same text", "NFE"]
+    columns += [f"× fewer than {name}" for name in ("full_step", "best threshold", "oracle")] + ["tokens/s"]
+    rows = {row["label"]: row for row in result["rows"]}
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for entry in result["headline"][0]["strategies"]:
+        cells, pick = [entry["strategy"]], entry["forwards"]
+        if pick is None:
+            cells += [f"none of {entry['settings_tried']}", *["–"] * 8]
+        else:
+            mark = " ✓" if pick["confirmed"] and pick["label"] != pick["reference"] else ""
+            cells += [pick["label"], _percent(pick["exact_match"]), _difference(pick) + mark]
+            cells += [_percent(rows[pick["label"]]["sequence_agreement"]), f"{pick['nfe_mean']:.1f}"]
+            cells += [_times(pick, name) for name in ("full_step", "threshold", "oracle")]
+            cells += [f"{pick['tokens_per_second']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+_COST = {
+    "decode": _ALL["decode"],
+    "prompts": _ALL["prompts"],
+    "batch": lambda row: str(row["settings"]["batch_size"]),
+    "dtype": lambda row: row["settings"]["dtype"].replace("float32", "fp32").replace("bfloat16", "bf16"),
+    "exact match": lambda row: _percent(row["exact_match"]),
+    "same text": _ALL["same text"],
+    "NFE": lambda row: f"{row['nfe_mean']:.1f}",
+    "tokens/s": _ALL["tokens/s"],
+    "loop's share of the wall": lambda row: _percent(row["loop_share"]),
+}
+_APD = {
+    "decode": _ALL["decode"],
+    "exact match": _COST["exact match"],
+    "difference (95 %)": _difference,
+    "same text": _ALL["same text"],
+    "NFE": _COST["NFE"],
+    "tokens/forward": _ALL["tokens/forward"],
+    "tokens/s": _ALL["tokens/s"],
+    "without the helper's time": lambda row: f"{row['tokens_per_second_without_helper']:.0f}",
+}
+
+
+def _beside_apd(row: Row) -> bool:
+    """APD's rows, and what the reader compares them with."""
+    return row["settings"]["strategy"] == "apd" or row["label"] in ("full_step", "threshold 0.9", "oracle")
+
+
+def _cost_shown(row: Row, first: Row) -> bool:
+    """Rows of the first one's lengths, of four strategies that stand for the others."""
+    same = all(row["settings"][name] == first["settings"][name] for name in ("gen_length", "block_length"))
+    return same and row["settings"]["strategy"] in ("full_step", "threshold", "dico", "learn2pd")
+
+
+_SECTIONS = {
+    "headline": _short_headline,
+    "cost": lambda result: _table([row for row in result["rows"] if _cost_shown(row, result["rows"][0])], _COST),
+    "apd": lambda result: _table([row for row in result["rows"] if _beside_apd(row)], _APD),
+}
+
+
 def write(result: dict[str, Any], folder: Path, margin: float, name: str = "bench") -> None:
     """Writes a result as JSON, Markdown and a picture, with its headline.
 
@@ -347,4 +427,4 @@ def write(result: dict[str, Any], folder: Path, margin: float, name: str = "benc
 
 
 if __name__ == "__main__":
-    command({"compare": compare, "render": render})
+    command({"compare": compare, "render": render, "readme": readme})

@@ -7,7 +7,7 @@ import pytest
 from eval.command import command
 from eval.headline import confirmed, headline, summary
 from eval.intervals import paired, wilson
-from eval.report import changes, compare, draw, markdown, read, render, variant, write
+from eval.report import changes, compare, draw, markdown, read, readme, render, variant, write
 from models.errors import InputError
 
 PROMPTS = 1000
@@ -32,7 +32,8 @@ def row(strategy, label, lost, nfe, speed, **settings):
     return figures | {
         "label": label, "reference": "full_step", "settings": {"strategy": strategy} | common | settings,
         "by_task": {"sums": figures}, "by_length": {"1 to 2": figures}, "tokens_per_second": speed, "seconds": 4.0,
-        "predictor_seconds": 3.0, "helper_seconds": 0.0, "loop_seconds": 1.0, "empty_answers": 0.0,
+        "predictor_seconds": 3.0, "helper_seconds": 0.0, "loop_seconds": 1.0,
+        "loop_share": 0.25, "tokens_per_second_without_helper": speed, "empty_answers": 0.0,
         "truncated_correct_answers": lost / PROMPTS, "forwards_saved_by_eot": None, "memory": None,
         "right": "0" * lost + "1" * count, "scorers": ["final answer"],
     }  # fmt: skip
@@ -211,3 +212,33 @@ def test_two_files_are_compared(tmp_path, capsys):
     words = ["compare", "--before", str(tmp_path / "before.json"), "--after", str(tmp_path / "after.json")]
     command({"compare": compare}, args=[*words, "--out", str(tmp_path / "changes.md")])
     assert (tmp_path / "changes.md").read_text() in capsys.readouterr().out
+
+
+def test_a_text_takes_its_figures_from_a_result(tmp_path, capsys):
+    write(result([*ROWS, row("apd", "apd R 0", 0, 3.0, 50)]), tmp_path, 0.01)
+    text = tmp_path / "README.md"
+    text.write_text("A\n<!-- headline -->\nstale\n<!-- /headline -->\nB\n<!-- apd -->\n<!-- /apd -->\nC\n")
+    for section in ("headline", "apd", "headline"):  # writing twice changes nothing
+        words = ["--result", str(tmp_path / "bench.json"), "--target", str(text), "--section", section]
+        command({"readme": readme}, args=["readme", *words])
+    found = text.read_text()
+    assert "stale" not in found
+    assert found.startswith("A\n<!-- headline -->\n| strategy |")
+    assert "| threshold | threshold 0.9 | 99.0 % | -1.0" in found
+    assert "| dico | none of 1 | – |" in found
+    apd = found.split("<!-- apd -->")[1].split("<!-- /apd -->")[0]
+    assert [line.split(" | ")[0] for line in apd.strip().splitlines()[2:]] == [
+        "| full_step", "| threshold 0.9", "| oracle", "| apd R 0"
+    ]  # fmt: skip
+    assert found.endswith("<!-- /apd -->\nC\n")
+
+
+def test_a_text_without_the_place_for_figures_is_named(tmp_path):
+    write(result(), tmp_path, 0.01)
+    text = tmp_path / "README.md"
+    text.write_text("<!-- /cost -->\n<!-- cost -->\n")
+    with pytest.raises(InputError, match=r"README.md: found no lines <!-- cost --> and <!-- /cost -->"):
+        readme(tmp_path / "bench.json", "cost", text)
+    with pytest.raises(InputError, match=r"section: found tables; accepted: headline \| cost \| apd"):
+        readme(tmp_path / "bench.json", "tables", text)
+    assert text.read_text() == "<!-- /cost -->\n<!-- cost -->\n"
