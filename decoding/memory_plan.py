@@ -119,7 +119,9 @@ def _request(
         )  # fmt: skip
     references = torch.zeros(rows, config.gen_length, dtype=torch.long) if strategy.name == "oracle" else None
     output = empty_output(rows, config)
-    return Request(predictor, [[4] * length] * rows, config, strategy, output, references, record, eot)
+    return Request(
+        predictor, [[4] * length] * rows, config, strategy, output, references, record=record, record_eot=eot
+    )
 
 
 def _measure(request: Request) -> MemoryPlan:

@@ -15,7 +15,7 @@ from decoding.output import DecodeOutput, StepResult, StepTrace, Timer
 from decoding.plan import ForwardPlan
 from decoding.read import Noise
 from decoding.scheduler import Scheduler, Slot
-from decoding.state import BatchState
+from decoding.state import BatchState, Begun
 from decoding.step import Decision
 from models.features import Evidence
 from models.llada import KVCache
@@ -36,6 +36,7 @@ class Request:
         strategy: Chooses the commits.
         output: Receives sequences, counts and trace.
         references: ``(B, gen_length)`` int64, reference decodes for strategies that need them.
+        regions: ``(B, gen_length)`` int64, what each row begins from: MASK where it is to be decoded; all MASK by default.
         record: Keep a :class:`~decoding.output.StepTrace` of every step, with evidence on all positions of the block.
         record_eot: Also record the EoT evidence over the whole generated region.
         seeds: Noise seed of each row; its place among the prompts by default.
@@ -51,6 +52,7 @@ class Request:
     strategy: "Strategy"
     output: DecodeOutput
     references: Tensor | None = None
+    regions: Tensor | None = None
     record: bool = False
     record_eot: bool = False
     seeds: Sequence[int] | None = None
@@ -81,8 +83,10 @@ class Run(ABC):
         self.sequences = self.output.sequences.to(device)
         self.noise = Noise(config, request.seeds if request.seeds is not None else range(len(prompts)), device)
         capacity = min(request.batch_size or len(prompts), len(prompts))
-        self.scheduler = Scheduler([len(prompt) for prompt in prompts], config, capacity)
-        self.state = BatchState(request.predictor.ids, prompts, config, self.scheduler, device)
+        ids, widths = request.predictor.ids, [len(prompt) for prompt in prompts]
+        begun = None if request.regions is None else Begun(request.regions, len(prompts), ids, config)
+        self.scheduler = Scheduler(widths, config, capacity, begun and begun.progress)
+        self.state = BatchState(ids, prompts, config, self.scheduler, device, begun)
         self.rule = RULES[config.eot]()
         self.timer = Timer(device)
         self.cache: KVCache | None = None

@@ -56,19 +56,23 @@ class Scheduler:
         widths: Tokens of each prompt.
         config: Decode settings.
         capacity: Most rows at a time.
+        begun: For each prompt whose region is not all MASK, a slot's ``left``, ``block_masked``, ``end`` and ``block``.
 
     Attributes:
         slots: The live rows.
     """
 
-    def __init__(self, widths: Sequence[int], config: DecodeConfig, capacity: int) -> None:
-        self.widths, self.config = widths, config
+    def __init__(
+        self, widths: Sequence[int], config: DecodeConfig, capacity: int, begun: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        fresh = (config.gen_length, config.block_length, config.gen_length, 0)
+        self.widths, self.config, self.begun = widths, config, begun or [fresh] * len(widths)
         self.waiting = deque(sorted(range(len(widths)), key=lambda row: -widths[row]))
         self.slots = [self._admit() for _ in range(capacity)]
 
     def _admit(self) -> Slot:
-        row, config = self.waiting.popleft(), self.config
-        return Slot(row, self.widths[row], config.gen_length, config.block_length, config.gen_length)
+        row = self.waiting.popleft()
+        return Slot(row, self.widths[row], *self.begun[row])
 
     @property
     def rows(self) -> list[int]:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from decoding.config import DecodeConfig
+from decoding.eot import first_true
 from decoding.scheduler import Changes, Scheduler
+from models.errors import InputError
 from models.predictor import TokenIds
 
 
@@ -25,6 +27,45 @@ class RowTensor:
         self.value = initial.expand(rows, *initial.shape).clone()
 
 
+class Begun:
+    """Regions that are decoded in part, and how far each is.
+
+    Args:
+        regions: ``(B, G)`` int64, MASK where a position is to be decoded.
+        prompts: ``B``.
+        ids: Special token ids.
+        config: Decode settings; unless their EoT rule is ``off``, a region ends at its first EoT.
+
+    Attributes:
+        ids: ``(B, G)`` int64, EoT right of the end.
+        masked: ``(B, G)`` bool.
+        end: ``(B,)`` int64, generated positions that are left.
+        block: ``(B,)`` int64, the first block with a masked position.
+        progress: Of each row, masked positions, those of its block, ``end`` and ``block``: what a scheduler knows.
+
+    Raises:
+        InputError: A region of another shape, or one in which nothing is left to decode.
+    """
+
+    def __init__(self, regions: Tensor, prompts: int, ids: TokenIds, config: DecodeConfig) -> None:
+        if regions.shape != (prompts, config.gen_length):
+            raise InputError("regions", tuple(regions.shape), f"shape ({prompts}, {config.gen_length})")
+        last = torch.full_like(regions[:, 0], config.gen_length)
+        if config.eot != "off":
+            last = first_true(regions == ids.eot)
+        after = torch.arange(config.gen_length, device=regions.device) > last[:, None]
+        self.ids = regions.masked_fill(after, ids.eot)
+        self.masked = (regions == ids.mask) & ~after
+        self.end = (last + 1).clamp(max=config.gen_length)
+        of_blocks = self.masked.unflatten(1, (-1, config.block_length)).sum(2)
+        self.block = (of_blocks > 0).int().argmax(1)
+        in_block = of_blocks.gather(1, self.block[:, None])[:, 0]
+        self.progress = torch.stack((self.masked.sum(1), in_block, self.end, self.block), 1).tolist()
+        for row, (left, *_) in enumerate(self.progress):
+            if not left:
+                raise InputError(f"regions: row {row}", "nothing to decode", f"MASK ({ids.mask}) before the text ends")
+
+
 class BatchState:
     """What every decode keeps of its rows, and whatever else their owners register to follow them.
 
@@ -37,6 +78,7 @@ class BatchState:
         config: Decode settings.
         scheduler: The rows.
         device: Where the predictor is.
+        begun: What the rows begin with, where that is not MASK alone.
 
     Attributes:
         prompt_width: ``P``.
@@ -53,8 +95,10 @@ class BatchState:
         config: DecodeConfig,
         scheduler: Scheduler,
         device: torch.device,
+        begun: Begun | None = None,
     ) -> None:
         self.token_ids, self.prompts, self.config, self.scheduler, self.device = ids, prompts, config, scheduler, device
+        self.begun = begun
         self.prompt_width = max(len(prompt) for prompt in prompts)
         self.owned: list[RowTensor] = []
         self.region = torch.arange(config.gen_length, device=device)
@@ -179,6 +223,10 @@ class BatchState:
         self.ids[slot, pad : self.prompt_width] = prompt.to(self.device)
         self.attention[slot, :pad] = False
         self.positions[slot] = (self.storage - pad).clamp_(min=0)
+        if (begun := self.begun) is not None:
+            self.generated[slot], self.masked[slot] = begun.ids[row].to(self.device), begun.masked[row].to(self.device)
+            self.end[slot], self.block[slot] = begun.end[row], begun.block[row]
+            self.attention[slot, self.prompt_width :] = self.region < self.end[slot]
 
     def _look(self) -> None:
         """Brings what follows from the active blocks up to date."""

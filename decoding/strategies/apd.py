@@ -81,6 +81,8 @@ class APD(Strategy):
         self.network.to(predictor.device)
 
     def start(self, request: Request) -> Run:
+        if request.regions is not None:
+            raise InputError("regions", "given", "none with apd, which decodes from the first position on")
         return ApdRun(request, self)
 
     def settings(self) -> dict[str, Any]:

@@ -400,3 +400,64 @@ def test_strategies_are_refused_by_name():
 def test_oracle_without_references_says_so(random_llada, prompts):
     with pytest.raises(InputError, match="references: found none"):
         decode(random_llada, prompts, CONFIG, make_strategy("oracle"))
+
+
+def states(output, config, mask=MASK):
+    """Each row's region before each of its forwards, from its trace: row to a list of ``(G,)``."""
+    found = {row: [] for row in range(len(output.nfe))}
+    regions = torch.full_like(output.sequences, mask)
+    for step in output.trace:
+        for number, row in enumerate(step.rows.tolist()):
+            found[row].append(regions[row].clone())
+            block = regions[row].view(-1, config.block_length)[step.block[number]]
+            block[step.transfer[number]] = step.committed[number][step.transfer[number]]
+    return found
+
+
+@pytest.mark.parametrize("eot", ["off", "commit", "published"])
+def test_a_decode_goes_on_from_any_of_its_states(random_llada, prompts, eot):
+    config = DecodeConfig(32, 8, eot=eot)
+    strategy = make_strategy("threshold", threshold=0.2)
+    whole = decode(random_llada, prompts, config, strategy, record=True)
+    begun = states(whole, config)
+    assert len({len(steps) for steps in begun.values()}) > 1
+    for share in (0.0, 0.4, 0.8, 1.0):  # row by row elsewhere, and more prompts than rows
+        step = [round(share * (len(begun[row]) - 1)) for row in range(len(prompts))]
+        regions = torch.stack([begun[row][at] for row, at in enumerate(step)])
+        rest = decode(random_llada, prompts, config, strategy, regions=regions, batch_size=2)
+        assert torch.equal(rest.sequences, whole.sequences)
+        assert torch.equal(rest.nfe, whole.nfe - torch.tensor(step))
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_begun_region_is_decoded_with_a_cache(random_llada, prompts, cache):
+    # With a refresh at every step a cache is exact, so the states of a decode without one are its own.
+    plain, cached = DecodeConfig(32, 8, eot="off"), DecodeConfig(32, 8, eot="off", cache=cache, refresh=1)
+    whole = decode(random_llada, prompts, plain, make_strategy("full_step"), record=True)
+    regions = torch.stack([steps[11] for steps in states(whole, plain).values()])
+    rest = decode(random_llada, prompts, cached, make_strategy("full_step"), regions=regions, batch_size=2)
+    assert torch.equal(rest.sequences, whole.sequences)
+
+
+def test_a_begun_region_keeps_what_it_holds_and_ends_at_its_eot(random_llada, prompts):
+    regions = torch.full((len(prompts), 32), MASK)
+    regions[:, [0, 5, 9]] = torch.tensor([7, 8, 9])
+    regions[1, 12], regions[1, 20] = EOT, 11  # what stands right of the end is not kept
+    out = decode(random_llada, prompts, DecodeConfig(32, 8, eot="commit"), make_strategy("full_step"), regions=regions)
+    text = out.sequences[1]
+    assert text[[0, 5, 9]].tolist() == [7, 8, 9]
+    assert (text[12:] == EOT).all()
+    assert out.nfe[1] <= 9
+    off = decode(random_llada, prompts, CONFIG, make_strategy("full_step"), regions=regions)
+    assert off.sequences[1, [12, 20]].tolist() == [EOT, 11]
+    assert off.nfe.tolist() == [29, 27, *[29] * (len(prompts) - 2)]
+
+
+def test_regions_that_cannot_be_decoded_are_named(random_llada, prompts):
+    regions = torch.full((len(prompts), 32), MASK)
+    full_step = make_strategy("full_step")
+    with pytest.raises(InputError, match=r"regions: found \(5, 31\); accepted: shape \(5, 32\)"):
+        decode(random_llada, prompts, CONFIG, full_step, regions=regions[:, 1:])
+    regions[3, 0] = EOT
+    with pytest.raises(InputError, match=r"regions: row 3: found nothing to decode; accepted: MASK \(63\) before"):
+        decode(random_llada, prompts, DecodeConfig(32, 8, eot="commit"), full_step, regions=regions)

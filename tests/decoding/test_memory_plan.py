@@ -96,7 +96,16 @@ def test_a_step_reads_the_device_once(random_helper, name, cache, record):
         references = torch.zeros(rows, 64, dtype=torch.long) if name == "oracle" else None
         strategy = strategy_of(name, random_helper)
         prompts = [[4] * 5, [4] * 9, [4] * 9]
-        request = Request(predictor, prompts, config, strategy, empty_output(rows, config), references, record, record)
+        request = Request(
+            predictor,
+            prompts,
+            config,
+            strategy,
+            empty_output(rows, config),
+            references,
+            record=record,
+            record_eot=record,
+        )
         run = strategy.start(request)
         reads = []
 
