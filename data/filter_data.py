@@ -24,7 +24,7 @@ class FilterBatch:
         evidence: What the predictor said.
         final: bool, True where the guess was already the reference's token.
         tail: bool, True after the reference's first EoT.
-        example: bool, True where a filter has something to say: masked, and not full_step's own choice of that step.
+        example: bool, True where a filter has something to say: masked, and not full_step's own choice in that state.
         weight: float32, share of each position in the loss; 0 where it is no example.
     """
 
@@ -150,15 +150,16 @@ class FilterDataModule(LightningDataModule):
     def _part(self, records: Records, split: str, device: torch.device) -> FilterBatch:
         """All records of one split, on the device.
 
-        What full_step commits is final by construction, and committed whatever a filter says: no example. The passes count
-        alike in the loss, however many steps each takes: full_step has some ten states for each of the oracle's.
+        What full_step would commit is committed whatever a filter says, and final by construction where the labels come from
+        that state on (all passes but the oracle's): no example. The passes count alike in the loss, however many steps each
+        takes: full_step has some ten states for each of the oracle's.
         """
         wanted = torch.tensor([PASSES.index(name) for name in self.passes or PASSES])
         in_split = torch.tensor([name == split for name in records.splits], dtype=torch.bool)
         rows = (in_split[records.prompt] & torch.isin(records.passes, wanted)).nonzero()[:, 0]
         evidence = records.evidence.each(lambda values: values[rows])
         passes, tail, example = records.passes[rows], records.tail[rows], evidence.masked.clone()
-        own = (passes == PASSES.index("full_step")).nonzero()[:, 0]
+        own = (passes != PASSES.index("oracle")).nonzero()[:, 0]
         example[own, evidence.confidence[own].masked_fill(~evidence.masked[own], -1).argmax(1)] = False
         count = passes.bincount(minlength=len(PASSES))
         share = len(passes) / (count.clamp(min=1) * (count > 0).sum().clamp(min=1))

@@ -1,7 +1,7 @@
 """Labels from decode traces: which guesses were already final, and where the text ends. Pure functions of tensors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ class Records:
     Attributes:
         evidence: What the predictor said about the active block, ``(R, K)`` fields.
         final: ``(R, K)`` bool, True where the guess equals the reference's token.
-        tail: ``(R, K)`` bool, True after the reference's first EoT: padding, which says nothing about the text.
+        tail: ``(R, K)`` bool, True after the first EoT of what the row was compared with: padding, which says nothing
+            about the text.
         prompt: ``(R,)`` int64, index of the prompt in ``prompt_ids``.
         passes: ``(R,)`` int64, index into ``PASSES``: which decode the row was recorded in.
         block: ``(R,)`` int64, number of the active block.
@@ -36,9 +37,31 @@ class Records:
     prompt_ids: list[str]
     splits: list[str]
 
+    def take(self, rows: Tensor) -> "Records":
+        """The rows at ``rows`` ``(r,)`` int64; of the same prompts."""
+        names = ("final", "tail", "prompt", "passes", "block", "step")
+        tensors = {name: getattr(self, name)[rows] for name in names}
+        return replace(self, evidence=self.evidence.each(lambda values: values[rows]), **tensors)
+
 
 PASSES = ("full_step", "oracle", "filter")
-"""The decodes that records come from: the reference itself, the oracle's pass, and a trained filter's own pass."""
+"""The decodes that records come from: the reference itself, the oracle's pass, and a trained filter's own pass. A filter
+leaves the reference's path, so its states are labelled by their own completions: the reference says nothing of them."""
+
+
+@dataclass
+class Completions:
+    """What full_step makes of ``S`` states of a decode.
+
+    Attributes:
+        rows: ``(S,)`` int64, index of the prompt.
+        step: ``(S,)`` int64, forwards that the prompt's decode had had before.
+        sequences: ``(S, G)`` int64, the state decoded to the end.
+    """
+
+    rows: Tensor
+    step: Tensor
+    sequences: Tensor
 
 
 def first_eot(sequences: Tensor, eot_id: int) -> Tensor:
@@ -77,11 +100,56 @@ def labels(steps: StepTrace, references: Tensor) -> Tensor:
     return (evidence.token == reference) & evidence.masked
 
 
+def targets(
+    steps: StepTrace, references: Tensor, completions: Completions | None, eot_id: int
+) -> tuple[Tensor, Tensor]:
+    """Labels of recorded steps and where the text of each ends.
+
+    Args:
+        steps: Steps of ``R`` rows, as :func:`collect` gives them.
+        references: ``(P, G)`` int64, the reference sequence of each prompt that ``steps.rows`` counts.
+        completions: Of the states that have labels; ``None``: the references are everybody's.
+        eot_id: Id of EoT.
+
+    Returns:
+        ``final`` ``(R, K)`` bool, as :func:`labels`, and ``end`` ``(R,)`` int64, the first EoT of what a row was compared with,
+        -1 where there are no labels.
+    """
+    if completions is None:
+        return labels(steps, references), first_eot(references, eot_id)[steps.rows]
+    many = int(steps.step.max()) + 1
+    place = torch.full((len(references) * many,), -1)
+    place[completions.rows * many + completions.step] = torch.arange(len(completions.rows))
+    which = place[steps.rows * many + steps.step]
+    final = labels(replace(steps, rows=which.clamp(min=0)), completions.sequences) & (which >= 0)[:, None]
+    end = first_eot(completions.sequences, eot_id)[which.clamp(min=0)]
+    return final, torch.where(which >= 0, end, -1)
+
+
+def regions(steps: StepTrace, gen_length: int, mask_id: int) -> Tensor:
+    """The generated region as it stood before each step, ``(R, G)`` int64, MASK where nothing was committed yet.
+
+    Args:
+        steps: All steps of some decodes, as :func:`collect` gives them.
+        gen_length: ``G``.
+        mask_id: Id of MASK.
+    """
+    length = steps.transfer.shape[1]
+    before = torch.full((len(steps.rows), gen_length), mask_id)
+    columns = steps.block[:, None] * length + torch.arange(length)
+    for row in range(1, len(before)):
+        if steps.rows[row] == steps.rows[row - 1]:
+            before[row] = before[row - 1]
+            chosen = steps.transfer[row - 1]
+            before[row, columns[row - 1][chosen]] = steps.committed[row - 1][chosen]
+    return before
+
+
 def after_eot(first: Tensor, block: Tensor, block_length: int) -> Tensor:
     """True at the positions of a block that lie after the reference's first EoT.
 
     Args:
-        first: ``(R,)`` int64, index of the first EoT in each row's reference.
+        first: ``(R,)`` int64, index of the first EoT in what each row was compared with.
         block: ``(R,)`` int64, number of the active block.
         block_length: ``K``.
 

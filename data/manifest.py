@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 from data.tables import SEQUENCE_COLUMNS, STEP_COLUMNS
 from models.errors import InputError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 COLUMNS = {"steps": STEP_COLUMNS, "sequences": SEQUENCE_COLUMNS}
 """The two kinds of files of a shard and their columns."""
 _OLDER = {"states": "pass"}  # schema version 1: name of a column to the one it has now
+_ADDED = ("end",)  # columns that came with schema version 3; without it labels come from the references
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Rollouts:
         """The ``"steps"`` or ``"sequences"`` tables, in the order of the shards."""
         for shard in self.manifest["shards"]:
             file = self.folder / shard[kind]["file"]
-            there, names = _columns(file), list(columns or COLUMNS[kind])
+            there = _columns(file)
+            names = [name for name in columns or COLUMNS[kind] if name in there or name not in _ADDED]
             yield pq.read_table(file, columns=[there[name] for name in names]).rename_columns(names)
 
 
@@ -97,8 +99,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(str(path), error, "the manifest of a rollout set") from error
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if found not in (1, SCHEMA_VERSION):
-        raise InputError(f"{path}: schema_version", found, f"1 | {SCHEMA_VERSION}")
+    if found not in (1, 2, SCHEMA_VERSION):
+        raise InputError(f"{path}: schema_version", found, f"1 | 2 | {SCHEMA_VERSION}")
     required = ("complete", "model_fingerprint", "tokenizer_hash", "settings", "sources", "shards")
     if missing := [name for name in required if name not in manifest]:
         raise InputError(f"{path}: {missing[0]}", "no such field", f"the fields {', '.join(required)}")
@@ -146,7 +148,7 @@ def _check_file(path: Path, described: Mapping[str, Any], columns: Sequence[str]
         there = _columns(path)
     except (pa.ArrowException, OSError) as error:
         raise InputError(str(path), f"a corrupt or truncated file ({error})", "an intact Parquet shard") from error
-    if missing := [column for column in columns if column not in there]:
+    if missing := [column for column in columns if column not in there and column not in _ADDED]:
         raise InputError(f"{path}: column {missing[0]!r}", f"columns {', '.join(there)}", ", ".join(columns))
     if not intact(path, described):
         raise InputError(f"{path}: sha256", f"{sha256(path)} (corrupt or truncated)", described["sha256"])

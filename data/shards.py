@@ -161,7 +161,7 @@ class ShardWriter:
             "prompts": batch.hashes,
             "splits": dict(sorted(Counter(batch.splits).items())),
             "passes": {name: int(nfe.sum()) for name, nfe in batch.nfe.items()},
-            "steps": self._write_table(f"steps-{name}.parquet", steps_table(batch)),
+            "steps": self._write_table(f"steps-{name}.parquet", steps_table(batch, self.eot_id)),
             "sequences": self._write_table(f"sequences-{name}.parquet", sequences_table(batch, self.eot_id)),
         }
         write_json(self.folder / f"shard-{name}.json", record)
@@ -309,19 +309,20 @@ def load_records(
         pa.concat_tables(rollouts.tables("sequences", ["index", "prompt_id", "split", "first_eot"]))
     ).slice(0, limit)
     # The narrow columns first: they say where each row of the files goes, so the wide ones are laid down only once.
-    keep, keys = _keys(rollouts, prompts["prompt_id"].combine_chunks(), passes or recorded)
+    keep, keys = _keys(rollouts, prompts, passes or recorded)
     order = np.lexsort((keys["step"], keys["pass"], keys["prompt"]))
     prompt, which, block, step = (torch.from_numpy(keys[name][order]) for name in ("prompt", "pass", "block", "step"))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     wide = _wide(rollouts, keep, place)
     stable, previous = history(wide["masked"], wide["token"], wide["confidence"], prompt * len(PASSES) + which, block)
-    first = torch.from_numpy(prompts["first_eot"].to_numpy().astype(np.int64))
-    final, tail = wide.pop("final"), after_eot(first[prompt], block, wide["masked"].shape[1])
+    end = torch.from_numpy(keys["end"][order])
+    final, tail = wide.pop("final"), after_eot(end, block, wide["masked"].shape[1])
     ids, splits = prompts["prompt_id"].to_pylist(), prompts["split"].to_pylist()
-    return Records(
-        Evidence(**wide, stable=stable, previous=previous), final, tail, prompt, which, block, step, ids, splits
-    )
+    evidence = Evidence(**wide, stable=stable, previous=previous)
+    records = Records(evidence, final, tail, prompt, which, block, step, ids, splits)
+    # Only now: the rows without labels are part of the others' history.
+    return records if (end >= 0).all() else records.take((end >= 0).nonzero()[:, 0])
 
 
 def _opened(rollouts: Rollouts | str | Path) -> Rollouts:
@@ -337,18 +338,20 @@ def _in_order(sequences: pa.Table) -> pa.Table:
 
 
 def _keys(
-    rollouts: Rollouts, prompt_ids: pa.Array, passes: Sequence[str]
+    rollouts: Rollouts, prompts: pa.Table, passes: Sequence[str]
 ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """Which rows of each shard to keep, and prompt, pass, block and step of those, in the order of the files."""
+    """Which rows of each shard to keep, and prompt, pass, block, step and end of those, in the order of the files."""
+    prompt_ids, first = prompts["prompt_id"].combine_chunks(), prompts["first_eot"].to_numpy()
     keep, columns = [], []
     wanted = np.array([PASSES.index(name) for name in passes])
-    for table in rollouts.tables("steps", ["prompt_id", "pass", "block", "step"]):
+    for table in rollouts.tables("steps", ["prompt_id", "pass", "block", "step", "end"]):
         prompt = _index_in(table["prompt_id"], prompt_ids)
         which = _index_in(table["pass"], pa.array(PASSES))
         keep.append((prompt >= 0) & np.isin(which, wanted))
-        rows = (prompt, which, table["block"].to_numpy(), table["step"].to_numpy())
+        end = table["end"].to_numpy() if "end" in table.column_names else first[prompt]  # before schema version 3
+        rows = (prompt, which, table["block"].to_numpy(), table["step"].to_numpy(), end)
         columns.append(np.stack([column.astype(np.int64)[keep[-1]] for column in rows]))
-    return keep, dict(zip(("prompt", "pass", "block", "step"), np.concatenate(columns, axis=1), strict=True))
+    return keep, dict(zip(("prompt", "pass", "block", "step", "end"), np.concatenate(columns, axis=1), strict=True))
 
 
 def _index_in(column: pa.ChunkedArray, values: pa.Array) -> np.ndarray:

@@ -1,14 +1,14 @@
 """Arrow tables of a rollout set: tensors in, tensors out. No files here; see ``data/shards.py``."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from data.labels import PASSES, collect, first_eot, labels
+from data.labels import PASSES, Completions, collect, first_eot, targets
 from data.prompt import Prompt
 from data.prompts import prompt_hash, split_of
 from decoding.output import StepTrace
@@ -18,6 +18,7 @@ STEP_COLUMNS = (
     "masked", "token", "confidence",  # K values each, for every position of the active block
     "margin", "entropy",  # one value for each True in masked
     "final",  # K values each
+    "end",  # the first EoT of what the labels come from, the reference or the state's completion; -1 where there are none
     "open",  # G values: True where the generated region was not decoded yet
     "eot_probability", "eot_top",  # one value for each True in open
 )  # fmt: skip
@@ -38,6 +39,7 @@ class RolloutBatch:
         references: ``(b, G)`` int64, the full-step sequences.
         nfe: For each of the passes decoded, ``(b,)`` int64 forwards.
         traces: For each of the passes decoded, its trace with EoT evidence; rows count the prompts of the batch.
+        completions: For passes that leave the reference's path, those of the states that get labels.
     """
 
     index: list[int]
@@ -46,6 +48,7 @@ class RolloutBatch:
     references: Tensor
     nfe: Mapping[str, Tensor]
     traces: Mapping[str, Sequence[StepTrace]]
+    completions: Mapping[str, Completions] = field(default_factory=dict)
 
     @property
     def hashes(self) -> list[str]:
@@ -58,7 +61,7 @@ class RolloutBatch:
         return [split_of(prompt.prompt) for prompt in self.prompts]
 
 
-def steps_table(batch: RolloutBatch) -> pa.Table:
+def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
     """One row a forward, with ``STEP_COLUMNS``; ordered by pass, prompt and step.
 
     Raises:
@@ -72,6 +75,7 @@ def steps_table(batch: RolloutBatch) -> pa.Table:
         if steps.eot_probability is None or steps.eot_top is None:
             raise ValueError("the trace has no EoT evidence: decode with record_eot=True")
         evidence, rows = steps.evidence, steps.rows.numpy()
+        final, end = targets(steps, batch.references, batch.completions.get(name), eot_id)
         still_open = (steps.eot_probability > 0) | steps.eot_top  # the trace has zeros where a position is decoded
         columns = {
             "prompt_id": pa.array(ids[rows], pa.string()),
@@ -84,7 +88,8 @@ def steps_table(batch: RolloutBatch) -> pa.Table:
             "confidence": _fixed(evidence.confidence),
             "margin": _ragged(evidence.margin, evidence.masked),
             "entropy": _ragged(evidence.entropy, evidence.masked),
-            "final": _fixed(labels(steps, batch.references)),
+            "final": _fixed(final),
+            "end": pa.array(end.numpy().astype(np.int16)),
             "open": _fixed(still_open),
             "eot_probability": _ragged(steps.eot_probability.half(), still_open),
             "eot_top": _ragged(steps.eot_top, still_open),

@@ -1,5 +1,6 @@
 """Rollouts: decodes prompts full-step, then with the oracle, and streams every step to shards."""
 
+import random
 import time
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from data.labels import Completions, collect, regions
 from data.manifest import read_manifest
 from data.prompt import Prompt
 from data.prompts import encode_prompts, prompt_hash, tokenizer_hash
@@ -69,6 +71,7 @@ class RolloutModule(LightningModule):
         settings = given.decoding.settings() | {
             "passes": given.passes,
             "filter": fingerprint(given.filter) if given.filter else None,
+            "states": given.states if given.filter else None,
             "chat_template": given.chat_template,
             "dtype": str(next(self.predictor.model.parameters()).dtype).removeprefix("torch."),
             "eot_id": self.predictor.ids.eot,
@@ -106,7 +109,25 @@ class RolloutModule(LightningModule):
             raise RuntimeError("the oracle did not reproduce its reference")
         self.decoded += len(batch.index)
         nfe, traces = {name: run.nfe for name, run in runs.items()}, {name: run.trace for name, run in runs.items()}
-        return RolloutBatch(batch.index, batch.prompts, batch.tokens, full.sequences, nfe, traces)
+        completions = {name: self._complete(batch, run) for name, run in runs.items() if name == "filter"}
+        return RolloutBatch(batch.index, batch.prompts, batch.tokens, full.sequences, nfe, traces, completions)
+
+    def _complete(self, batch: PromptBatch, run: DecodeOutput) -> Completions:
+        """Decodes some states of a recorded decode to the end, full-step; which of them depends on the prompt alone."""
+        assert self.predictor is not None
+        decoding, steps = self.settings.decoding, collect(run.trace)
+        starts = (run.nfe.cumsum(0) - run.nfe).tolist()
+        chosen = []
+        for prompt, start, nfe in zip(batch.prompts, starts, run.nfe.tolist(), strict=True):
+            rng = random.Random(prompt_hash(prompt.prompt))
+            chosen += sorted(start + step for step in rng.sample(range(nfe), min(self.settings.states, nfe)))
+        rows = steps.rows[chosen]
+        begun = regions(steps, decoding.gen_length, self.predictor.ids.mask)[chosen]
+        found = decode(
+            self.predictor, [batch.tokens[row] for row in rows.tolist()], decoding, make_strategy("full_step"),
+            regions=begun, batch_size=batch.batch_size,
+        )  # fmt: skip
+        return Completions(rows, steps.step[chosen], found.sequences)
 
     def _decode(self, batch: PromptBatch, strategy: Strategy, references: Tensor | None) -> DecodeOutput:
         assert self.predictor is not None

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -221,6 +222,25 @@ def test_a_set_of_the_first_schema_is_read_extended_and_told(tmp_path: Path, key
     assert torch.equal(load_records(tmp_path).final[: len(before.final)], before.final)
 
 
+def test_a_set_without_ends_takes_them_from_the_references(folder: Path) -> None:
+    before = load_records(folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for shard in manifest["shards"]:
+        steps, sequences = (folder / shard[kind]["file"] for kind in ("steps", "sequences"))
+        pq.write_table(pq.read_table(steps).drop_columns("end"), steps)
+        table = pq.read_table(sequences)
+        place = table.column_names.index("first_eot")
+        pq.write_table(table.set_column(place, "first_eot", pa.array([9] * len(table), pa.int32())), sequences)
+        shard |= {
+            kind: describe(file, shard[kind]["rows"]) for kind, file in (("steps", steps), ("sequences", sequences))
+        }
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"schema_version": 2}))
+    older = load_records(folder)
+    assert torch.equal(older.final, before.final)
+    assert torch.equal(older.tail, before.block[:, None] * 4 + torch.arange(4) > 9)
+    assert not torch.equal(older.tail, before.tail)
+
+
 def test_a_missing_or_repeated_prompt_is_refused(tmp_path: Path, key, decoded) -> None:
     writer = ShardWriter(tmp_path, key)
     writer.write(decoded(3, 0))
@@ -257,7 +277,7 @@ def test_another_model_or_setting_is_refused_by_name(folder: Path, key) -> None:
 def test_another_schema_is_refused(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    with pytest.raises(InputError, match=r"schema_version: found 99; accepted: 1 \| 2"):
+    with pytest.raises(InputError, match=r"schema_version: found 99; accepted: 1 \| 2 \| 3"):
         load_records(folder)
 
 

@@ -13,13 +13,18 @@ from typing import Any
 import pytest
 import torch
 
+from data.labels import PASSES
 from data.manifest import RolloutKey, Rollouts
 from data.prompts import PromptSource
 from data.rollout_data import RolloutSettings, plan
 from data.shards import ShardWriter, load_records, load_sequences
+from decoding.config import DecodeConfig
 from decoding.loop import decode
+from decoding.strategies import make_strategy
 from models import LLaDAConfig, LLaDAModelLM
 from models.errors import InputError
+from models.filter import FilterConfig, build_filter, save_filter
+from models.predictor import MaskPredictor
 from models.tokenizer import train_tokenizer
 from train.rollout import estimate, merge
 from train.rollout_module import rollout
@@ -211,6 +216,45 @@ def test_records_of_a_rollout(base: Path, sources, tmp_path: Path) -> None:
     assert {"python", "torch", "transformers", "git"} <= set(manifest["versions"])
 
 
+def test_states_of_a_filters_pass_are_labelled_by_their_completions(base: Path, sources, tmp_path: Path) -> None:
+    predictor = MaskPredictor.from_pretrained(base)
+    torch.manual_seed(5)
+    config = FilterConfig(
+        block_length=4, gen_length=16, threshold=0.5, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
+        base_fingerprint=predictor.fingerprint,
+    )  # fmt: skip
+    net = build_filter(config).eval()
+    save_filter(tmp_path / "filter", net, config, "card")
+    asked = {"sources": sources, "limit": 12, "passes": ["filter"], "filter": tmp_path / "filter", "states": 2}
+    found = roll(base, tmp_path / "set", batch_size=3, **asked, **SETTINGS)
+    records, sequences = load_records(found), load_sequences(found)
+    nfe = sequences.nfe["filter"]
+    assert (nfe < 16).any()
+    assert torch.equal(records.prompt.bincount(), nfe.clamp(max=2))
+    assert records.passes.unique().tolist() == [PASSES.index("filter")]
+
+    # By hand: the same decode, and from each of its states on full_step.
+    decoding, differs, at = DecodeConfig(16, 4), 0, 0
+    strategy = make_strategy("learn2pd", network=net, config=config)
+    for row, tokens in enumerate(sequences.tokens):
+        trace = decode(predictor, [tokens], decoding, strategy, record=True).trace
+        region = torch.full((1, 16), predictor.ids.mask)
+        for step in trace:
+            if at < len(records.prompt) and (int(records.prompt[at]), int(records.step[at])) == (row, int(step.step)):
+                rest = decode(predictor, [tokens], decoding, make_strategy("full_step"), regions=region).sequences[0]
+                block, masked = int(records.block[at]), step.evidence.masked[0]
+                target = rest.view(-1, 4)[block]
+                assert torch.equal(records.final[at], (step.evidence.token[0] == target) & masked)
+                ended = rest.tolist().index(predictor.ids.eot) if predictor.ids.eot in rest else 16
+                assert torch.equal(records.tail[at], torch.arange(block * 4, block * 4 + 4) > ended)
+                assert torch.equal(records.evidence.stable[at] * masked, step.evidence.stable[0] * masked)
+                differs += bool((target != sequences.references[row].view(-1, 4)[block]).any())
+                at += 1
+            region.view(-1, 4)[step.block] = torch.where(step.transfer, step.committed, region.view(-1, 4)[step.block])
+    assert at == len(records.prompt)
+    assert differs  # it had left the reference's path
+
+
 def test_the_batch_a_prompt_is_decoded_in_does_not_change_its_labels(base: Path, sources, tmp_path: Path) -> None:
     one, many = (
         load_sequences(roll(base, tmp_path / str(size), sources=sources, limit=6, batch_size=size, **SETTINGS))
@@ -262,6 +306,7 @@ def test_a_prompt_too_long_for_the_model_is_named_before_any_is_decoded(base: Pa
     [
         ({"passes": ["full"]}, r"passes: found 'full'; accepted: full_step \| oracle \| filter"),
         ({"passes": []}, "passes: found none"),
+        ({"states": 0}, "states: found 0; accepted: a whole number"),
         ({"passes": ["filter"]}, "filter: found None; accepted: the folder of an exported filter"),
         ({"eot": "published"}, r"eot: found 'published'; accepted: commit \| off"),
         ({"block_length": 5}, "block_length: found 5; accepted: a divisor of gen_length 16"),
