@@ -166,7 +166,7 @@ class MaskedBatches(IterableDataset):
         Predicting masked tokens at a uniform ratio is, in expectation, predicting all of them in a random order (arXiv
         2110.02037). Here one forward predicts all: after the clean text, in which a token
         sees the prompt and what comes before it in the order, stands a MASK for each response token, which sees the same but
-        not its own token. Orders are left to right (6 in 10), random in each block (3), or random (1); padding is left out.
+        not its own token. Orders are left to right (3 in 10), random in each block (6), or random (1); padding is left out.
         """
         generator = torch.Generator().manual_seed(hash((self.seed, number)) % 2**63)
         length, most = max(len(ids) for ids, _, _ in rows), max(len(ids) - prompt for ids, prompt, _ in rows)
@@ -177,7 +177,7 @@ class MaskedBatches(IterableDataset):
         for row, (tokens, prompt, _) in enumerate(rows):
             count, kind = len(tokens) - prompt, float(torch.rand(1, generator=generator))
             place = torch.arange(count)
-            major = place if kind < 0.6 else place // _BLOCK if kind < 0.9 else 0 * place
+            major = place if kind < 0.3 else place // _BLOCK if kind < 0.9 else 0 * place
             order = (major + torch.rand(count, generator=generator)).argsort().argsort() + 1
             ids[row, : len(tokens)] = torch.tensor(tokens)
             ids[row, length : length + count] = self.mask_id

@@ -1,7 +1,7 @@
 """Filter training data: every record in device memory, batches by index."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from data.labels import PASSES, Records
-from data.manifest import open_rollouts
+from data.manifest import check_key, open_rollouts
 from models.errors import InputError
 from models.features import Evidence
 
@@ -92,9 +92,9 @@ class FilterDataModule(LightningDataModule):
     """Records of a rollout folder for ``train/filter.py``, split by prompt.
 
     Args:
-        rollouts: Folder of the shards.
+        rollouts: Folder of the shards; or several, of one model and one block length.
         batch_size: Records in a training batch on one device; null for all of them (the published recipe).
-        passes: Decodes whose records are used, of :data:`data.labels.PASSES`; null for all that are recorded.
+        passes: Decodes whose records are used, of :data:`data.labels.PASSES`, where a set has them; null for all.
         tail_weight: Weight in the loss of positions after the reference's first EoT, which are up to nine tenths of all
             positions and nearly all easy.
         seed: Seed of the order of batches.
@@ -102,7 +102,7 @@ class FilterDataModule(LightningDataModule):
 
     def __init__(
         self,
-        rollouts: Path,
+        rollouts: Path | list[Path],
         batch_size: int | None = 2048,
         passes: list[str] | None = None,
         tail_weight: float = 0.1,
@@ -116,7 +116,8 @@ class FilterDataModule(LightningDataModule):
         for name in passes or []:
             if name not in PASSES:
                 raise InputError("passes", name, ", ".join(PASSES))
-        self.rollouts, self.batch_size, self.passes, self.tail_weight = Path(rollouts), batch_size, passes, tail_weight
+        self.rollouts = [Path(folder) for folder in (rollouts if isinstance(rollouts, list) else [rollouts])]
+        self.batch_size, self.passes, self.tail_weight = batch_size, passes, tail_weight
         self.seed = seed
         self.records: Records | None = None
         self.parts: dict[str, FilterBatch] = {}
@@ -133,19 +134,27 @@ class FilterDataModule(LightningDataModule):
         if self.records is None:
             from data.shards import load_records
 
-            rollouts = open_rollouts(self.rollouts)
-            self.records, self.digest = load_records(rollouts, self.passes), rollouts.digest
+            sets = [open_rollouts(folder) for folder in self.rollouts]
+            for one in sets[1:]:
+                check_key(one.folder, one.manifest, sets[0].manifest["model_fingerprint"])
+            passes = {one.folder: self._passes(one.manifest["settings"]["passes"]) for one in sets}
+            holding = [one for one in sets if passes[one.folder]] or sets[:1]
+            self.records = Records.cat([load_records(one, passes[one.folder] or self.passes) for one in holding])
+            self.digest = "+".join(one.digest for one in sets)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         for split in ("train", "validation", "test"):
             part = self._part(self.records, split, device)
             # A rollout of few prompts may well hold none of the test split, which only `test` reads.
             if not len(part) and (split != "test" or stage == "test"):
                 raise InputError(
-                    f"{self.rollouts}: split", f"no {split} record in the passes {', '.join(self.passes or PASSES)}",
+                    f"{self.rollouts[0]}: split", f"no {split} record in the passes {', '.join(self.passes or PASSES)}",
                     "rollouts of prompts of every split; roll out more prompts",
                 )  # fmt: skip
             self.parts[split] = part
         self.records = None  # the parts are copies
+
+    def _passes(self, recorded: Sequence[str]) -> list[str]:
+        return [name for name in recorded if self.passes is None or name in self.passes]
 
     def _part(self, records: Records, split: str, device: torch.device) -> FilterBatch:
         """All records of one split, on the device.

@@ -1,5 +1,6 @@
 """Labels from decode traces: which guesses were already final, and where the text ends. Pure functions of tensors."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,6 +37,20 @@ class Records:
     step: Tensor
     prompt_ids: list[str]
     splits: list[str]
+
+    @staticmethod
+    def cat(parts: Sequence["Records"]) -> "Records":
+        """The records of several sets, one after the other; a prompt that is in two of them is there twice."""
+        if len(parts) == 1:
+            return parts[0]
+        names = ("final", "tail", "passes", "block", "step")
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        firsts = itertools.accumulate((len(part.prompt_ids) for part in parts), initial=0)
+        prompt = torch.cat([part.prompt + first for part, first in zip(parts, firsts, strict=False)])
+        ids = [name for part in parts for name in part.prompt_ids]
+        splits = [name for part in parts for name in part.splits]
+        evidence = Evidence.cat([part.evidence for part in parts])
+        return Records(evidence=evidence, prompt=prompt, prompt_ids=ids, splits=splits, **tensors)
 
     def take(self, rows: Tensor) -> "Records":
         """The rows at ``rows`` ``(r,)`` int64; of the same prompts."""

@@ -37,6 +37,7 @@ class RolloutSettings:
         eot: ``commit``: a committed EoT ends the row, as it does in use. ``off``: the padding is decoded too.
         passes: Decodes to record: full_step, oracle, filter. The reference is decoded in any case.
         filter: Folder of an exported filter, for the pass of that name.
+        references: Folder of a finished set of the same model and settings, whose references are taken; what it lacks is decoded.
         states: States of a prompt's filter pass that are completed by full_step, which gives their labels; the others have none.
         chat_template: Wrap prompts in the chat template.
         dtype: Dtype of the weights; null for the checkpoint's on a GPU and float32 on a CPU.
@@ -60,6 +61,7 @@ class RolloutSettings:
     eot: Literal["commit", "off"] = "commit"
     passes: list[str] = field(default_factory=lambda: ["full_step", "oracle"])
     filter: Path | None = None
+    references: Path | None = None
     states: int = 2
     chat_template: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

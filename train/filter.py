@@ -3,12 +3,13 @@
 ``fit`` rolls out what is missing, trains, picks the threshold on validation prompts, exports, and prints the comparison.
 """
 
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 
 from data.filter_data import FilterDataModule
@@ -20,7 +21,8 @@ from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, pick, print_table, share
 from models.errors import InputError
 from models.filter import FilterConfig, save_filter
-from models.predictor import MaskPredictor
+from models.predictor import MaskPredictor, fingerprint
+from train.callbacks import checkpoints, progress
 from train.cards import metadata
 from train.cli import Command, log_export, run
 from train.filter_module import FilterModule
@@ -40,6 +42,7 @@ class Pipeline:
         test_prompts: Test prompts on which the picked threshold is reported; null for all of the sources.
         pick_from: Candidate thresholds.
         baselines: Confidence thresholds of the training-free decode, of which the best is picked by the same rule.
+        rounds: How often the filter is trained anew on states of its own decodes, labelled by what full_step makes of them.
         loss: Right answers, as a share from 0 to 1, that a decode may lose against full_step to count as equally good.
     """
 
@@ -48,18 +51,73 @@ class Pipeline:
     test_prompts: int | None
     pick_from: list[float]
     baselines: list[float]
+    rounds: int
     loss: float
 
 
 def prepare(command: Command) -> None:
-    """Before ``fit``: the rollouts that are missing, on the trainer's devices."""
+    """Before ``fit``: the rollouts that are missing, on the trainer's devices, and those of every round's filter."""
     pipeline: Pipeline = command.setting("pipeline")
     for name, values in (("pick_from", pipeline.pick_from), ("baselines", pipeline.baselines)):
         if not values or not all(0 <= value <= 1 for value in values):
             raise InputError(f"pipeline.{name}", values, "at least one threshold from 0 to 1")
     if not 0 <= pipeline.loss < 1:
         raise InputError("pipeline.loss", pipeline.loss, "a share from 0 to 1, 0.01 for one point")
+    if pipeline.rounds < 0:
+        raise InputError("pipeline.rounds", pipeline.rounds, "a whole number from 0")
+    rollouts: RolloutSettings = command.setting("rollout")
+    if pipeline.rounds and "filter" in rollouts.passes:
+        raise InputError(
+            "rollout.passes", ", ".join(rollouts.passes), "no filter with pipeline.rounds, which make their own"
+        )
+    data: FilterDataModule = command.datamodule
+    if pipeline.rounds and "filter" not in (data.passes or ["filter"]):
+        raise InputError(
+            "data.passes", ", ".join(data.passes or []), "null, or filter among them, with pipeline.rounds"
+        )
     roll_out(command)
+    for number in range(1, pipeline.rounds + 1):
+        learner = command.folder / "rounds" / str(number)
+        learn(command, learner)
+        own = replace(
+            rollouts, folder=rollouts.folder / f"filter-{fingerprint(learner)}-{command.model.config.threshold:g}",
+            passes=["filter"], filter=learner, references=rollouts.folder,
+        )  # fmt: skip
+        roll_out(command, own)
+        data.rollouts.append(own.folder)
+
+
+def learn(command: Command, out: Path) -> None:
+    """Trains and exports the filter of a round, from what is rolled out so far; one that is there already is kept.
+
+    Args:
+        command: The command, whose model, data and trainer settings it takes.
+        out: Folder of the export.
+    """
+    given: FilterDataModule = command.datamodule
+    data = FilterDataModule(list(given.rollouts), given.batch_size, given.passes, given.tail_weight, given.seed)
+    digest = "+".join(open_rollouts(folder).digest for folder in data.rollouts)
+    settings = command.settings
+    made_of = {"rollouts": digest, **{name: settings[name] for name in ("model", "data", "seed_everything")}}
+    record = out / "README.md"
+    text = f"# Learn2PD filter of a round\n\n```json\n{json.dumps(made_of, indent=1)}\n```\n"
+    if record.is_file() and record.read_text() == text:
+        return
+    trainer, rollouts = command.trainer, command.setting("rollout")
+    seed_everything(settings["seed_everything"], verbose=False)
+    module = FilterModule(**settings["model"])
+    best = checkpoints(out.with_name(f"{out.name}-checkpoints"), monitor="validation/loss")
+    rounds = Trainer(
+        accelerator=settings["trainer"]["accelerator"], devices=trainer.num_devices, num_nodes=trainer.num_nodes,
+        max_epochs=trainer.max_epochs, max_steps=trainer.max_steps, logger=False, enable_model_summary=False,
+        callbacks=[best, progress(), *callbacks(out)],
+    )  # fmt: skip
+    rounds.fit(module, data)
+    module.load_state_dict(load_checkpoint(Path(best.best_model_path))["state_dict"])
+    if trainer.is_global_zero:
+        predictor = MaskPredictor.from_pretrained(rollouts.base)
+        save_filter(out, module.net, describe(module.config, predictor, rollouts.folder, {}), text)
+    rounds.strategy.barrier("round")
 
 
 def finish(command: Command) -> None:

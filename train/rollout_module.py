@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from data.labels import Completions, collect, regions
-from data.manifest import read_manifest
+from data.manifest import open_rollouts, read_manifest
 from data.prompt import Prompt
 from data.prompts import encode_prompts, prompt_hash, tokenizer_hash
 from data.rollout_data import PromptBatch, RolloutData, RolloutSettings
-from data.shards import RolloutBatch, RolloutKey, Rollouts, ShardWriter
+from data.shards import RolloutBatch, RolloutKey, Rollouts, ShardWriter, load_sequences
 from decoding.loop import decode
 from decoding.output import DecodeOutput
 from decoding.strategies import Strategy, make_strategy
@@ -57,6 +57,14 @@ class RolloutModule(LightningModule):
             for name in settings.passes
         }
         key, request = self.key(), [settings.request()]
+        self.known: dict[str, Tensor] = {}
+        if settings.references is not None:
+            same = {
+                name: key.settings[name] for name in (*settings.decoding.settings(), "chat_template", "dtype", "eot_id")
+            }
+            earlier = load_sequences(open_rollouts(settings.references, key.fingerprint, same))
+            hashes = [prompt_hash(prompt.prompt) for prompt in earlier.prompts]
+            self.known = dict(zip(hashes, earlier.references, strict=True))
         if self.trainer.is_global_zero:
             ShardWriter(self.folder, key, request)  # begins the manifest, which the other ranks then find
         self.trainer.strategy.barrier("rollout-folder")
@@ -71,6 +79,7 @@ class RolloutModule(LightningModule):
         settings = given.decoding.settings() | {
             "passes": given.passes,
             "filter": fingerprint(given.filter) if given.filter else None,
+            "filter_threshold": self.strategies["filter"].settings()["threshold"] if given.filter else None,
             "states": given.states if given.filter else None,
             "chat_template": given.chat_template,
             "dtype": str(next(self.predictor.model.parameters()).dtype).removeprefix("torch."),
@@ -100,17 +109,26 @@ class RolloutModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> RolloutBatch:
         """The references of a batch, and the trace of each of the passes."""
-        full = self._decode(batch, make_strategy("full_step"), None)
+        full, references = None, self._known(batch)
+        if references is None or "full_step" in self.strategies:
+            full = self._decode(batch, make_strategy("full_step"), None)
+            references = full.sequences
         runs = {
-            name: full if name == "full_step" else self._decode(batch, strategy, full.sequences)
+            name: full if name == "full_step" and full else self._decode(batch, strategy, references)
             for name, strategy in self.strategies.items()
         }
-        if "oracle" in runs and not torch.equal(runs["oracle"].sequences, full.sequences):
+        if "oracle" in runs and not torch.equal(runs["oracle"].sequences, references):
             raise RuntimeError("the oracle did not reproduce its reference")
         self.decoded += len(batch.index)
         nfe, traces = {name: run.nfe for name, run in runs.items()}, {name: run.trace for name, run in runs.items()}
         completions = {name: self._complete(batch, run) for name, run in runs.items() if name == "filter"}
-        return RolloutBatch(batch.index, batch.prompts, batch.tokens, full.sequences, nfe, traces, completions)
+        return RolloutBatch(batch.index, batch.prompts, batch.tokens, references, nfe, traces, completions)
+
+    def _known(self, batch: PromptBatch) -> Tensor | None:
+        """References ``(b, G)`` that were decoded before; ``None`` unless all of the batch were."""
+        known = [self.known.get(prompt_hash(prompt.prompt)) for prompt in batch.prompts]
+        found = [reference for reference in known if reference is not None]
+        return torch.stack(found) if len(found) == len(known) else None
 
     def _complete(self, batch: PromptBatch, run: DecodeOutput) -> Completions:
         """Decodes some states of a recorded decode to the end, full-step; which of them depends on the prompt alone."""
@@ -211,10 +229,16 @@ def run(settings: RolloutSettings, **devices: Any) -> RolloutModule:
     return module
 
 
-def roll_out(command: Command) -> None:
-    """Before ``fit``: the rollouts that are missing, on the devices that the command has."""
+def roll_out(command: Command, settings: RolloutSettings | None = None) -> None:
+    """Before ``fit``: the rollouts that are missing, on the devices that the command has.
+
+    Args:
+        command: The command.
+        settings: What is rolled out; the command's own settings by default.
+    """
     trainer = command.trainer
     accelerator = command.settings["trainer"]["accelerator"]
     rollout(
-        command.setting("rollout"), accelerator=accelerator, devices=trainer.num_devices, num_nodes=trainer.num_nodes
-    )
+        settings or command.setting("rollout"), accelerator=accelerator, devices=trainer.num_devices,
+        num_nodes=trainer.num_nodes,
+    )  # fmt: skip

@@ -2,18 +2,22 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from data.labels import PASSES
 from data.prompts import split_of
+from data.shards import load_records, load_sequences, open_rollouts
 from decoding import Decoder
 from models.errors import InputError
 from models.filter import load_filter
-from models.predictor import MaskPredictor
+from models.predictor import MaskPredictor, fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,12 +124,54 @@ def test_states_of_a_filter_are_recorded_and_fitted(fitted, tmp_path):
     assert "passes full_step, filter;" in (tmp_path / "exports/filter/README.md").read_text()
 
 
+def test_rounds_train_on_the_filters_own_states_and_are_kept(fitted, tmp_path):
+    folder, words = fitted
+    shards = tmp_path / "shards"
+    shutil.copytree(folder / "runs/rollout/shards", shards)
+    words = [*words, "--rollout.folder", shards, "--pipeline.rounds", 1, "--trainer.max_epochs", 1]
+    done = run(*words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (own,) = shards.glob("filter-*")
+    learner = tmp_path / "runs/filter/rounds/1"
+    assert own.name == f"filter-{fingerprint(learner)}-0.9"
+    first, second = load_records(shards), load_records(own)
+    assert sorted(set(first.prompt_ids)) == sorted(set(second.prompt_ids))
+    references = [load_sequences(one).references for one in (shards, own)]
+    assert torch.equal(*references)  # taken from the first set
+    assert second.passes.unique().tolist() == [PASSES.index("filter")]
+    digests = "+".join(open_rollouts(one).digest for one in (shards, own))
+    assert digests in (tmp_path / "exports/filter/README.md").read_text()
+    # Once more: neither the round's filter nor its rollouts are made again.
+    before = {file: file.stat().st_mtime_ns for part in (own, learner) for file in part.iterdir()}
+    done = run(*words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(shards.glob("filter-*")) == [own]
+    kept = {file for file, when in before.items() if file.stat().st_mtime_ns == when}
+    assert before.keys() - kept == {own / "manifest.json"}
+    done = run(*words, "--model.threshold", 0.8, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(shards.glob("filter-*"))) == 2  # another threshold visits other states
+
+
+@pytest.mark.slow  # starts the command, with two processes
+def test_on_two_devices_rounds_find_each_others_filter(fitted, tmp_path):
+    _, words = fitted
+    more = ["--pipeline.rounds", 1, "--trainer.devices", 2, "--data.batch_size", 16, "--trainer.max_epochs", 1]
+    done = run(*words, *more, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("exported exports/filter") == 1
+    (own,) = (tmp_path / "runs/rollout/shards").glob("filter-*")
+    assert open_rollouts(own).manifest["counts"]["prompts"] == 24
+
+
 def test_the_command_refuses_what_does_not_fit(fitted):
     folder, words = fitted
     for arguments, message in (
         (["--rollout.gen_length", 32], "gen_length"),
         (["--rollout.base", "nowhere"], "base checkpoint: found 'nowhere'"),
         (["--model.chanels", 8], "channels"),
+        (["--pipeline.rounds", -1], "pipeline.rounds: found -1; accepted: a whole number from 0"),
+        (["--pipeline.rounds", 1, "--data.passes", "[oracle]"], "data.passes: found oracle; accepted: null, or filter"),
         (["--rollout.block_length", 7], "block_length: found 7; accepted: a divisor of gen_length 16"),
     ):
         done = run(*words, *arguments, folder=folder)

@@ -177,8 +177,13 @@ def test_splits_go_by_prompt_and_passes_by_name():
 
 def test_records_come_from_the_rollout_folder(monkeypatch):
     asked = []
+
+    def opened(folder):
+        manifest = {"settings": {"passes": ["full_step", "oracle"]}}
+        return SimpleNamespace(folder=folder, digest="abc", manifest=manifest)
+
     monkeypatch.setattr("data.shards.load_records", lambda *given: asked.append(given) or records(400))
-    monkeypatch.setattr("data.filter_data.open_rollouts", lambda folder: SimpleNamespace(folder=folder, digest="abc"))
+    monkeypatch.setattr("data.filter_data.open_rollouts", opened)
     module = FilterDataModule(Path("rollouts"), passes=["oracle"])
     module.setup("fit")
     module.setup("validate")  # a second stage reads nothing again
