@@ -22,9 +22,11 @@ from eval.trace import trace
 from models.predictor import MaskPredictor
 
 HELD_OUT = [
-    PromptSource(f"stories:{name}", size=size, seed=40_000_000, options={"max_number": 40, "wording": "held_out"})
-    for name, size in (("story", 2600), ("order", 1000), ("short", 1600))
-]
+    PromptSource(f"stories:{name}", size=size, seed=40_000_000, options={"max_number": 40, "wording": "held_out"} | most)
+    for name, size, most in (
+        ("story", 2600, {"max_events": 5}), ("order", 1500, {"max_events": 6}), ("short", 1000, {})
+    )
+]  # fmt: skip
 """Prompts in sentences that training never saw; their test split is a twentieth."""
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99, 1.0)
 
