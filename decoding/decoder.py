@@ -12,6 +12,7 @@ from torch import Tensor
 from decoding.config import DecodeConfig
 from decoding.loop import check_prompts, decode, decode_steps
 from decoding.output import DecodeOutput, StepResult, StepTrace, empty_output
+from decoding.risk import Calibration, calibration_file, load_calibration, plain
 from decoding.strategies import Strategy, make_strategy
 from decoding.text import PromptLike, encode
 from models.errors import InputError
@@ -55,10 +56,14 @@ class Decoder:
     Args:
         predictor: The mask predictor.
         strategy: The strategy.
+
+    Attributes:
+        calibration: What vouches for the strategy's setting, where it was chosen by a risk.
     """
 
     def __init__(self, predictor: MaskPredictor, strategy: Strategy) -> None:
         self.predictor, self.strategy = predictor, strategy
+        self.calibration: Calibration | None = None
 
     @classmethod
     def from_pretrained(
@@ -69,6 +74,8 @@ class Decoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         compile: bool = False,
+        risk: float | None = None,
+        calibration: str | Path | None = None,
         **options: Any,
     ) -> "Decoder":
         """Loads a base model and builds a strategy.
@@ -79,13 +86,31 @@ class Decoder:
             device: Device of the weights; a GPU where there is one.
             dtype: Dtype of the weights.
             compile: Compile the predictor's forward; the first decode then takes minutes.
+            risk: Share of prompts, from 0 to 1, that may lose what full_step gives: takes the cheapest setting that
+                calibration prompts vouch for.
+            calibration: File written by ``eval/risk.py``; by default ``risk.json`` in the folder of the filter or helper.
             **options: The strategy's settings, such as ``threshold=0.9`` or ``filter="folder"``.
 
         Raises:
             InputError: Anything that does not load or does not fit, by name.
         """
+        known = None
+        if risk is None and calibration is not None:
+            raise InputError(
+                "risk", None, "a share of prompts between 0 and 1, for which the calibration has a setting"
+            )
+        if risk is not None:
+            known = load_calibration(calibration_file(options, calibration))
+            if known.option in options:
+                raise InputError(f"risk, {known.option}", f"{risk}, {options[known.option]}", "one of them")
+            options[known.option] = known.value(risk)
         chosen = make_strategy(strategy, **options)
-        return cls(MaskPredictor.from_pretrained(base, device=device, dtype=dtype, compile=compile), chosen)
+        decoder = cls(MaskPredictor.from_pretrained(base, device=device, dtype=dtype, compile=compile), chosen)
+        if known is not None:
+            fixed = {name: value for name, value in plain(options).items() if name != known.option}
+            known.check(strategy, fixed, {"base": decoder.predictor.fingerprint} | chosen.fingerprints())
+            decoder.calibration = known
+        return decoder
 
     def generate(
         self,
@@ -117,6 +142,8 @@ class Decoder:
             InputError: A setting, a prompt or a reference that cannot be used, by name.
         """
         config = DecodeConfig.of(settings)
+        if self.calibration is not None:
+            self.calibration.compare(config)
         ids = self._encode(prompts, config, chat_template)
         if batch_size < 1:
             raise InputError("batch_size", batch_size, "a whole number of at least 1")
@@ -148,6 +175,8 @@ class Decoder:
         Pass ``output`` (from :func:`decoding.output.empty_output`) to read NFE and counts as they grow.
         """
         config = DecodeConfig.of(settings)
+        if self.calibration is not None:
+            self.calibration.compare(config)
         ids = self._encode([prompt], config, chat_template)
         yield from decode_steps(self.predictor, ids, config, self.strategy, output or empty_output(1, config))
 

@@ -2,6 +2,8 @@
 
 import math
 
+from scipy.stats import binomtest
+
 Z = 1.959963984540054  # two-sided 95 %
 
 
@@ -12,10 +14,8 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
         successes: Number of successes.
         trials: Number of trials, at least 1.
     """
-    share, spread = successes / trials, Z * Z / trials
-    middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    found = binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def paired(won: int, lost: int, trials: int) -> tuple[float, float]:

@@ -1,0 +1,159 @@
+"""Calibrates a strategy, so that a user can ask for a risk: ``python eval/risk.py --strategy threshold``.
+
+Then ``Decoder.from_pretrained(base, "threshold", risk=0.02, calibration="runs/risk/risk.json")``.
+"""
+
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from scipy.stats import beta
+
+from data.prompts import PromptSource, Split, load_prompts, prompt_hash
+from data.provenance import environment, now
+from decoding.config import CacheRule, EotRule
+from decoding.risk import DECODING, FILE, Calibration, plain, save_calibration
+from decoding.strategies import make_strategy
+from eval.bench import decode
+from eval.command import command
+from eval.compare import Comparison, Run
+from models.errors import InputError
+from models.predictor import MaskPredictor
+
+VARIED = {
+    "threshold": "threshold", "factor": "factor", "entropy_bound": "gamma", "klass": "threshold", "learn2pd": "threshold",
+    "apd": "mixture_weight",
+}  # fmt: skip
+"""The setting of each strategy that trades quality for forwards."""
+VALIDATION = [PromptSource(split="validation")]
+RISKS = (0.001, 0.005, 0.01, 0.02, 0.05)
+
+
+def upper_bound(lost: int, prompts: int, confidence: float) -> float:
+    """Upper end of the exact one-sided interval of a share (Clopper and Pearson 1934).
+
+    A share as large as this or larger gives so few losses with probability ``1 - confidence`` at most.
+
+    Args:
+        lost: Prompts that lost something.
+        prompts: All prompts.
+        confidence: From 0 to 1.
+    """
+    return 1.0 if lost == prompts else float(beta.ppf(confidence, lost + 1, prompts - lost))
+
+
+def main(
+    strategy: str,
+    values: list[float],
+    base: str = "models/bundled/llada-tiny",
+    options: dict[str, Any] | None = None,
+    option: str | None = None,
+    loss: Literal["answer", "text"] = "answer",
+    confidence: float = 0.95,
+    prompts: list[PromptSource] = VALIDATION,  # shown in --help
+    split: Split | None = "validation",
+    limit: int | None = None,
+    gen_length: int = 128,
+    block_length: int = 32,
+    eot: EotRule = "commit",
+    cache: CacheRule = "none",
+    refresh: int | None = None,
+    batch_size: int = 32,
+    run: Path = Path("runs/risk"),
+    out: Path | None = None,
+) -> None:
+    """Decodes calibration prompts with every setting and writes, to ``risk.json``, the risk that each is vouched for.
+
+    Interrupted, the same command goes on where it stopped.
+
+    Args:
+        strategy: Name of the strategy.
+        values: Values of the setting that varies, from the safest to the cheapest. The order is part of the test.
+        base: Folder or hub id of the base model.
+        options: Settings of the strategy that stay, such as {"filter": "exports/filter"}.
+        option: The setting that varies; each strategy has a usual one.
+        loss: What counts as lost: an answer that full_step gives rightly, or its text.
+        confidence: Confidence of what is promised, from 0 to 1.
+        prompts: Where the calibration prompts come from.
+        split: Takes only the prompts of this split; null takes all.
+        limit: Number of prompts, the tasks in turn.
+        gen_length: Generated positions, in tokens.
+        block_length: Positions of a block, in tokens.
+        eot: End-of-text rule, of full_step too.
+        cache: Which keys and values are reused; full_step reuses none.
+        refresh: Forwards of a block from one on the whole sequence to the next.
+        batch_size: Prompts decoded together.
+        run: Folder of the decodes.
+        out: Folder of ``risk.json``: that of the filter or helper, which then knows it, or else ``run``.
+
+    Raises:
+        InputError: A strategy without such a setting, or prompts without answers.
+    """
+    options = options or {}
+    varied = option or VARIED.get(strategy)
+    if varied is None or varied in options or not values:
+        accepted = "a strategy with a setting that trades quality for forwards, and values of it"
+        raise InputError("strategy, option, values", f"{strategy}, {varied}, {values}", accepted)
+    if not 0 < confidence < 1:
+        raise InputError("confidence", confidence, "a number between 0 and 1, such as 0.95")
+    for value in values:  # refuses what the strategy does not take before anything is decoded
+        make_strategy(strategy, **options, **{varied: value})
+    predictor = MaskPredictor.from_pretrained(base)
+    chosen = load_prompts(prompts, split=split, limit=limit)
+    runs = [Run("full_step", eot=eot)]
+    runs += [Run(strategy, options | {varied: value}, eot, cache, refresh, label=f"{value:g}") for value in values]
+    comparison = Comparison(
+        predictor, chosen, runs, gen_length=gen_length, block_length=block_length, batch_size=batch_size,
+        folder=run / "decodes",
+    )  # fmt: skip
+    decode(comparison)
+    full, *rows = comparison.rows()
+    if loss == "answer" and full["right"] is None:
+        raise InputError("loss", "answer for prompts without answers", "text")
+    lost = [_lost(full, row, loss) for row in rows]
+    settings = rows[0]["settings"]
+    calibration = Calibration(
+        strategy=strategy, options=plain(options), option=varied, values=values, lost=lost,
+        bounds=[upper_bound(count, len(chosen), confidence) for count in lost], nfe=[row["nfe_mean"] for row in rows],
+        prompts=len(chosen), loss=loss, confidence=confidence, decoding={name: settings[name] for name in DECODING},
+        fingerprints=settings["fingerprints"],
+        made={
+            "command": shlex.join(["python", *sys.argv]), "time": now(), "environment": environment(),
+            "prompts": [asdict(source) for source in prompts], "split": split,
+            "hashes": [prompt_hash(prompt.prompt) for prompt in chosen],
+        },
+    )  # fmt: skip
+    component = options.get("filter") or options.get("helper")
+    target = (out or (Path(component) if component else run)) / FILE
+    save_calibration(target, calibration)
+    print(table(calibration, full["nfe_mean"]))
+    print(f"wrote {target}")
+
+
+def _lost(full: dict[str, Any], row: dict[str, Any], loss: str) -> int:
+    if loss == "text":
+        return round((1 - row["sequence_agreement"]) * row["prompts"])
+    return sum(ours < theirs for ours, theirs in zip(row["right"], full["right"], strict=True))
+
+
+def table(calibration: Calibration, full_step_nfe: float) -> str:
+    """What a calibration says, for the terminal."""
+    lines = [
+        f"{calibration.prompts} prompts, full_step {full_step_nfe:.1f} forwards; lost: full_step's {calibration.loss}"
+    ]
+    for value, lost, bound, nfe in zip(
+        calibration.values, calibration.lost, calibration.bounds, calibration.nfe, strict=True
+    ):
+        lines.append(f"  {calibration.option} {value:g}: {nfe:.1f} forwards, {lost} lost, at most {100 * bound:.2f} %")
+    for risk in RISKS:
+        try:
+            lines.append(f"risk {100 * risk:g} %: {calibration.option} {calibration.value(risk):g}")
+        except InputError:
+            lines.append(f"risk {100 * risk:g} %: no setting")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command(main)
