@@ -20,7 +20,8 @@ MANIFEST = "manifest.json"
 COLUMNS = {"steps": STEP_COLUMNS, "sequences": SEQUENCE_COLUMNS}
 """The two kinds of files of a shard and their columns."""
 _OLDER = {"states": "pass"}  # schema version 1: name of a column to the one it has now
-_ADDED = ("end",)  # columns that came with schema version 3; without it labels come from the references
+_OPTIONAL = ("end", "open", "eot_probability", "eot_top")
+"""Columns that a set may lack: ``end`` before schema version 3, when labels came from the references; EoT evidence anyway."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Rollouts:
         for shard in self.manifest["shards"]:
             file = self.folder / shard[kind]["file"]
             there = _columns(file)
-            names = [name for name in columns or COLUMNS[kind] if name in there or name not in _ADDED]
+            names = [name for name in columns or COLUMNS[kind] if name in there or name not in _OPTIONAL]
             yield pq.read_table(file, columns=[there[name] for name in names]).rename_columns(names)
 
 
@@ -148,7 +149,7 @@ def _check_file(path: Path, described: Mapping[str, Any], columns: Sequence[str]
         there = _columns(path)
     except (pa.ArrowException, OSError) as error:
         raise InputError(str(path), f"a corrupt or truncated file ({error})", "an intact Parquet shard") from error
-    if missing := [column for column in columns if column not in there and column not in _ADDED]:
+    if missing := [column for column in columns if column not in there and column not in _OPTIONAL]:
         raise InputError(f"{path}: column {missing[0]!r}", f"columns {', '.join(there)}", ", ".join(columns))
     if not intact(path, described):
         raise InputError(f"{path}: sha256", f"{sha256(path)} (corrupt or truncated)", described["sha256"])

@@ -39,6 +39,7 @@ class RolloutSettings:
         filter: Folder of an exported filter, for the pass of that name.
         references: Folder of a finished set of the same model and settings, whose references are taken; what it lacks is decoded.
         states: States of a prompt's filter pass that are completed by full_step, which gives their labels; the others have none.
+        eot_evidence: Also record what every step says of EoT, at every position that is left: the head then reads all of them.
         chat_template: Wrap prompts in the chat template.
         dtype: Dtype of the weights; null for the checkpoint's on a GPU and float32 on a CPU.
 
@@ -63,6 +64,7 @@ class RolloutSettings:
     filter: Path | None = None
     references: Path | None = None
     states: int = 2
+    eot_evidence: bool = False
     chat_template: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 

@@ -9,6 +9,7 @@ and a hash of its prompts, so it depends neither on ranks nor on interruptions.
 import hashlib
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -235,8 +236,11 @@ def _lock(stream: IO[str]) -> bool:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except (ImportError, OSError):
-        pass
+    except (ImportError, OSError) as error:
+        warnings.warn(
+            f"{stream.name}: no file locks ({error}); processes that share the folder may decode the same prompts, to the same bytes",
+            stacklevel=2,
+        )
     return True
 
 

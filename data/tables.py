@@ -19,6 +19,7 @@ STEP_COLUMNS = (
     "margin", "entropy",  # one value for each True in masked
     "final",  # K values each
     "end",  # the first EoT of what the labels come from, the reference or the state's completion; -1 where there are none
+    # Of sets rolled out with ``eot_evidence``:
     "open",  # G values: True where the generated region was not decoded yet
     "eot_probability", "eot_top",  # one value for each True in open
 )  # fmt: skip
@@ -62,21 +63,14 @@ class RolloutBatch:
 
 
 def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
-    """One row a forward, with ``STEP_COLUMNS``; ordered by pass, prompt and step.
-
-    Raises:
-        ValueError: A trace was decoded without ``record_eot``.
-    """
+    """One row a forward, with ``STEP_COLUMNS``, those of EoT evidence where the traces have it; by pass, prompt and step."""
     ids = np.array([prompt.id for prompt in batch.prompts], dtype=object)
     splits = np.array(batch.splits, dtype=object)
     tables = []
     for name, trace in batch.traces.items():
         steps = collect(trace)
-        if steps.eot_probability is None or steps.eot_top is None:
-            raise ValueError("the trace has no EoT evidence: decode with record_eot=True")
         evidence, rows = steps.evidence, steps.rows.numpy()
         final, end = targets(steps, batch.references, batch.completions.get(name), eot_id)
-        still_open = (steps.eot_probability > 0) | steps.eot_top  # the trace has zeros where a position is decoded
         columns = {
             "prompt_id": pa.array(ids[rows], pa.string()),
             "split": pa.array(splits[rows], pa.string()),
@@ -90,11 +84,15 @@ def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
             "entropy": _ragged(evidence.entropy, evidence.masked),
             "final": _fixed(final),
             "end": pa.array(end.numpy().astype(np.int16)),
-            "open": _fixed(still_open),
-            "eot_probability": _ragged(steps.eot_probability.half(), still_open),
-            "eot_top": _ragged(steps.eot_top, still_open),
         }
-        tables.append(pa.table([columns[name] for name in STEP_COLUMNS], names=list(STEP_COLUMNS)))
+        if steps.eot_probability is not None and steps.eot_top is not None:
+            still_open = (steps.eot_probability > 0) | steps.eot_top  # the trace has zeros where a position is decoded
+            columns |= {
+                "open": _fixed(still_open),
+                "eot_probability": _ragged(steps.eot_probability.half(), still_open),
+                "eot_top": _ragged(steps.eot_top, still_open),
+            }
+        tables.append(pa.table(columns))
     return pa.concat_tables(tables)
 
 

@@ -31,6 +31,7 @@ def plan(
     batch_size: int = 32,
     prompt_length: int = 256,
     dtype: str = "bfloat16",
+    eot_evidence: bool = False,
 ) -> None:
     """Prints what rollouts of a model take in memory, and decodes nothing.
 
@@ -41,12 +42,13 @@ def plan(
         batch_size: Prompts decoded together.
         prompt_length: Tokens of each prompt.
         dtype: Dtype of the weights.
+        eot_evidence: With what every step says of EoT.
     """
     config = DecodeConfig(gen_length, block_length)
     print(
         plan_memory(
             base, config, make_strategy("full_step"), dtype=dtype, batch_size=batch_size, prompt_length=prompt_length,
-            record=True, record_eot=True,
+            record=True, record_eot=eot_evidence,
         )
     )  # fmt: skip
 

@@ -81,6 +81,7 @@ class RolloutModule(LightningModule):
             "filter": fingerprint(given.filter) if given.filter else None,
             "filter_threshold": self.strategies["filter"].settings()["threshold"] if given.filter else None,
             "states": given.states if given.filter else None,
+            "eot_evidence": given.eot_evidence or None,
             "chat_template": given.chat_template,
             "dtype": str(next(self.predictor.model.parameters()).dtype).removeprefix("torch."),
             "eot_id": self.predictor.ids.eot,
@@ -150,8 +151,8 @@ class RolloutModule(LightningModule):
     def _decode(self, batch: PromptBatch, strategy: Strategy, references: Tensor | None) -> DecodeOutput:
         assert self.predictor is not None
         return decode(
-            self.predictor, batch.tokens, self.settings.decoding, strategy, references, record=True, record_eot=True,
-            batch_size=batch.batch_size,
+            self.predictor, batch.tokens, self.settings.decoding, strategy, references, record=True,
+            record_eot=self.settings.eot_evidence, batch_size=batch.batch_size,
         )  # fmt: skip
 
     def teardown(self, stage: str) -> None:

@@ -172,6 +172,18 @@ def test_a_half_written_file_is_swept_away(tmp_path: Path, key, batches) -> None
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
+def test_a_file_system_without_locks_is_told(tmp_path: Path, key, monkeypatch) -> None:
+    import fcntl
+
+    def none(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    writer = ShardWriter(tmp_path, key)
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.warns(UserWarning, match="claim-a: no file locks"), writer.claim("a") as mine:
+        assert mine
+
+
 def test_a_set_can_be_extended_and_stays_readable_meanwhile(folder: Path, key, batches, decoded) -> None:
     before = load_records(folder)
     writer = ShardWriter(folder, key)

@@ -255,6 +255,20 @@ def test_states_of_a_filters_pass_are_labelled_by_their_completions(base: Path, 
     assert differs  # it had left the reference's path
 
 
+def test_what_steps_say_of_eot_is_kept_where_it_is_asked_for(base: Path, sources, tmp_path: Path) -> None:
+    sets = [
+        roll(base, tmp_path / str(asked), sources=sources, limit=4, eot_evidence=asked, **SETTINGS)
+        for asked in (False, True)
+    ]
+    without, with_it = ([*next(iter(found.tables("steps"))).column_names] for found in sets)
+    assert [name for name in with_it if name not in without] == ["open", "eot_probability", "eot_top"]
+    one, other = (load_records(found) for found in sets)
+    assert torch.equal(one.final, other.final)
+    assert torch.equal(one.evidence.confidence, other.evidence.confidence)
+    with pytest.raises(InputError, match=r"settings\.eot_evidence: found None; accepted: True"):
+        roll(base, tmp_path / "False", sources=sources, limit=4, eot_evidence=True, **SETTINGS)
+
+
 def test_the_batch_a_prompt_is_decoded_in_does_not_change_its_labels(base: Path, sources, tmp_path: Path) -> None:
     one, many = (
         load_sequences(roll(base, tmp_path / str(size), sources=sources, limit=6, batch_size=size, **SETTINGS))
