@@ -238,7 +238,7 @@ def _lock(stream: IO[str]) -> bool:
         return False
     except (ImportError, OSError) as error:
         warnings.warn(
-            f"{stream.name}: no file locks ({error}); processes that share the folder may decode the same prompts, to the same bytes",
+            f"{stream.name}: no file locks ({error}): processes that share the folder may decode the same prompts",
             stacklevel=2,
         )
     return True
