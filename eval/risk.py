@@ -1,4 +1,4 @@
-"""Calibrates a strategy, so that a user can ask for a risk: ``python eval/risk.py --strategy threshold``.
+"""Calibrates a strategy for a risk: ``python eval/risk.py --strategy threshold --values "[0.95, 0.9, 0.7]"``.
 
 Then ``Decoder.from_pretrained(base, "threshold", risk=0.02, calibration="runs/risk/risk.json")``.
 """
@@ -16,7 +16,7 @@ from data.provenance import environment, now
 from decoding.config import CacheRule, EotRule
 from decoding.risk import DECODING, FILE, Calibration, plain, save_calibration
 from decoding.strategies import make_strategy
-from eval.bench import decode
+from eval.bench import answered, decode
 from eval.command import command
 from eval.compare import Comparison, Run
 from models.errors import InputError
@@ -52,7 +52,7 @@ def main(
     option: str | None = None,
     loss: Literal["answer", "text"] = "answer",
     confidence: float = 0.95,
-    prompts: list[PromptSource] = VALIDATION,  # shown in --help
+    prompts: list[PromptSource] = VALIDATION,
     split: Split | None = "validation",
     limit: int | None = None,
     gen_length: int = 128,
@@ -102,6 +102,8 @@ def main(
         make_strategy(strategy, **options, **{varied: value})
     predictor = MaskPredictor.from_pretrained(base)
     chosen = load_prompts(prompts, split=split, limit=limit)
+    if loss == "answer":
+        answered(chosen)
     runs = [Run("full_step", eot=eot)]
     runs += [Run(strategy, options | {varied: value}, eot, cache, refresh, label=f"{value:g}") for value in values]
     comparison = Comparison(
@@ -110,8 +112,6 @@ def main(
     )  # fmt: skip
     decode(comparison)
     full, *rows = comparison.rows()
-    if loss == "answer" and full["right"] is None:
-        raise InputError("loss", "answer for prompts without answers", "text")
     lost = [_lost(full, row, loss) for row in rows]
     settings = rows[0]["settings"]
     calibration = Calibration(

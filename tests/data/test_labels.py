@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.labels import PASSES, after_eot, collect, first_eot, history, labels, of_block, records_of
+from data.labels import PASSES, Records, after_eot, collect, first_eot, history, labels, of_block, records_of
 from data.shards import ShardWriter, load_records
 from decoding.config import DecodeConfig
 from decoding.loop import decode
@@ -113,3 +113,19 @@ def test_records_straight_from_traces(decoded) -> None:
     assert records.final.shape == records.evidence.token.shape == (total, 4)
     assert records.passes.unique().tolist() == [PASSES.index("full_step"), PASSES.index("oracle")]
     assert records.prompt.unique().tolist() == [0, 1, 2]
+
+
+def test_records_of_two_sets_keep_their_prompts_and_splits(decoded) -> None:
+    first, second = (
+        records_of(batch.traces, batch.references, [prompt.id for prompt in batch.prompts], splits, EOT)
+        for batch, splits in ((decoded(2), ["train", "test"]), (decoded(3, 2), ["validation", "train", "test"]))
+    )
+    both = Records.cat([first, second])
+    assert both.prompt_ids == ["p0", "p1", "p2", "p3", "p4"]
+    for part, where in ((first, slice(0, len(first.prompt))), (second, slice(len(first.prompt), None))):
+        found = both.take(torch.arange(len(both.prompt))[where])
+        assert [both.prompt_ids[n] for n in found.prompt.tolist()] == [part.prompt_ids[n] for n in part.prompt.tolist()]
+        assert [both.splits[n] for n in found.prompt.tolist()] == [part.splits[n] for n in part.prompt.tolist()]
+        for name in ("final", "tail", "passes", "block", "step"):
+            assert torch.equal(getattr(found, name), getattr(part, name))
+        assert torch.equal(found.evidence.token, part.evidence.token)

@@ -243,5 +243,7 @@ def test_what_does_not_go_together_is_refused_by_name(scripted, tables):
     predictor, strategy = predictor_of(scripted, tables[0]), apd(says(tables[0]))
     with pytest.raises(InputError, match="cache: found 'dual' with apd"):
         decode(predictor, [[1]], DecodeConfig(24, 24, cache="dual"), strategy)
+    with pytest.raises(InputError, match="regions: found given; accepted: none with apd"):
+        decode(predictor, [[1]], DecodeConfig(24, 24, eot="off"), strategy, regions=torch.zeros(1, 24).long())
     with pytest.raises(InputError, match="eot: found 'published' with apd"):
         decode(predictor, [[1]], DecodeConfig(24, 24, eot="published"), strategy)

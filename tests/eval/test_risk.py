@@ -124,10 +124,10 @@ def test_bad_input_is_refused_before_anything_is_decoded(tiny_checkpoint, prompt
         (["--values", "[]"], "found threshold, threshold, []"),
         (["--confidence", "1"], "confidence: found 1.0"),
         (["--options", '{"treshold": 1}'], "threshold.treshold: found an unknown setting"),
-        (["--loss", "answer"], "loss: found answer for prompts without answers; accepted: text"),
+        (["--loss", "answer"], "prompts: found 24 of 24 without an answer"),
     ):
         with pytest.raises(SystemExit) as stop:
             calibrate(tiny_checkpoint, prompts, tmp_path / "risk", *words)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
-    assert not (tmp_path / "risk" / "risk.json").exists()
+    assert not (tmp_path / "risk").exists()
