@@ -66,12 +66,12 @@ leaves the reference's path, so its states are labelled by their own completions
 
 @dataclass
 class Completions:
-    """What full_step makes of ``S`` states of a decode.
+    """What full_step makes of ``S`` states of a decode: of their active blocks, the rest need not be decoded.
 
     Attributes:
         rows: ``(S,)`` int64, index of the prompt.
         step: ``(S,)`` int64, forwards that the prompt's decode had had before.
-        sequences: ``(S, G)`` int64, the state decoded to the end.
+        sequences: ``(S, G)`` int64, the state decoded to the end of its block; EoT where that was not asked for.
     """
 
     rows: Tensor

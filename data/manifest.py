@@ -20,8 +20,9 @@ MANIFEST = "manifest.json"
 COLUMNS = {"steps": STEP_COLUMNS, "sequences": SEQUENCE_COLUMNS}
 """The two kinds of files of a shard and their columns."""
 _OLDER = {"states": "pass"}  # schema version 1: name of a column to the one it has now
-_OPTIONAL = ("end", "open", "eot_probability", "eot_top")
-"""Columns that a set may lack: ``end`` before schema version 3, when labels came from the references; EoT evidence anyway."""
+_OPTIONAL = ("end", "text", "open", "eot_probability", "eot_top")
+"""Columns that a set may lack: ``end`` before schema version 3, when labels came from the references; ``text`` before filters
+read it; EoT evidence anyway."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class RolloutSettings:
         passes: Decodes to record: full_step, oracle, filter. The reference is decoded in any case.
         filter: Folder of an exported filter, for the pass of that name.
         references: Folder of a finished set of the same model and settings, whose references are taken; what it lacks is decoded.
-        states: States of a prompt's filter pass that are completed by full_step, which gives their labels; the others have none.
+        states: States of a prompt's filter pass whose block full_step completes, which gives their labels; the others have none.
         eot_evidence: Also record what every step says of EoT, at every position that is left: the head then reads all of them.
         chat_template: Wrap prompts in the chat template.
         dtype: Dtype of the weights; null for the checkpoint's on a GPU and float32 on a CPU.
@@ -63,7 +63,7 @@ class RolloutSettings:
     passes: list[str] = field(default_factory=lambda: ["full_step", "oracle"])
     filter: Path | None = None
     references: Path | None = None
-    states: int = 2
+    states: int = 4
     eot_evidence: bool = False
     chat_template: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -366,16 +366,24 @@ def _index_in(column: pa.ChunkedArray, values: pa.Array) -> np.ndarray:
 
 def _wide(rollouts: Rollouts, keep: Sequence[np.ndarray], place: np.ndarray) -> dict[str, Tensor]:
     """The per-position columns, ``(R, K)`` each; kept row ``n`` of the files goes to row ``place[n]``."""
-    names = ("masked", "token", "confidence", "margin", "entropy", "final")
+    names = ("masked", "token", "confidence", "margin", "entropy", "final", "text")
     length = int(rollouts.manifest["settings"]["block_length"])
-    types = {"token": torch.int64, "confidence": torch.float32, "margin": torch.float32, "entropy": torch.float32}
+    types = {"confidence": torch.float32, "margin": torch.float32, "entropy": torch.float32}
+    types |= {"token": torch.int64, "text": torch.int64}
     wide = {name: torch.empty(len(place), length, dtype=types.get(name, torch.bool)) for name in names}
     start = 0
     for table, kept in zip(rollouts.tables("steps", names), keep, strict=True):
         rows = torch.from_numpy(place[start : start + int(kept.sum())])
         start += len(rows)
         masked = fixed(table, "masked")
-        for name in names if len(rows) else ():
-            values = ragged(table, name, masked) if name in ("margin", "entropy") else fixed(table, name)
+        if "text" not in table.column_names:
+            wide.pop("text", None)
+        for name in wide if len(rows) else ():
+            if name in ("margin", "entropy", "text"):
+                values = ragged(table, name, ~masked if name == "text" else masked)
+            else:
+                values = fixed(table, name)
             wide[name][rows] = torch.from_numpy(values[kept]).to(wide[name].dtype)
+    if "text" in wide:
+        wide["text"] = torch.where(wide["masked"], wide["token"], wide["text"])
     return wide

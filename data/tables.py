@@ -17,6 +17,7 @@ STEP_COLUMNS = (
     "prompt_id", "split", "pass", "block", "step",
     "masked", "token", "confidence",  # K values each, for every position of the active block
     "margin", "entropy",  # one value for each True in masked
+    "text",  # one value for each False in masked: the token that is decoded there
     "final",  # K values each
     "end",  # the first EoT of what the labels come from, the reference or the state's completion; -1 where there are none
     # Of sets rolled out with ``eot_evidence``:
@@ -82,6 +83,7 @@ def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
             "confidence": _fixed(evidence.confidence),
             "margin": _ragged(evidence.margin, evidence.masked),
             "entropy": _ragged(evidence.entropy, evidence.masked),
+            "text": _ragged(evidence.text.int(), ~evidence.masked),
             "final": _fixed(final),
             "end": pa.array(end.numpy().astype(np.int16)),
         }

@@ -172,6 +172,8 @@ class BlockRun(Run):
             confidence = confidence * (state.columns < state.end[:, None])
         if self.history is not None:
             found["stable"], found["previous"] = self.history.compare(token, confidence)
+        if "text" in self.needs:
+            found["text"] = torch.where(masked, token, state.generated.gather(1, state.columns))
         return Evidence(masked, token, confidence, **found)
 
 

@@ -79,7 +79,11 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def load_component(
-    folder: str | Path, kind: str, schema_version: int, fields: Collection[str]
+    folder: str | Path,
+    kind: str,
+    schema_version: int,
+    fields: Collection[str],
+    older: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads a component; its tensors still have to be checked against the network, see :func:`load_tensors`.
 
@@ -88,6 +92,7 @@ def load_component(
         kind: What the component has to be.
         schema_version: The version of ``config.json`` that the caller reads.
         fields: The keys ``config.json`` must hold besides ``kind``, no more and no less.
+        older: Those of them that older components lack, and what they mean by it.
 
     Returns:
         The config without ``kind``, and the tensors by name, on the CPU.
@@ -116,6 +121,7 @@ def load_component(
     for key in config:
         if key not in fields:
             raise InputError(f"{file}: {key}", "an unknown key", ", ".join(sorted(fields)))
+    config = dict(older or {}) | config
     for key in fields:
         if key not in config:
             raise InputError(f"{file}: {key}", "nothing", "a value; every key is required")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EVIDENCE = frozenset({"margin", "entropy", "history"})
+EVIDENCE = frozenset({"margin", "entropy", "history", "text"})
 """What can be asked for beyond token and confidence and is worth keeping: all that records hold."""
 
 
@@ -28,6 +28,8 @@ class Evidence:
         stable: ``(B, K)`` int64, for how many previous steps of this block in a row the argmax has been ``token``. Asked for as
             ``history``.
         previous: ``(B, K)`` float32, the confidence one step earlier in this block, 0 at its first step. Likewise.
+        text: ``(B, K)`` int64, the block's tokens as they stand: what is decoded, and the guess where it is masked. Asked for by
+            its name.
         hidden: ``(B, K, D)`` in the weights' dtype, the predictor's last hidden state, which its head reads. Asked for by its
             name; the head has it anyway.
     """
@@ -39,6 +41,7 @@ class Evidence:
     entropy: Tensor = None  # type: ignore[assignment]
     stable: Tensor = None  # type: ignore[assignment]
     previous: Tensor = None  # type: ignore[assignment]
+    text: Tensor = None  # type: ignore[assignment]
     hidden: Tensor = None  # type: ignore[assignment]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Evidence":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import CONFIG, TENSORS, current_eot_rule, load_component, load_tensors, save_component
 from models.errors import InputError
-from models.features import FEATURES, Evidence, feature_columns
+from models.features import FEATURES, Evidence, feature_columns, needs_of
 
 KIND = "filter"
 SCHEMA_VERSION = 1
@@ -31,6 +31,8 @@ class FilterConfig:
         channels: Width of each convolution (``conv`` only).
         kernel: Positions each convolution sees (``conv`` only), odd.
         layers: Number of convolutions (``conv`` only).
+        embedding: Width of the embedding through which the network reads the block's tokens, decoded ones and guesses
+            (``conv`` only); 0 for one that reads no token.
         needs_all_positions: The network reads confidences of decoded positions too, as the published one does, so the
             decoder has to compute them. False where the training records held masked positions only.
         threshold: A guess is committed where its probability of being final is above this.
@@ -51,6 +53,7 @@ class FilterConfig:
     channels: int = 32
     kernel: int = 5
     layers: int = 2
+    embedding: int = 0
     needs_all_positions: bool = False
     threshold: float = 0.9
     gen_length: int = 0
@@ -62,6 +65,11 @@ class FilterConfig:
     confidence_dtype: str = "float32"
     metrics: dict[str, float | None] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the network reads beyond token and confidence, as a strategy asks for it."""
+        return needs_of(self.features) | (frozenset({"text"}) if self.embedding else frozenset())
 
 
 class Filter(nn.Module):
@@ -102,7 +110,8 @@ class ConvFilter(Filter):
     """Convolutions over the positions of a block; the same weights serve any block length.
 
     The input columns are standardised with the buffers ``mean`` and ``std``. Both sides of the block are padded with
-    zeros, which after the standardisation is the average column and so differs from a decoded position.
+    zeros, which after the standardisation is the average column and so differs from a decoded position. Beside the columns
+    it may read the tokens themselves, since what is doubtful about a number is not what is doubtful about a word.
     """
 
     mean: Tensor
@@ -113,7 +122,8 @@ class ConvFilter(Filter):
         self.features = tuple(config.features)
         self.register_buffer("mean", torch.zeros(len(self.features)))
         self.register_buffer("std", torch.ones(len(self.features)))
-        sizes = [len(self.features)] + [config.channels] * config.layers
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding) if config.embedding else None
+        sizes = [len(self.features) + config.embedding] + [config.channels] * config.layers
         # Two-dimensional with a height of 1: oneDNN then takes the columns as they lie in memory, channels last, and a
         # training step on the CPU takes about half of what Conv1d needs (torch 2.13).
         self.convs = nn.ModuleList(
@@ -125,6 +135,8 @@ class ConvFilter(Filter):
     def forward(self, evidence: Evidence) -> Tensor:
         """Logits ``(B, K)`` float32 for any K."""
         columns = (feature_columns(evidence, self.features) - self.mean) / self.std
+        if self.embedding is not None:
+            columns = torch.cat((columns, self.embedding(evidence.text)), dim=-1)
         hidden = columns.transpose(1, 2)[:, :, None]  # (B, F, 1, K)
         for conv in self.convs:
             hidden = conv(hidden).relu()
@@ -161,6 +173,7 @@ _NETWORK_RULES: dict[str, tuple[Any, str]] = {
     "channels": (_is_count, "a positive integer"),
     "kernel": (lambda v: _is_count(v) and v % 2 == 1, "an odd positive integer"),
     "layers": (_is_count, "a positive integer"),
+    "embedding": (lambda v: v == 0 or _is_count(v), "a whole number from 0"),
     "needs_all_positions": (lambda v: isinstance(v, bool), "true or false"),
 }
 _EXPORT_RULES: dict[str, tuple[Any, str]] = _NETWORK_RULES | {
@@ -187,6 +200,12 @@ def _check(values: dict[str, Any], rules: dict[str, tuple[Any, str]], where: str
             raise InputError(f"{where}: {name}", repr(values[name]), accepted)
     if values["architecture"] == "conv" and values["needs_all_positions"]:
         raise InputError(f"{where}: needs_all_positions", True, "false; conv reads masked positions only")
+    if values["architecture"] == "block_mlp" and values["embedding"]:
+        raise InputError(f"{where}: embedding", values["embedding"], "0; block_mlp reads confidences only")
+    if values["embedding"] and not _is_count(values["vocab_size"]):
+        raise InputError(
+            f"{where}: vocab_size", values["vocab_size"], "the base model's, for a filter that reads tokens"
+        )
 
 
 def build_filter(config: FilterConfig) -> BlockMLP | ConvFilter:
@@ -230,7 +249,9 @@ def load_filter(folder: str | Path) -> tuple[BlockMLP | ConvFilter, FilterConfig
         InputError: Anything is missing, unknown or impossible; names the file and the field.
     """
     folder = Path(folder)
-    values, tensors = load_component(folder, KIND, SCHEMA_VERSION, [f.name for f in fields(FilterConfig)])
+    values, tensors = load_component(
+        folder, KIND, SCHEMA_VERSION, [f.name for f in fields(FilterConfig)], older={"embedding": 0}
+    )
     _check(values, _EXPORT_RULES, str(folder / CONFIG))
     values["eot_rule"] = current_eot_rule(values["eot_rule"], f"{folder / CONFIG}: eot_rule")
     values["features"] = tuple(values["features"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -29,6 +30,7 @@ class Family:
         end_of_turn: Text of the token that may close a turn before ``eot``.
         bos: Text of the token that opens a prompt.
         max_length: Field of ``config.json`` with the longest sequence, in tokens.
+        embeddings: Name of the tensor of the token embeddings.
     """
 
     mask: str
@@ -36,6 +38,7 @@ class Family:
     end_of_turn: str
     bos: str
     max_length: str
+    embeddings: str
 
 
 FAMILIES = {
@@ -45,6 +48,7 @@ FAMILIES = {
         end_of_turn="<|eot_id|>",
         bos="<|startoftext|>",
         max_length="max_sequence_length",
+        embeddings="model.transformer.wte.weight",
     )
 }
 """``model_type`` to its description."""
@@ -204,14 +208,7 @@ class MaskPredictor:
                 token missing, or logits that ignore the attention mask.
         """
         folder = checkpoint_folder(path)
-        config_file = folder / "config.json"
-        try:
-            raw = json.loads(config_file.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(str(config_file), str(error), "a readable config.json of a mask predictor") from error
-        family = FAMILIES.get(raw.get("model_type"))
-        if family is None:
-            raise InputError(f"{config_file}: model_type", repr(raw.get("model_type")), " | ".join(FAMILIES))
+        raw, family = _described(folder)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else "auto"
@@ -270,6 +267,40 @@ def checkpoint_folder(path: str | Path) -> Path:
         raise InputError(
             "base checkpoint", f"{path!r} ({first})", "an existing folder or a reachable hub id"
         ) from error
+
+
+def token_embeddings(path: str | Path) -> Tensor:
+    """The token embeddings of a checkpoint, ``(vocab_size, D)`` float32 on the CPU, without the rest of its weights.
+
+    Args:
+        path: Folder or hub id.
+
+    Raises:
+        InputError: Not a checkpoint of a known family, or none of its files holds the tensor.
+    """
+    folder = checkpoint_folder(path)
+    raw, family = _described(folder)
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as stream:
+                if family.embeddings in stream.keys():  # noqa: SIM118 - not a mapping
+                    return stream.get_tensor(family.embeddings)[: raw["vocab_size"]].float()
+        except SafetensorError as error:
+            raise InputError(str(file), f"unreadable ({error})", "safetensors") from None
+    raise InputError(f"{folder}: safetensors", f"no tensor {family.embeddings}", "a checkpoint with token embeddings")
+
+
+def _described(folder: Path) -> tuple[dict[str, Any], Family]:
+    """A checkpoint's ``config.json`` and its family."""
+    config_file = folder / "config.json"
+    try:
+        raw = json.loads(config_file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(str(config_file), str(error), "a readable config.json of a mask predictor") from error
+    family = FAMILIES.get(raw.get("model_type"))
+    if family is None:
+        raise InputError(f"{config_file}: model_type", repr(raw.get("model_type")), " | ".join(FAMILIES))
+    return raw, family
 
 
 def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) -> nn.Module:

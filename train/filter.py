@@ -270,7 +270,11 @@ if __name__ == "__main__":
         FilterDataModule,
         verbs={"export": export},
         settings={"rollout": RolloutSettings, "pipeline": Pipeline},
-        links=[("rollout.folder", "data.rollouts"), ("rollout.block_length", "model.block_length")],
+        links=[
+            ("rollout.folder", "data.rollouts"),
+            ("rollout.block_length", "model.block_length"),
+            ("rollout.base", "model.base"),
+        ],
         checkpoint={"monitor": "validation/loss"},
         callbacks=callbacks,
         before={"fit": prepare},

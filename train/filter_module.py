@@ -19,7 +19,8 @@ from torchmetrics.classification import (
 from data.filter_data import FilterBatch, FilterDataModule
 from models.errors import InputError
 from models.features import FEATURES
-from models.filter import FilterConfig, build_filter
+from models.filter import ConvFilter, FilterConfig, build_filter
+from models.predictor import token_embeddings
 
 
 class FilterModule(LightningModule):
@@ -37,6 +38,9 @@ class FilterModule(LightningModule):
         channels: Width of each convolution.
         kernel: Positions each convolution sees.
         layers: Number of convolutions.
+        embedding: Width of the embedding through which ``conv`` reads the block's tokens; 0: it reads none. It begins as the
+            principal components of the base's own embeddings, so that tokens the rollouts lack lie near their likes.
+        base: Folder or hub id of the base model, for ``embedding``.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay.
         schedule: ``cosine`` falls to zero over the whole run, ``constant`` stays.
@@ -51,6 +55,8 @@ class FilterModule(LightningModule):
         channels: int = 32,
         kernel: int = 5,
         layers: int = 2,
+        embedding: int = 0,
+        base: str | None = None,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.01,
         schedule: Literal["cosine", "constant"] = "cosine",
@@ -63,11 +69,26 @@ class FilterModule(LightningModule):
             raise InputError("features", features, "null or [confidence] for block_mlp, which reads nothing else")
         self.config = FilterConfig(
             architecture=architecture, features=tuple(names if features is None else features),
-            block_length=block_length, channels=channels, kernel=kernel, layers=layers, threshold=threshold,
+            block_length=block_length, channels=channels, kernel=kernel, layers=layers, embedding=embedding,
+            threshold=threshold,
         )  # fmt: skip
-        self.net = build_filter(self.config)
+        self.net = self._with_tokens(base) if embedding else build_filter(self.config)
         self.learning_rate, self.weight_decay, self.schedule = learning_rate, weight_decay, schedule
         self.meters = nn.ModuleDict({stage: _meters(stage, threshold) for stage in ("validation", "test")})
+
+    def _with_tokens(self, base: str | None) -> ConvFilter:
+        """The network of a configuration that reads tokens, which also learns how many there are."""
+        if base is None:
+            raise InputError("base", None, "the base model, for a filter that reads tokens")
+        known, width = token_embeddings(base), self.config.embedding
+        if not 0 < width <= min(known.shape):
+            raise InputError("embedding", width, f"a whole number from 0 to {min(known.shape)}, the base's own width")
+        self.config = replace(self.config, vocab_size=len(known))
+        net = build_filter(self.config)
+        assert isinstance(net, ConvFilter)
+        assert net.embedding is not None
+        net.embedding.weight.data.copy_(principal_components(known, width))
+        return net
 
     def setup(self, stage: str) -> None:
         """Looks at the training data once: input normalisation, and whether decoded positions hold confidences.
@@ -82,6 +103,8 @@ class FilterModule(LightningModule):
         length = evidence.masked.shape[1]
         if length != self.config.block_length:
             raise InputError("block_length", self.config.block_length, f"{length}, that of the rollouts")
+        if self.config.embedding and evidence.text is None:
+            raise InputError("embedding", self.config.embedding, "0 with rollouts that lack the text; roll out again")
         if self.config.architecture == "block_mlp":
             # At decode time it must see decoded positions as it does here: their confidence, or zero.
             self._read_all_positions(bool((evidence.confidence[~evidence.masked] > 0).any()))
@@ -161,6 +184,14 @@ class FilterModule(LightningModule):
         self.log_dict(values, sync_dist=True)
         for meter in meters.values():
             meter.reset()
+
+
+def principal_components(vectors: Tensor, width: int) -> Tensor:
+    """The leading principal components of ``vectors`` ``(V, D)``, ``(V, width)`` float32 of variance 1 on the whole."""
+    centred = vectors - vectors.mean(0)
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -width:].flip(1)
+    found = centred @ directions
+    return found / found.std()
 
 
 def _meters(stage: str, threshold: float) -> nn.ModuleDict:

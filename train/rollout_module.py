@@ -132,7 +132,10 @@ class RolloutModule(LightningModule):
         return torch.stack(found) if len(found) == len(known) else None
 
     def _complete(self, batch: PromptBatch, run: DecodeOutput) -> Completions:
-        """Decodes some states of a recorded decode to the end, full-step; which of them depends on the prompt alone."""
+        """Decodes the active block of some states of a recorded decode to its end, full-step: labels speak of no other.
+
+        Which states depends on the prompt alone.
+        """
         assert self.predictor is not None
         decoding, steps = self.settings.decoding, collect(run.trace)
         starts = (run.nfe.cumsum(0) - run.nfe).tolist()
@@ -142,9 +145,10 @@ class RolloutModule(LightningModule):
             chosen += sorted(start + step for step in rng.sample(range(nfe), min(self.settings.states, nfe)))
         rows = steps.rows[chosen]
         begun = regions(steps, decoding.gen_length, self.predictor.ids.mask)[chosen]
+        before = (steps.block[chosen] * decoding.block_length).tolist()
         found = decode(
             self.predictor, [batch.tokens[row] for row in rows.tolist()], decoding, make_strategy("full_step"),
-            regions=begun, batch_size=batch.batch_size,
+            regions=begun, batch_size=batch.batch_size, stop=lambda state, text: len(text) > before[state],
         )  # fmt: skip
         return Completions(rows, steps.step[chosen], found.sequences)
 

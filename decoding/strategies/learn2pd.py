@@ -11,7 +11,6 @@ from torch import nn
 from decoding.config import DecodeConfig
 from decoding.strategies.base import BlockStrategy, Decision, Step, require_range, top_1
 from models.errors import InputError
-from models.features import needs_of
 from models.filter import FilterConfig, check_compatible, load_filter
 from models.predictor import MaskPredictor, fingerprint
 
@@ -41,7 +40,7 @@ class FilterStrategy(BlockStrategy):
             self.network, self.config = load_filter(self.filter)
         if self.config is None:
             raise InputError(f"{self.name}.config", None, "the FilterConfig of the network")
-        self.needs = needs_of(self.config.features)
+        self.needs = self.config.needs
         self.all_positions = bool(self.network.needs_all_positions)
         return self.config
 

@@ -83,6 +83,7 @@ def noise() -> Callable[..., RolloutBatch]:
                 entropy=random(*masked.shape) * masked,
                 stable=torch.zeros_like(masked, dtype=torch.long),
                 previous=torch.zeros(masked.shape),
+                text=torch.randint(0, vocab, masked.shape, generator=generator),
             )
             steps, blocks = torch.full((count,), step), torch.full((count,), block)
             probability, top = random(count, gen_length) * region, (random(count, gen_length) < 0.5) & region

@@ -1,5 +1,7 @@
 """Labels are what the reference says, on masked positions only; the history that is not stored comes back exactly."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -97,6 +99,32 @@ def test_a_live_decode_computes_the_column_that_its_records_hold(decoded, predic
         columns.clear()
         decode(predictor, [tokens], DecodeConfig(16, 4, eot="off"), Watching())
         torch.testing.assert_close(torch.cat(columns), stored[records.prompt == row], atol=1e-4, rtol=1e-4)
+
+
+def test_a_live_decode_reads_the_text_that_its_records_hold(decoded, predictor, key, tmp_path) -> None:
+    class Watching(type(make_strategy("full_step"))):
+        needs = frozenset({"text"})
+
+        def decide(self, step):
+            texts.append(step.evidence.text)
+            masked.append(step.evidence.masked)
+            return super().decide(step)
+
+    batch, texts, masked = decoded(6, gen_length=32, block_length=8, eot="commit"), [], []
+    key = replace(key, settings=key.settings | {"gen_length": 32, "block_length": 8})
+    writer = ShardWriter(tmp_path, key)
+    writer.write(batch)
+    records = load_records(writer.finish(batch.hashes), ["full_step"])
+    for row, tokens in enumerate(batch.tokens):
+        texts.clear()
+        masked.clear()
+        found = decode(predictor, [tokens], DecodeConfig(32, 8, eot="commit"), Watching())
+        text = torch.cat(texts)
+        assert torch.equal(text, records.evidence.text[records.prompt == row])
+        assert not (text == predictor.ids.mask).any()
+        result = of_block(found.sequences.expand(len(text), -1), records.block[records.prompt == row], 8)
+        decoded_already = ~torch.cat(masked)
+        assert torch.equal(text[decoded_already], result[decoded_already])
 
 
 def test_history_of_nothing() -> None:

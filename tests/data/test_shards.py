@@ -253,6 +253,19 @@ def test_a_set_without_ends_takes_them_from_the_references(folder: Path) -> None
     assert not torch.equal(older.tail, before.tail)
 
 
+def test_a_set_without_text_is_read_without_it(folder: Path) -> None:
+    assert load_records(folder).evidence.text is not None
+    manifest = json.loads((folder / MANIFEST).read_text())
+    shard = manifest["shards"][0]["steps"]
+    path = folder / shard["file"]
+    pq.write_table(pq.read_table(path).drop_columns(["text"]), path)
+    shard |= describe(path, shard["rows"])
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    records = load_records(folder)
+    assert records.evidence.text is None
+    assert (records.evidence.confidence[records.evidence.masked] > 0).all()
+
+
 def test_a_missing_or_repeated_prompt_is_refused(tmp_path: Path, key, decoded) -> None:
     writer = ShardWriter(tmp_path, key)
     writer.write(decoded(3, 0))

@@ -18,6 +18,7 @@ from models.filter import (
 
 BASE = {"vocab_size": 1024, "mask_id": 5, "gen_length": 128}
 CONV = FilterConfig(**BASE, base_fingerprint="abc", metrics={"auroc": 0.9})
+TEXT = replace(CONV, embedding=4)
 MLP = replace(CONV, architecture="block_mlp", features=("confidence",))
 OFFICIAL = {"linear1.weight": (32, 32), "linear1.bias": (32,), "linear2.weight": (32, 32), "linear2.bias": (32,)}
 
@@ -28,7 +29,8 @@ def evidence(rows: int, length: int, seed: int = 0) -> Evidence:
     some = [torch.rand(rows, length, generator=g) for _ in range(4)]
     confidence, margin, entropy, previous = (torch.where(masked, value, 0.0) for value in some)
     stable = torch.randint(0, 5, (rows, length), generator=g) * masked
-    return Evidence(masked, torch.ones_like(stable), confidence, margin, entropy, stable, previous)
+    text = torch.randint(0, BASE["vocab_size"], (rows, length), generator=g)
+    return Evidence(masked, torch.ones_like(stable), confidence, margin, entropy, stable, previous, text)
 
 
 def official(path: Path, **changes) -> dict[str, torch.Tensor]:
@@ -98,7 +100,7 @@ def test_a_pth_never_runs_code(tmp_path: Path):
             read_official(tmp_path / name)
 
 
-@pytest.mark.parametrize("config", [CONV, MLP, replace(CONV, features=("entropy", "rank"), layers=1, kernel=3)])
+@pytest.mark.parametrize("config", [CONV, MLP, TEXT, replace(CONV, features=("entropy", "rank"), layers=1, kernel=3)])
 def test_export_then_load_gives_the_same_logits_bit_for_bit(tmp_path: Path, config: FilterConfig):
     net = build_filter(config)
     net.fit_normalisation(evidence(100, 32))
@@ -144,6 +146,8 @@ def test_a_network_that_is_not_the_configs_is_not_exported(tmp_path: Path):
         ("block_length", 0),
         ("kernel", 4),
         ("layers", 1.5),
+        ("embedding", -1),
+        ("embedding", None),
         ("channels", True),
         ("needs_all_positions", True),
         ("threshold", 1.5),
@@ -183,6 +187,25 @@ def test_conv_gives_a_moved_pattern_the_same_logits():
 
     with torch.no_grad():
         torch.testing.assert_close(placed(10), placed(31), rtol=1e-5, atol=1e-5)
+
+
+def test_a_filter_that_reads_tokens_tells_them_apart():
+    torch.manual_seed(0)
+    some, net = evidence(8, 16), build_filter(TEXT)
+    changed = replace(some, text=some.text.clone())
+    changed.text[:, 3] += 1
+    assert not torch.equal(net(some)[:, 2:5], net(changed)[:, 2:5])  # a decoded neighbour's word counts, too
+    assert torch.equal(net(some)[:, 12:], net(changed)[:, 12:])
+    assert (TEXT.needs - CONV.needs, CONV.needs) == ({"text"}, {"margin", "entropy", "history"})
+
+
+def test_an_export_from_before_filters_read_tokens_is_one_that_reads_none(tmp_path: Path):
+    net = build_filter(CONV)
+    save_filter(tmp_path, net, CONV, "card")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["embedding"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_filter(tmp_path)[1] == CONV
 
 
 def test_conv_takes_any_block_length():

@@ -11,7 +11,8 @@ from data.filter_data import Batches, FilterBatch, FilterDataModule
 from data.labels import Records
 from models.errors import InputError
 from models.features import Evidence
-from train.filter_module import FilterModule
+from models.predictor import token_embeddings
+from train.filter_module import FilterModule, principal_components
 
 PROMPTS = 40
 SPLITS = ["test" if i % 10 == 0 else "validation" if i % 10 == 1 else "train" for i in range(PROMPTS)]
@@ -250,12 +251,43 @@ def test_a_split_without_records_is_refused():
         ({"features": ["colour"]}, "filter: features"),
         ({"kernel": 2}, "filter: kernel"),
         ({"architecture": "block_mlp", "features": ["entropy"]}, "features"),
+        ({"embedding": 4}, "base"),
+        ({"embedding": 1000, "base": "models/bundled/llada-tiny"}, "embedding"),
+        ({"embedding": 4, "base": "models/bundled/llada-tiny", "architecture": "block_mlp"}, "filter: embedding"),
     ],
 )
 def test_a_bad_network_setting_is_refused_by_name(settings, field):
     with pytest.raises(InputError) as error:
         FilterModule(**settings)
     assert error.value.field == field
+
+
+def test_what_the_token_tells_is_learned(tmp_path):
+    # Some words are final wherever they stand, others never: confidence says nothing about it.
+    given, base = records(), "models/bundled/llada-tiny"
+    words = torch.tensor([40, 41, 42, 43])
+    given.evidence.text = words[torch.randint(0, 4, given.final.shape, generator=torch.Generator().manual_seed(1))]
+    given.final = given.evidence.text < 42
+    blind = fit(given, epochs=2)[1]
+    module, metrics = fit(given, embedding=4, base=base)
+    assert metrics["validation/auroc"] > 0.99
+    assert blind["validation/auroc"] < 0.6
+    assert module.config.vocab_size == len(module.net.embedding.weight) == len(token_embeddings(base))
+
+
+def test_rollouts_without_text_serve_no_filter_that_reads_it():
+    module = FilterModule(block_length=16, embedding=4, base="models/bundled/llada-tiny")
+    with pytest.raises(InputError, match=r"embedding: found 4.*roll out again"):
+        trainer().fit(module, datamodule=data(records(400)))
+
+
+def test_principal_components_are_the_directions_of_most_variance():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([1.0, 9.0, 0.1, 3.0])
+    found = principal_components(torch.randn(5000, 4, generator=generator) * scale + 7, 2)
+    assert found.shape == (5000, 2)
+    assert found.std().item() == pytest.approx(1, abs=1e-4)
+    assert (found[:, 0].std() / found[:, 1].std()).item() == pytest.approx(3, rel=0.05)
 
 
 def test_rollouts_of_another_block_length_are_refused():
