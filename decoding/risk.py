@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from decoding.config import DecodeConfig
+from models.checkpoint import CALIBRATION
 from models.errors import InputError
 
 SCHEMA_VERSION = 1
-FILE = "risk.json"
-"""Where the calibration of an exported component lies: in its folder."""
 DECODING = ("gen_length", "block_length", "steps", "temperature", "eot", "cache", "refresh")
 """Decode settings that a calibration is made for."""
 
@@ -111,7 +110,7 @@ def calibration_file(options: Mapping[str, Any], file: str | Path | None) -> Pat
     folder = options.get("filter") or options.get("helper")
     if file is None and folder is None:
         raise InputError("calibration", None, "a file written by eval/risk.py")
-    return Path(file) if file is not None else Path(str(folder)) / FILE
+    return Path(file) if file is not None else Path(str(folder)) / CALIBRATION
 
 
 def save_calibration(file: Path, calibration: Calibration) -> None:

@@ -11,14 +11,16 @@ from typing import Any, Literal
 
 from scipy.stats import beta
 
+from data.prompt import Prompt
 from data.prompts import PromptSource, Split, load_prompts, prompt_hash
 from data.provenance import environment, now
 from decoding.config import CacheRule, EotRule
-from decoding.risk import DECODING, FILE, Calibration, plain, save_calibration
+from decoding.risk import DECODING, Calibration, plain, save_calibration
 from decoding.strategies import make_strategy
 from eval.bench import answered, decode
 from eval.command import command
 from eval.compare import Comparison, Run
+from models.checkpoint import CALIBRATION
 from models.errors import InputError
 from models.predictor import MaskPredictor
 
@@ -112,24 +114,42 @@ def main(
     )  # fmt: skip
     decode(comparison)
     full, *rows = comparison.rows()
-    lost = [_lost(full, row, loss) for row in rows]
-    settings = rows[0]["settings"]
-    calibration = Calibration(
-        strategy=strategy, options=plain(options), option=varied, values=values, lost=lost,
-        bounds=[upper_bound(count, len(chosen), confidence) for count in lost], nfe=[row["nfe_mean"] for row in rows],
-        prompts=len(chosen), loss=loss, confidence=confidence, decoding={name: settings[name] for name in DECODING},
-        fingerprints=settings["fingerprints"],
-        made={
-            "command": shlex.join(["python", *sys.argv]), "time": now(), "environment": environment(),
-            "prompts": [asdict(source) for source in prompts], "split": split,
-            "hashes": [prompt_hash(prompt.prompt) for prompt in chosen],
-        },
-    )  # fmt: skip
+    calibration = calibrate(full, rows, chosen, strategy, options, varied, loss, confidence)
+    calibration.made.update(prompts=[asdict(source) for source in prompts], split=split)
     component = options.get("filter") or options.get("helper")
-    target = (out or (Path(component) if component else run)) / FILE
+    target = (out or (Path(component) if component else run)) / CALIBRATION
     save_calibration(target, calibration)
     print(table(calibration, full["nfe_mean"]))
     print(f"wrote {target}")
+
+
+def calibrate(
+    full: dict[str, Any], rows: list[dict[str, Any]], prompts: list[Prompt], strategy: str, options: dict[str, Any],
+    option: str, loss: Literal["answer", "text"], confidence: float,
+) -> Calibration:  # fmt: skip
+    """What the rows of a comparison vouch for.
+
+    Args:
+        full: The row of full_step.
+        rows: Those of the strategy, from the safest setting to the cheapest.
+        prompts: What was decoded.
+        strategy: Its name.
+        options: Its settings that stay.
+        option: The setting that varies.
+        loss: What counts as lost.
+        confidence: From 0 to 1.
+    """
+    settings, lost = rows[0]["settings"], [_lost(full, row, loss) for row in rows]
+    return Calibration(
+        strategy=strategy, options=plain(options), option=option, values=[row["settings"][option] for row in rows],
+        lost=lost, bounds=[upper_bound(count, len(prompts), confidence) for count in lost],
+        nfe=[row["nfe_mean"] for row in rows], prompts=len(prompts), loss=loss, confidence=confidence,
+        decoding={name: settings[name] for name in DECODING}, fingerprints=settings["fingerprints"],
+        made={
+            "command": shlex.join(["python", *sys.argv]), "time": now(), "environment": environment(),
+            "hashes": [prompt_hash(prompt.prompt) for prompt in prompts],
+        },
+    )  # fmt: skip
 
 
 def _lost(full: dict[str, Any], row: dict[str, Any], loss: str) -> int:

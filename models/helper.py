@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from models.causal_lm import load_causal_lm, pretrained_folder, within
-from models.checkpoint import current_eot_rule, replacing
+from models.checkpoint import CALIBRATION, current_eot_rule, replacing
 from models.errors import InputError
 from models.helper_cache import HelperCache
 from models.predictor import fingerprint
@@ -340,7 +340,15 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir() or folder.is_symlink():
         raise InputError(f"{KIND} folder", f"{folder}, not a plain folder", accepted)
     names = {entry.name for entry in folder.iterdir()}
-    known = {DESCRIPTION, CARD, ADAPTER, "config.json", "generation_config.json", "model.safetensors.index.json"}
+    known = {
+        DESCRIPTION,
+        CARD,
+        ADAPTER,
+        CALIBRATION,
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+    }
     if foreign := sorted(name for name in names - known if not name.endswith(".safetensors")):
         raise InputError(f"{KIND} folder", f"{folder} with {foreign[0]} in it", accepted)
     if names:

@@ -17,8 +17,11 @@ from data.manifest import open_rollouts
 from data.prompt import Prompt
 from data.prompts import Split, split_of
 from data.rollout_data import RolloutSettings
+from decoding.risk import Calibration, save_calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, pick, print_table, share
+from eval.risk import RISKS, calibrate
+from models.checkpoint import CALIBRATION
 from models.errors import InputError
 from models.filter import FilterConfig, save_filter
 from models.predictor import MaskPredictor, fingerprint
@@ -30,6 +33,9 @@ from train.folder import load_checkpoint
 from train.rollout_module import roll_out
 
 FIGURES = ("exact_match", "valid", "sequence_agreement", "token_agreement", "nfe_mean", "tokens_per_forward")
+
+CONFIDENCE = 0.95
+"""Of the promises that an export makes of its risk."""
 
 
 @dataclass
@@ -134,11 +140,15 @@ def finish(command: Command) -> None:
     predictor = MaskPredictor.from_pretrained(rollouts.base)
     config = describe(module.config, predictor, rollouts.folder, metrics)
     module.net.to(predictor.device).eval()
-    config, split, rows = pick_threshold(predictor, module, config, pipeline, rollouts)
+    config, split, rows, calibration = pick_threshold(predictor, module, config, pipeline, rollouts)
     save_filter(
-        pipeline.out, module.net, config, card(config, command.datamodule.digest, split, rows, command.settings)
-    )
+        pipeline.out, module.net, config,
+        card(config, command.datamodule.digest, split, rows, calibration, command.settings),
+    )  # fmt: skip
+    known = calibration.fingerprints | {"filter": fingerprint(pipeline.out)}
+    save_calibration(pipeline.out / CALIBRATION, replace(calibration, fingerprints=known))
     print_table(rows, f"{rows[0]['prompts']} {split} prompts; thresholds picked on validation")
+    print("\n".join(promises(calibration)))
     print(f"exported {pipeline.out}")
     # The run is over: started again, fit begins anew. An interrupted one still has its last.ckpt and continues.
     (command.folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
@@ -161,14 +171,15 @@ def describe(config: FilterConfig, predictor: MaskPredictor, rollouts: Path, met
 
 def pick_threshold(
     predictor: MaskPredictor, module: FilterModule, config: FilterConfig, pipeline: Pipeline, rollouts: RolloutSettings
-) -> tuple[FilterConfig, str, list[dict[str, Any]]]:
+) -> tuple[FilterConfig, str, list[dict[str, Any]], Calibration]:
     """Picks the cheapest threshold that loses no more than is accepted, on validation prompts, and measures it on test.
 
     The training-free threshold that it is compared with is picked by the same rule. Where the sources have no test
     prompt, the figures are those of validation.
 
     Returns:
-        The configuration with the threshold and its figures, the split that these are of, and the rows of the comparison.
+        The configuration with the threshold and its figures, the split that these are of, the rows of the comparison, and what
+        the validation prompts vouch for at each threshold.
     """
 
     def decode(split: Split, prompts: list[Prompt], runs: list[Run]) -> list[dict[str, Any]]:
@@ -190,6 +201,9 @@ def pick_threshold(
     rows = decode(split, prompts, [Run("full_step"), *plain, *learned])
     picked = [pick(part, pipeline.loss) for part in (rows[1 : len(plain) + 1], rows[len(plain) + 1 :])]
     threshold = picked[1]["settings"]["threshold"]
+    safest_first = rows[: len(plain) : -1]
+    loss = "text" if rows[0]["exact_match"] is None else "answer"
+    calibration = calibrate(rows[0], safest_first, prompts, "learn2pd", {}, "threshold", loss, CONFIDENCE)
     tests = [prompt for prompt in rollouts.prompts() if split_of(prompt.prompt) == "test"]
     if tests:
         split = "test"
@@ -199,12 +213,13 @@ def pick_threshold(
         picked = rows[1:3]
     figures = {f"decode/{name}": picked[1][name] for name in FIGURES}
     figures |= {"decode/prompts": picked[1]["prompts"], "decode/threshold_nfe_mean": picked[0]["nfe_mean"]}
-    return replace(config, threshold=threshold, metrics=config.metrics | figures), split, rows
+    return replace(config, threshold=threshold, metrics=config.metrics | figures), split, rows, calibration
 
 
 def card(
-    config: FilterConfig, rollouts: str | None, split: str, rows: list[dict[str, Any]], settings: dict[str, Any]
-) -> str:
+    config: FilterConfig, rollouts: str | None, split: str, rows: list[dict[str, Any]], calibration: Calibration,
+    settings: dict[str, Any],
+) -> str:  # fmt: skip
     """The model card of an export, trained on rollouts of this digest; ``rows`` are of the prompts of ``split``."""
     count = rows[0]["prompts"]
     lines = [
@@ -227,9 +242,24 @@ def card(
         f"| {row['nfe_mean']:.1f} | {row['tokens_per_forward']:.2f} |"
         for row in rows
     ]
+    lines += ["", *promises(calibration)]
     lines += ["", "| validation metric (masked positions) | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in config.metrics.items() if name.startswith("validation/")]
     return "\n".join(lines) + "\n"
+
+
+def promises(calibration: Calibration) -> list[str]:
+    """What a calibration promises, a line a risk: ``Decoder.from_pretrained(..., risk=...)`` takes that threshold."""
+    lost = "a right answer" if calibration.loss == "answer" else "its text"
+    counted = f"{calibration.prompts} validation prompts"
+    lines = [f"Risk of losing {lost} of full_step, at {calibration.confidence:.0%} confidence ({counted}):", ""]
+    for risk in RISKS:
+        try:
+            promised = f"threshold {calibration.value(risk):g}"
+        except InputError:
+            promised = f"none: the safest threshold is vouched for up to {calibration.bounds[0]:.1%}"
+        lines.append(f"- {risk:.1%}: {promised}")
+    return lines
 
 
 def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: float) -> None:

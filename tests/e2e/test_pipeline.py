@@ -67,7 +67,9 @@ def test_fit_leaves_everything_a_user_needs(fitted, tiny_checkpoint):
     assert json.loads((folder / "runs/rollout/shards/manifest.json").read_text())["complete"]
     record = yaml.safe_load((folder / "runs/filter/run.yaml").read_text())
     assert record["config"]["model"]["architecture"] == "conv"
-    assert f"| learn2pd {config.threshold:g} |" in (folder / "exports/filter/README.md").read_text()
+    card = (folder / "exports/filter/README.md").read_text()
+    assert f"| learn2pd {config.threshold:g} |" in card
+    assert "Risk of losing a right answer of full_step, at 95% confidence (3 validation prompts)" in card
 
 
 def test_prompts_without_answers_are_judged_by_their_text(tiny_checkpoint, tmp_path):
@@ -82,6 +84,7 @@ def test_prompts_without_answers_are_judged_by_their_text(tiny_checkpoint, tmp_p
     assert done.returncode == 0, done.stderr
     assert load_filter(tmp_path / "exports/filter")[1].metrics["decode/exact_match"] is None
     assert "| learn2pd 0.5 | – |" in (tmp_path / "exports/filter/README.md").read_text()
+    assert json.loads((tmp_path / "exports/filter/risk.json").read_text())["loss"] == "text"
 
 
 def test_the_export_decodes(fitted, tiny_checkpoint):
@@ -93,6 +96,12 @@ def test_the_export_decodes(fitted, tiny_checkpoint):
         out.counts["filter_commits"].sum() == 32 - out.nfe.sum()
     )  # every forward commits one token without the filter
     assert out.settings["threshold"] == 0.3
+    asking = {"filter": folder / "exports/filter"}
+    # A model that knows no answer loses none: the cheapest threshold, and three prompts vouch for 63.2 % at best.
+    careful = Decoder.from_pretrained(tiny_checkpoint, "learn2pd", risk=0.64, **asking)
+    assert careful.generate(["What is 3 + 4?"], gen_length=16, block_length=8).settings["threshold"] == 0.5
+    with pytest.raises(InputError, match=r"risk: found 0\.5; accepted: at least 0\.632"):
+        Decoder.from_pretrained(tiny_checkpoint, "learn2pd", risk=0.5, **asking)
 
 
 def test_a_second_fit_does_not_roll_out_again(fitted):
