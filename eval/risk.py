@@ -31,6 +31,7 @@ VARIED = {
 """The setting of each strategy that trades quality for forwards."""
 VALIDATION = [PromptSource(split="validation")]
 RISKS = (0.001, 0.005, 0.01, 0.02, 0.05)
+CONFIDENCE = 0.95
 
 
 def upper_bound(lost: int, prompts: int, confidence: float) -> float:
@@ -53,7 +54,7 @@ def main(
     options: dict[str, Any] | None = None,
     option: str | None = None,
     loss: Literal["answer", "text"] = "answer",
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     prompts: list[PromptSource] = VALIDATION,
     split: Split | None = "validation",
     limit: int | None = None,
@@ -125,7 +126,7 @@ def main(
 
 def calibrate(
     full: dict[str, Any], rows: list[dict[str, Any]], prompts: list[Prompt], strategy: str, options: dict[str, Any],
-    option: str, loss: Literal["answer", "text"], confidence: float,
+    option: str, loss: Literal["answer", "text"], confidence: float = CONFIDENCE,
 ) -> Calibration:  # fmt: skip
     """What the rows of a comparison vouch for.
 
@@ -158,6 +159,20 @@ def _lost(full: dict[str, Any], row: dict[str, Any], loss: str) -> int:
     return sum(ours < theirs for ours, theirs in zip(row["right"], full["right"], strict=True))
 
 
+def promises(calibration: Calibration) -> list[str]:
+    """What a calibration promises, a line a risk: ``Decoder.from_pretrained(..., risk=...)`` takes that setting."""
+    lost = "a right answer" if calibration.loss == "answer" else "the text"
+    counted = f"{calibration.prompts} calibration prompts"
+    lines = [f"Risk of losing {lost} of full_step, at {100 * calibration.confidence:g} % confidence ({counted}):", ""]
+    for risk in RISKS:
+        try:
+            promised = f"{calibration.option} {calibration.value(risk):g}"
+        except InputError:
+            promised = f"none; the safest setting is vouched for from {100 * calibration.bounds[0]:.2g} % on"
+        lines.append(f"- {100 * risk:g} %: {promised}")
+    return lines
+
+
 def table(calibration: Calibration, full_step_nfe: float) -> str:
     """What a calibration says, for the terminal."""
     lines = [
@@ -167,11 +182,7 @@ def table(calibration: Calibration, full_step_nfe: float) -> str:
         calibration.values, calibration.lost, calibration.bounds, calibration.nfe, strict=True
     ):
         lines.append(f"  {calibration.option} {value:g}: {nfe:.1f} forwards, {lost} lost, at most {100 * bound:.2f} %")
-    for risk in RISKS:
-        try:
-            lines.append(f"risk {100 * risk:g} %: {calibration.option} {calibration.value(risk):g}")
-        except InputError:
-            lines.append(f"risk {100 * risk:g} %: no setting")
+    lines += promises(calibration)
     return "\n".join(lines)
 
 

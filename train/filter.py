@@ -20,7 +20,7 @@ from data.rollout_data import RolloutSettings
 from decoding.risk import Calibration, save_calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, pick, print_table, share
-from eval.risk import RISKS, calibrate
+from eval.risk import calibrate, promises
 from models.checkpoint import CALIBRATION
 from models.errors import InputError
 from models.filter import FilterConfig, save_filter
@@ -33,9 +33,6 @@ from train.folder import load_checkpoint
 from train.rollout_module import roll_out
 
 FIGURES = ("exact_match", "valid", "sequence_agreement", "token_agreement", "nfe_mean", "tokens_per_forward")
-
-CONFIDENCE = 0.95
-"""Of the promises that an export makes of its risk."""
 
 
 @dataclass
@@ -203,7 +200,7 @@ def pick_threshold(
     threshold = picked[1]["settings"]["threshold"]
     safest_first = rows[: len(plain) : -1]
     loss = "text" if rows[0]["exact_match"] is None else "answer"
-    calibration = calibrate(rows[0], safest_first, prompts, "learn2pd", {}, "threshold", loss, CONFIDENCE)
+    calibration = calibrate(rows[0], safest_first, prompts, "learn2pd", {}, "threshold", loss)
     tests = [prompt for prompt in rollouts.prompts() if split_of(prompt.prompt) == "test"]
     if tests:
         split = "test"
@@ -246,20 +243,6 @@ def card(
     lines += ["", "| validation metric (masked positions) | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in config.metrics.items() if name.startswith("validation/")]
     return "\n".join(lines) + "\n"
-
-
-def promises(calibration: Calibration) -> list[str]:
-    """What a calibration promises, a line a risk: ``Decoder.from_pretrained(..., risk=...)`` takes that threshold."""
-    lost = "a right answer" if calibration.loss == "answer" else "its text"
-    counted = f"{calibration.prompts} validation prompts"
-    lines = [f"Risk of losing {lost} of full_step, at {calibration.confidence:.0%} confidence ({counted}):", ""]
-    for risk in RISKS:
-        try:
-            promised = f"threshold {calibration.value(risk):g}"
-        except InputError:
-            promised = f"none: the safest threshold is vouched for up to {calibration.bounds[0]:.1%}"
-        lines.append(f"- {risk:.1%}: {promised}")
-    return lines
 
 
 def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: float) -> None:

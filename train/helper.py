@@ -16,11 +16,14 @@ from lightning.pytorch.callbacks import EarlyStopping
 from data.helper_data import HelperDataModule
 from data.manifest import open_rollouts
 from data.rollout_data import RolloutSettings
+from decoding.risk import Calibration, save_calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, print_table, share
+from eval.risk import calibrate, promises
+from models.checkpoint import CALIBRATION
 from models.errors import InputError
 from models.helper import Helper, HelperConfig, save_helper
-from models.predictor import MaskPredictor
+from models.predictor import MaskPredictor, fingerprint
 from train.cards import metadata
 from train.cli import Command, log_export, run
 from train.folder import load_checkpoint
@@ -72,14 +75,18 @@ def finish(command: Command) -> None:
     predictor = MaskPredictor.from_pretrained(rollouts.base)
     config = describe(module, predictor, rollouts.folder, metrics)
     module.to(predictor.device)
-    rows = measure(predictor, Helper(module.net, config), pipeline, rollouts)
+    rows, calibration = measure(predictor, Helper(module.net, config), pipeline, rollouts)
     for row in rows[1:]:
         prefix = f"apd/{row['settings']['mixture_weight']:g}"
         config.metrics.update({f"{prefix}/{name}": row[name] for name in FIGURES})
     config.metrics.update({f"full_step/{name}": row[name] for row in rows[:1] for name in FIGURES})
-    save_helper(pipeline.out, module.net, config, card(config, command.datamodule.digest, rows, command.settings))
-    if rows:
+    text = card(config, command.datamodule.digest, rows, calibration, command.settings)
+    save_helper(pipeline.out, module.net, config, text)
+    if calibration is not None:
+        known = calibration.fingerprints | {"helper": fingerprint(pipeline.out)}
+        save_calibration(pipeline.out / CALIBRATION, replace(calibration, fingerprints=known))
         print_table(rows, f"{rows[0]['prompts']} validation prompts")
+        print("\n".join(promises(calibration)))
     print(f"exported {pipeline.out}")
     # The run is over: started again, fit begins anew. An interrupted one still has its last.ckpt and continues.
     (command.folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
@@ -109,14 +116,14 @@ def describe(
 
 def measure(
     predictor: MaskPredictor, helper: Helper, pipeline: Pipeline, rollouts: RolloutSettings
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], Calibration | None]:
     """Decodes validation prompts full-step and with APD at every mixture weight.
 
     Returns:
-        The rows of the comparison, full_step first; none where there are no mixture weights.
+        The rows of the comparison, full_step first, and what they vouch for; nothing where there are no mixture weights.
     """
     if not pipeline.mixture_weights:
-        return []
+        return [], None
     prompts = rollouts.prompts("validation", pipeline.measure_prompts)
     runs, ready = [Run("full_step")], dict[str, Strategy]()
     for weight in sorted(pipeline.mixture_weights):
@@ -125,14 +132,22 @@ def measure(
             "apd", network=helper, mixture_weight=weight, kv_window=pipeline.kv_window,
             max_lookahead=pipeline.max_lookahead,
         )  # fmt: skip
-    return compare(
+    rows = compare(
         predictor, prompts, runs, gen_length=rollouts.gen_length, block_length=rollouts.block_length,
         batch_size=rollouts.batch_size, strategies=ready,
         progress=lambda label: print(f"decoding {len(prompts)} validation prompts: {label}", file=sys.stderr),
     )  # fmt: skip
+    # The larger the weight, the more drafts are accepted: cheaper, and further from the helper's own text.
+    options = {"kv_window": pipeline.kv_window, "max_lookahead": pipeline.max_lookahead}
+    given = {name: value for name, value in options.items() if value is not None}
+    loss = "text" if rows[0]["exact_match"] is None else "answer"
+    return rows, calibrate(rows[0], rows[1:], prompts, "apd", given, "mixture_weight", loss)
 
 
-def card(config: HelperConfig, rollouts: str | None, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+def card(
+    config: HelperConfig, rollouts: str | None, rows: list[dict[str, Any]], calibration: Calibration | None,
+    settings: dict[str, Any],
+) -> str:  # fmt: skip
     """The model card of an export, trained on rollouts of this digest."""
     what = (
         f"tuned from `{config.source}`"
@@ -171,6 +186,8 @@ def card(config: HelperConfig, rollouts: str | None, rows: list[dict[str, Any]],
             f"| {row['tokens_per_forward']:.2f} |"
             for row in rows
         ]
+    if calibration is not None:
+        lines += ["", *promises(calibration)]
     lines += ["", "| validation metric (response tokens) | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in config.metrics.items() if name.startswith("validation/")]
     return "\n".join(lines) + "\n"

@@ -14,6 +14,7 @@ import yaml
 
 from data.prompts import split_of
 from decoding import Decoder
+from decoding.risk import load_calibration
 from models.errors import InputError
 from models.helper import load_helper
 from models.predictor import MaskPredictor
@@ -96,6 +97,20 @@ def test_the_export_decodes(fitted, tiny_checkpoint):
         tiny_checkpoint, "apd", helper=fitted[0] / "exports/helper", mixture_weight=0.5
     ).generate(["What is 3 + 4?", "What is 10 + 11?"], gen_length=16, block_length=8, eot="off")
     assert (out.nfe <= 16).all()
+
+
+def test_the_export_takes_a_risk(fitted, tiny_checkpoint):
+    helper = fitted[0] / "exports/helper"
+    calibration = load_calibration(helper / "risk.json")
+    assert calibration.values == sorted(calibration.values)
+    assert calibration.nfe[-1] == 1
+    risk = calibration.bounds[0] + 1e-6
+    decoder = Decoder.from_pretrained(tiny_checkpoint, "apd", helper=helper, risk=risk)
+    assert decoder.strategy.mixture_weight == calibration.value(risk)
+    assert (
+        f"- 5 %: none; the safest setting is vouched for from {100 * calibration.bounds[0]:.2g} % on"
+        in (helper / "README.md").read_text()
+    )
 
 
 def test_a_helper_of_another_model_is_refused_by_name(fitted, tiny_checkpoint):

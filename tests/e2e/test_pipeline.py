@@ -69,7 +69,7 @@ def test_fit_leaves_everything_a_user_needs(fitted, tiny_checkpoint):
     assert record["config"]["model"]["architecture"] == "conv"
     card = (folder / "exports/filter/README.md").read_text()
     assert f"| learn2pd {config.threshold:g} |" in card
-    assert "Risk of losing a right answer of full_step, at 95% confidence (3 validation prompts)" in card
+    assert "Risk of losing a right answer of full_step, at 95 % confidence (3 calibration prompts)" in card
 
 
 def test_prompts_without_answers_are_judged_by_their_text(tiny_checkpoint, tmp_path):
