@@ -112,10 +112,14 @@ class ConvFilter(Filter):
     The input columns are standardised with the buffers ``mean`` and ``std``. Both sides of the block are padded with
     zeros, which after the standardisation is the average column and so differs from a decoded position. Beside the columns
     it may read the tokens themselves, since what is doubtful about a number is not what is doubtful about a word.
+
+    Attributes:
+        dropout: Share of the embedding that is left out in training.
     """
 
     mean: Tensor
     std: Tensor
+    dropout: float = 0.0
 
     def __init__(self, config: FilterConfig) -> None:
         super().__init__()
@@ -136,7 +140,8 @@ class ConvFilter(Filter):
         """Logits ``(B, K)`` float32 for any K."""
         columns = (feature_columns(evidence, self.features) - self.mean) / self.std
         if self.embedding is not None:
-            columns = torch.cat((columns, self.embedding(evidence.text)), dim=-1)
+            words = F.dropout(self.embedding(evidence.text), self.dropout, self.training)
+            columns = torch.cat((columns, words), dim=-1)
         hidden = columns.transpose(1, 2)[:, :, None]  # (B, F, 1, K)
         for conv in self.convs:
             hidden = conv(hidden).relu()

@@ -40,6 +40,7 @@ class FilterModule(LightningModule):
         layers: Number of convolutions.
         embedding: Width of the embedding through which ``conv`` reads the block's tokens; 0: it reads none. It begins as the
             principal components of the base's own embeddings, so that tokens the rollouts lack lie near their likes.
+        dropout: Share of that embedding left out at each step; without it a few hundred prompts are learned by heart.
         base: Folder or hub id of the base model, for ``embedding``.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay.
@@ -56,6 +57,7 @@ class FilterModule(LightningModule):
         kernel: int = 5,
         layers: int = 2,
         embedding: int = 0,
+        dropout: float = 0.3,
         base: str | None = None,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.01,
@@ -72,21 +74,24 @@ class FilterModule(LightningModule):
             block_length=block_length, channels=channels, kernel=kernel, layers=layers, embedding=embedding,
             threshold=threshold,
         )  # fmt: skip
-        self.net = self._with_tokens(base) if embedding else build_filter(self.config)
+        self.net = self._with_tokens(base, dropout) if embedding else build_filter(self.config)
         self.learning_rate, self.weight_decay, self.schedule = learning_rate, weight_decay, schedule
         self.meters = nn.ModuleDict({stage: _meters(stage, threshold) for stage in ("validation", "test")})
 
-    def _with_tokens(self, base: str | None) -> ConvFilter:
+    def _with_tokens(self, base: str | None, dropout: float) -> ConvFilter:
         """The network of a configuration that reads tokens, which also learns how many there are."""
         if base is None:
             raise InputError("base", None, "the base model, for a filter that reads tokens")
         known, width = token_embeddings(base), self.config.embedding
         if not 0 < width <= min(known.shape):
             raise InputError("embedding", width, f"a whole number from 0 to {min(known.shape)}, the base's own width")
+        if not 0 <= dropout < 1:
+            raise InputError("dropout", dropout, "a share from 0 to 1")
         self.config = replace(self.config, vocab_size=len(known))
         net = build_filter(self.config)
         assert isinstance(net, ConvFilter)
         assert net.embedding is not None
+        net.dropout = dropout
         net.embedding.weight.data.copy_(principal_components(known, width))
         return net
 

@@ -196,6 +196,9 @@ def test_a_filter_that_reads_tokens_tells_them_apart():
     changed.text[:, 3] += 1
     assert not torch.equal(net(some)[:, 2:5], net(changed)[:, 2:5])  # a decoded neighbour's word counts, too
     assert torch.equal(net(some)[:, 12:], net(changed)[:, 12:])
+    net.dropout = 0.5
+    assert not torch.equal(net(some), net(some))
+    assert torch.equal(net.eval()(some), net(some))
     assert (TEXT.needs - CONV.needs, CONV.needs) == ({"text"}, {"margin", "entropy", "history"})
 
 

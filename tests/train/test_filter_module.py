@@ -252,6 +252,7 @@ def test_a_split_without_records_is_refused():
         ({"kernel": 2}, "filter: kernel"),
         ({"architecture": "block_mlp", "features": ["entropy"]}, "features"),
         ({"embedding": 4}, "base"),
+        ({"embedding": 4, "base": "models/bundled/llada-tiny", "dropout": 1.0}, "dropout"),
         ({"embedding": 1000, "base": "models/bundled/llada-tiny"}, "embedding"),
         ({"embedding": 4, "base": "models/bundled/llada-tiny", "architecture": "block_mlp"}, "filter: embedding"),
     ],
