@@ -20,7 +20,21 @@ def checkpoints(folder: Path, **settings: Any) -> ModelCheckpoint:
     if settings.get("monitor"):
         settings.setdefault("filename", "best")
     # Without the version counter a continued run overwrites last.ckpt instead of starting last-v1.ckpt beside it.
-    return ModelCheckpoint(dirpath=folder, save_last=True, enable_version_counter=False, **settings)
+    return Checkpoints(dirpath=folder, save_last=True, enable_version_counter=False, **settings)
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's, which also saves the last step of a run whose length is no multiple of ``every_n_train_steps``."""
+
+    def __init__(self, every_n_train_steps: int | None = None, **settings: Any) -> None:
+        super().__init__(every_n_train_steps=every_n_train_steps, **settings)
+        self.every = every_n_train_steps
+
+    def on_train_batch_end(self, trainer: Trainer, *given: Any) -> None:
+        super().on_train_batch_end(trainer, *given)
+        assert self.dirpath is not None
+        if self.every and trainer.global_step == trainer.max_steps and trainer.global_step % self.every:
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
 
 
 def progress() -> ProgressBar:

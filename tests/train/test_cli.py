@@ -17,6 +17,7 @@ from eval.command import wandb_mode
 from models.errors import InputError
 from train.callbacks import ProgressLines
 from train.cli import log_export, run
+from train.folder import load_checkpoint
 
 
 class Toy(LightningModule):
@@ -279,3 +280,13 @@ def test_wandb_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert wandb_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_mode() == "disabled"
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_the_last_step_is_saved_whatever_the_run_s_length(toy, steps):
+    assert toy(f"fit --trainer.max_steps {steps}")[0] == 0
+    assert load_checkpoint(Path("runs/toy/checkpoints/last.ckpt"))["global_step"] == steps
+    again = toy(f"fit --trainer.max_steps {steps + 2}")
+    assert again[0] == 0
+    assert f"at step {steps}" in again[2]
+    assert Toy.steps == list(range(steps + 2))
