@@ -5,7 +5,7 @@ Then ``Decoder.from_pretrained(base, "threshold", risk=0.02, calibration="runs/r
 
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from eval.command import command
 from eval.compare import Comparison, Run
 from models.checkpoint import CALIBRATION
 from models.errors import InputError
-from models.predictor import MaskPredictor
+from models.predictor import MaskPredictor, fingerprint
 
 VARIED = {
     "threshold": "threshold", "factor": "factor", "entropy_bound": "gamma", "klass": "threshold", "learn2pd": "threshold",
@@ -32,6 +32,11 @@ VARIED = {
 VALIDATION = [PromptSource(split="validation")]
 RISKS = (0.001, 0.005, 0.01, 0.02, 0.05)
 CONFIDENCE = 0.95
+CHOSEN = (
+    "These prompts also chose the epoch, which makes the promise a little too good; `eval/risk.py` on prompts that training "
+    "has not seen makes a strict one."
+)
+"""What has to be said of a calibration that comes with a fit."""
 
 
 def upper_bound(lost: int, prompts: int, confidence: float) -> float:
@@ -168,9 +173,15 @@ def promises(calibration: Calibration) -> list[str]:
         try:
             promised = f"{calibration.option} {calibration.value(risk):g}"
         except InputError:
-            promised = f"none; the safest setting is vouched for from {100 * calibration.bounds[0]:.2g} % on"
+            promised = f"none; the safest setting is vouched for from {100 * calibration.bounds[0]:.3g} % on"
         lines.append(f"- {100 * risk:g} %: {promised}")
     return lines
+
+
+def keep(calibration: Calibration, kind: str, folder: Path) -> None:
+    """Lays a calibration beside the component, a ``filter`` or ``helper``, that it was measured with before its export."""
+    known = calibration.fingerprints | {kind: fingerprint(folder)}
+    save_calibration(folder / CALIBRATION, replace(calibration, fingerprints=known))
 
 
 def table(calibration: Calibration, full_step_nfe: float) -> str:

@@ -17,11 +17,10 @@ from data.manifest import open_rollouts
 from data.prompt import Prompt
 from data.prompts import Split, split_of
 from data.rollout_data import RolloutSettings
-from decoding.risk import Calibration, save_calibration
+from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, pick, print_table, share
-from eval.risk import calibrate, promises
-from models.checkpoint import CALIBRATION
+from eval.risk import CHOSEN, calibrate, keep, promises
 from models.errors import InputError
 from models.filter import FilterConfig, save_filter
 from models.predictor import MaskPredictor, fingerprint
@@ -142,10 +141,9 @@ def finish(command: Command) -> None:
         pipeline.out, module.net, config,
         card(config, command.datamodule.digest, split, rows, calibration, command.settings),
     )  # fmt: skip
-    known = calibration.fingerprints | {"filter": fingerprint(pipeline.out)}
-    save_calibration(pipeline.out / CALIBRATION, replace(calibration, fingerprints=known))
+    keep(calibration, "filter", pipeline.out)
     print_table(rows, f"{rows[0]['prompts']} {split} prompts; thresholds picked on validation")
-    print("\n".join(promises(calibration)))
+    print("\n".join([*promises(calibration), "", CHOSEN]))
     print(f"exported {pipeline.out}")
     # The run is over: started again, fit begins anew. An interrupted one still has its last.ckpt and continues.
     (command.folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
@@ -239,7 +237,7 @@ def card(
         f"| {row['nfe_mean']:.1f} | {row['tokens_per_forward']:.2f} |"
         for row in rows
     ]
-    lines += ["", *promises(calibration)]
+    lines += ["", *promises(calibration), "", CHOSEN]
     lines += ["", "| validation metric (masked positions) | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in config.metrics.items() if name.startswith("validation/")]
     return "\n".join(lines) + "\n"

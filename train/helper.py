@@ -16,14 +16,13 @@ from lightning.pytorch.callbacks import EarlyStopping
 from data.helper_data import HelperDataModule
 from data.manifest import open_rollouts
 from data.rollout_data import RolloutSettings
-from decoding.risk import Calibration, save_calibration
+from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, print_table, share
-from eval.risk import calibrate, promises
-from models.checkpoint import CALIBRATION
+from eval.risk import CHOSEN, calibrate, keep, promises
 from models.errors import InputError
 from models.helper import Helper, HelperConfig, save_helper
-from models.predictor import MaskPredictor, fingerprint
+from models.predictor import MaskPredictor
 from train.cards import metadata
 from train.cli import Command, log_export, run
 from train.folder import load_checkpoint
@@ -83,10 +82,9 @@ def finish(command: Command) -> None:
     text = card(config, command.datamodule.digest, rows, calibration, command.settings)
     save_helper(pipeline.out, module.net, config, text)
     if calibration is not None:
-        known = calibration.fingerprints | {"helper": fingerprint(pipeline.out)}
-        save_calibration(pipeline.out / CALIBRATION, replace(calibration, fingerprints=known))
+        keep(calibration, "helper", pipeline.out)
         print_table(rows, f"{rows[0]['prompts']} validation prompts")
-        print("\n".join(promises(calibration)))
+        print("\n".join([*promises(calibration), "", CHOSEN]))
     print(f"exported {pipeline.out}")
     # The run is over: started again, fit begins anew. An interrupted one still has its last.ckpt and continues.
     (command.folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
@@ -187,7 +185,7 @@ def card(
             for row in rows
         ]
     if calibration is not None:
-        lines += ["", *promises(calibration)]
+        lines += ["", *promises(calibration), "", CHOSEN]
     lines += ["", "| validation metric (response tokens) | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in config.metrics.items() if name.startswith("validation/")]
     return "\n".join(lines) + "\n"

@@ -108,7 +108,7 @@ def test_the_export_takes_a_risk(fitted, tiny_checkpoint):
     decoder = Decoder.from_pretrained(tiny_checkpoint, "apd", helper=helper, risk=risk)
     assert decoder.strategy.mixture_weight == calibration.value(risk)
     assert (
-        f"- 5 %: none; the safest setting is vouched for from {100 * calibration.bounds[0]:.2g} % on"
+        f"- 5 %: none; the safest setting is vouched for from {100 * calibration.bounds[0]:.3g} % on"
         in (helper / "README.md").read_text()
     )
 
