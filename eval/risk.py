@@ -169,12 +169,12 @@ def promises(calibration: Calibration) -> list[str]:
     lost = "a right answer" if calibration.loss == "answer" else "the text"
     counted = f"{calibration.prompts} calibration prompts"
     lines = [f"Risk of losing {lost} of full_step, at {100 * calibration.confidence:g} % confidence ({counted}):", ""]
-    for risk in RISKS:
-        try:
-            promised = f"{calibration.option} {calibration.value(risk):g}"
-        except InputError:
-            promised = f"none; the safest setting is vouched for from {100 * calibration.bounds[0]:.3g} % on"
-        lines.append(f"- {100 * risk:g} %: {promised}")
+    least = calibration.bounds[0]
+    lines += [
+        f"- {100 * risk:g} %: {calibration.option} {calibration.value(risk):g}" for risk in RISKS if risk >= least
+    ]
+    if least > RISKS[0]:
+        lines.append(f"- below {100 * least:.3g} %: no setting")
     return lines
 
 

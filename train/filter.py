@@ -222,7 +222,8 @@ def card(
         "",
         f"Says which guesses of the mask predictor `{config.base_fingerprint}` are already final (arXiv 2509.25188).",
         f"Trained on rollouts of gen_length {config.gen_length}, block_length {config.block_length}, EoT rule "
-        f"`{config.eot_rule}`, passes {', '.join(settings['data']['passes'] or settings['rollout']['passes'])}; "
+        f"`{config.eot_rule}`, passes {', '.join(settings['data']['passes'] or settings['rollout']['passes'])}, "
+        f"{settings['pipeline']['rounds']} rounds of states of its own; "
         f"prompts: {', '.join(source['path'] for source in settings['rollout']['sources'])}, "
         f"limit {settings['rollout']['limit']}; digest of the rollouts {rollouts}.",
         "",

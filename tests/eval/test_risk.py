@@ -83,7 +83,7 @@ def test_a_decoder_takes_the_setting_that_is_vouched_for(tiny_checkpoint, prompt
     file = calibrate(tiny_checkpoint, prompts, tmp_path / "risk", "--loss", "text")
     said = capsys.readouterr().out
     assert "threshold 1.01: 16.0 forwards, 0 lost, at most 11.73 %" in said
-    assert "- 5 %: none; the safest setting is vouched for from 11.7 % on" in said
+    assert "- below 11.7 %: no setting" in said
     found = load_calibration(file)
     assert found.prompts == 24
     assert found.lost[0] == 0 < found.lost[1]

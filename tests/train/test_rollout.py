@@ -216,7 +216,17 @@ def test_records_of_a_rollout(base: Path, sources, tmp_path: Path) -> None:
     assert {"python", "torch", "transformers", "git"} <= set(manifest["versions"])
 
 
-def test_states_of_a_filters_pass_are_labelled_by_their_completions(base: Path, sources, tmp_path: Path) -> None:
+def test_states_of_a_filters_pass_are_labelled_by_their_completions(
+    base: Path, sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    completed = []
+
+    def watched(*given, **options):
+        found = decode(*given, **options)
+        completed.extend(found.nfe.tolist() if "regions" in options else [])
+        return found
+
+    monkeypatch.setattr("train.rollout_module.decode", watched)
     predictor = MaskPredictor.from_pretrained(base)
     torch.manual_seed(5)
     config = FilterConfig(
@@ -252,6 +262,8 @@ def test_states_of_a_filters_pass_are_labelled_by_their_completions(base: Path, 
                 at += 1
             region.view(-1, 4)[step.block] = torch.where(step.transfer, step.committed, region.view(-1, 4)[step.block])
     assert at == len(records.prompt)
+    # At most a forward for each position of the block (an EoT may fill some), and none for the blocks after it.
+    assert sum(completed) <= int(records.evidence.masked.sum())
     assert differs  # it had left the reference's path
 
 
