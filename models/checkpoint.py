@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from models.errors import InputError
 
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
-CALIBRATION = "risk.json"
-"""What a calibration leaves in the folder of the component it is about; it goes with the component."""
+CALIBRATION, PICTURE = "risk.json", "reliability.png"
+"""What a fit or a calibration leaves in the folder of the component it is about; it goes with the component."""
 
 
 def save_component(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
@@ -196,7 +196,7 @@ def _check_replaceable(folder: Path, kind: str) -> None:
     if not folder.is_dir() or folder.is_symlink():
         raise InputError(f"{kind} folder", f"{folder}, not a plain folder", accepted)
     names = {entry.name for entry in folder.iterdir()}
-    if foreign := sorted(names - {CONFIG, TENSORS, CARD, CALIBRATION}):
+    if foreign := sorted(names - {CONFIG, TENSORS, CARD, CALIBRATION, PICTURE}):
         raise InputError(f"{kind} folder", f"{folder} with {foreign[0]} in it", accepted)
     if names:
         try:

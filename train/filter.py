@@ -21,6 +21,7 @@ from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, pick, print_table, share
 from eval.risk import CHOSEN, calibrate, keep, promises
+from models.checkpoint import PICTURE
 from models.errors import InputError
 from models.filter import FilterConfig, save_filter
 from models.predictor import MaskPredictor, fingerprint
@@ -29,6 +30,7 @@ from train.cards import metadata
 from train.cli import Command, log_export, run
 from train.filter_module import FilterModule
 from train.folder import load_checkpoint
+from train.reliability import draw
 from train.rollout_module import roll_out
 
 FIGURES = ("exact_match", "valid", "sequence_agreement", "token_agreement", "nfe_mean", "tokens_per_forward")
@@ -131,6 +133,7 @@ def finish(command: Command) -> None:
     best = Path(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
     module.load_state_dict(load_checkpoint(best)["state_dict"])
     metrics = dict(trainer.validate(module, command.datamodule, verbose=False)[0])
+    curves = module.reliability
     if not trainer.is_global_zero:  # every rank has to take part up to here
         return
     predictor = MaskPredictor.from_pretrained(rollouts.base)
@@ -142,6 +145,7 @@ def finish(command: Command) -> None:
         card(config, command.datamodule.digest, split, rows, calibration, command.settings),
     )  # fmt: skip
     keep(calibration, "filter", pipeline.out)
+    draw(curves, pipeline.out / PICTURE)
     print_table(rows, f"{rows[0]['prompts']} {split} prompts; thresholds picked on validation")
     print("\n".join([*promises(calibration), "", CHOSEN]))
     print(f"exported {pipeline.out}")
@@ -239,6 +243,7 @@ def card(
         for row in rows
     ]
     lines += ["", *promises(calibration), "", CHOSEN]
+    lines += ["", f"![How far the probabilities can be taken at their word, on validation prompts]({PICTURE})"]
     lines += ["", "| validation metric (masked positions) | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in config.metrics.items() if name.startswith("validation/")]
     return "\n".join(lines) + "\n"

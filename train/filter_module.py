@@ -11,7 +11,6 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     BinaryAUROC,
     BinaryAveragePrecision,
-    BinaryCalibrationError,
     BinaryPrecision,
     BinaryRecall,
 )
@@ -21,15 +20,19 @@ from models.errors import InputError
 from models.features import FEATURES
 from models.filter import ConvFilter, FilterConfig, build_filter
 from models.predictor import token_embeddings
+from train.reliability import Reliability
+
+_CUTS = torch.linspace(-14, 14, 281).sigmoid()
+"""Where ranks are told apart, closest at both ends: the sums of AUROC take the same room however many examples there are."""
 
 
 class FilterModule(LightningModule):
     """Trains a filter by weighted binary cross-entropy on masked positions (Learn2PD, arXiv 2509.25188).
 
     Logged for ``validation`` and ``test``: ``loss``, and over examples ``auroc``, ``average_precision``,
-    ``precision`` and ``recall`` at ``threshold``, ``calibration_error`` (expected, 15 bins), and ``confidence_auroc``,
-    which is that of the bare confidence: what learning has to beat. Each but the loss also as ``*_no_tail``, without
-    the positions after the reference's first EoT.
+    ``precision`` and ``recall`` at ``threshold``, ``calibration_error`` (expected, 15 bins), and as ``confidence_auroc``
+    and ``confidence_error`` those of the bare confidence: what learning has to beat. Each but the loss also as
+    ``*_no_tail``, without the positions after the reference's first EoT.
 
     Args:
         architecture: ``conv`` or ``block_mlp``.
@@ -187,6 +190,10 @@ class FilterModule(LightningModule):
         for part in ("all", "no_tail"):
             values |= meters[part].compute() | meters[f"{part}_confidence"].compute()
         self.log_dict(values, sync_dist=True)
+        self.reliability = {
+            "the filter's": meters["no_tail"]["calibration_error"].found,
+            "bare confidence": meters["no_tail_confidence"]["confidence_error"].found,
+        }
         for meter in meters.values():
             meter.reset()
 
@@ -205,15 +212,18 @@ def _meters(stage: str, threshold: float) -> nn.ModuleDict:
     for part, postfix in (("all", ""), ("no_tail", "_no_tail")):
         meters[part] = MetricCollection(
             {
-                "auroc": BinaryAUROC(validate_args=False),
-                "average_precision": BinaryAveragePrecision(validate_args=False),
+                "auroc": BinaryAUROC(thresholds=_CUTS, validate_args=False),
+                "average_precision": BinaryAveragePrecision(thresholds=_CUTS, validate_args=False),
                 "precision": BinaryPrecision(threshold=threshold, validate_args=False),
                 "recall": BinaryRecall(threshold=threshold, validate_args=False),
-                "calibration_error": BinaryCalibrationError(n_bins=15, validate_args=False),
+                "calibration_error": Reliability(),
             },
             prefix=f"{stage}/",
             postfix=postfix,
         )
-        bare: dict[str, Metric | MetricCollection] = {"confidence_auroc": BinaryAUROC(validate_args=False)}
+        bare: dict[str, Metric | MetricCollection] = {
+            "confidence_auroc": BinaryAUROC(thresholds=_CUTS, validate_args=False),
+            "confidence_error": Reliability(),
+        }
         meters[f"{part}_confidence"] = MetricCollection(bare, prefix=f"{stage}/", postfix=postfix)
     return nn.ModuleDict(meters)

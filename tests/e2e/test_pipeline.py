@@ -68,6 +68,8 @@ def test_fit_leaves_everything_a_user_needs(fitted, tiny_checkpoint):
     record = yaml.safe_load((folder / "runs/filter/run.yaml").read_text())
     assert record["config"]["model"]["architecture"] == "conv"
     card = (folder / "exports/filter/README.md").read_text()
+    assert "(reliability.png)" in card
+    assert (folder / "exports/filter/reliability.png").is_file()
     assert f"| learn2pd {config.threshold:g} |" in card
     assert "Risk of losing a right answer of full_step, at 95 % confidence (3 calibration prompts)" in card
 
