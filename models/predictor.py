@@ -361,6 +361,15 @@ def fingerprint(folder: Path) -> str:
     return _digest(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
+def fingerprint_in_memory(net: nn.Module) -> str:
+    """Identity of weights that are not saved: 16 hex digits of a SHA-256 over names and values of the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 @functools.lru_cache(maxsize=64)
 def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     """Digest of files' sizes and contents; path, size and time of change tell one state of a file from another."""

@@ -139,7 +139,9 @@ def finish(command: Command) -> None:
     predictor = MaskPredictor.from_pretrained(rollouts.base)
     config = describe(module.config, predictor, rollouts.folder, metrics)
     module.net.to(predictor.device).eval()
-    config, split, rows, calibration = pick_threshold(predictor, module, config, pipeline, rollouts)
+    config, split, rows, calibration = pick_threshold(
+        predictor, module, config, pipeline, rollouts, command.folder / "decodes"
+    )
     save_filter(
         pipeline.out, module.net, config,
         card(config, command.datamodule.digest, split, rows, calibration, command.settings),
@@ -169,12 +171,14 @@ def describe(config: FilterConfig, predictor: MaskPredictor, rollouts: Path, met
 
 
 def pick_threshold(
-    predictor: MaskPredictor, module: FilterModule, config: FilterConfig, pipeline: Pipeline, rollouts: RolloutSettings
-) -> tuple[FilterConfig, str, list[dict[str, Any]], Calibration]:
+    predictor: MaskPredictor, module: FilterModule, config: FilterConfig, pipeline: Pipeline, rollouts: RolloutSettings,
+    decodes: Path,
+) -> tuple[FilterConfig, str, list[dict[str, Any]], Calibration]:  # fmt: skip
     """Picks the cheapest threshold that loses no more than is accepted, on validation prompts, and measures it on test.
 
     The training-free threshold that it is compared with is picked by the same rule. Where the sources have no test
-    prompt, the figures are those of validation.
+    prompt, the figures are those of validation. Finished decodes are kept in the folder ``decodes``, for when this is
+    interrupted.
 
     Returns:
         The configuration with the threshold and its figures, the split that these are of, the rows of the comparison, and what
@@ -189,7 +193,7 @@ def pick_threshold(
         }
         return compare(
             predictor, prompts, runs, gen_length=config.gen_length, block_length=config.block_length,
-            batch_size=rollouts.batch_size, strategies=ready,
+            batch_size=rollouts.batch_size, strategies=ready, folder=decodes,
             progress=lambda label: print(f"decoding {len(prompts)} {split} prompts: {label}", file=sys.stderr),
         )  # fmt: skip
 

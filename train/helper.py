@@ -74,7 +74,7 @@ def finish(command: Command) -> None:
     predictor = MaskPredictor.from_pretrained(rollouts.base)
     config = describe(module, predictor, rollouts.folder, metrics)
     module.to(predictor.device)
-    rows, calibration = measure(predictor, Helper(module.net, config), pipeline, rollouts)
+    rows, calibration = measure(predictor, Helper(module.net, config), pipeline, rollouts, command.folder / "decodes")
     for row in rows[1:]:
         prefix = f"apd/{row['settings']['mixture_weight']:g}"
         config.metrics.update({f"{prefix}/{name}": row[name] for name in FIGURES})
@@ -113,9 +113,9 @@ def describe(
 
 
 def measure(
-    predictor: MaskPredictor, helper: Helper, pipeline: Pipeline, rollouts: RolloutSettings
+    predictor: MaskPredictor, helper: Helper, pipeline: Pipeline, rollouts: RolloutSettings, decodes: Path
 ) -> tuple[list[dict[str, Any]], Calibration | None]:
-    """Decodes validation prompts full-step and with APD at every mixture weight.
+    """Decodes validation prompts full-step and with APD at every mixture weight; what is finished is kept in ``decodes``.
 
     Returns:
         The rows of the comparison, full_step first, and what they vouch for; nothing where there are no mixture weights.
@@ -132,7 +132,7 @@ def measure(
         )  # fmt: skip
     rows = compare(
         predictor, prompts, runs, gen_length=rollouts.gen_length, block_length=rollouts.block_length,
-        batch_size=rollouts.batch_size, strategies=ready,
+        batch_size=rollouts.batch_size, strategies=ready, folder=decodes,
         progress=lambda label: print(f"decoding {len(prompts)} validation prompts: {label}", file=sys.stderr),
     )  # fmt: skip
     # The larger the weight, the more drafts are accepted: cheaper, and further from the helper's own text.

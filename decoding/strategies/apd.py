@@ -21,7 +21,7 @@ from decoding.strategies.base import Strategy, require_range
 from models.errors import InputError
 from models.features import EVIDENCE, Evidence
 from models.helper import Helper, check_helper, load_helper, read_description
-from models.predictor import MaskPredictor, fingerprint
+from models.predictor import MaskPredictor, fingerprint, fingerprint_in_memory
 
 
 @dataclass
@@ -62,7 +62,10 @@ class APD(Strategy):
             read_description(self.helper)
 
     def fingerprints(self) -> dict[str, str]:
-        return {"helper": fingerprint(Path(self.helper)) if self.helper else "unsaved"}
+        if self.helper:
+            return {"helper": fingerprint(Path(self.helper))}
+        assert self.network is not None
+        return {"helper": fingerprint_in_memory(self.network.model)}
 
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
         if self.network is None:

@@ -12,7 +12,7 @@ from decoding.config import DecodeConfig
 from decoding.strategies.base import BlockStrategy, Decision, Step, require_range, top_1
 from models.errors import InputError
 from models.filter import FilterConfig, check_compatible, load_filter
-from models.predictor import MaskPredictor, fingerprint
+from models.predictor import MaskPredictor, fingerprint, fingerprint_in_memory
 
 
 class FilterStrategy(BlockStrategy):
@@ -47,7 +47,7 @@ class FilterStrategy(BlockStrategy):
     def fingerprints(self) -> dict[str, str]:
         if self.network is None:
             return {}
-        return {"filter": fingerprint(Path(self.filter)) if self.filter else "unsaved"}
+        return {"filter": fingerprint(Path(self.filter)) if self.filter else fingerprint_in_memory(self.network)}
 
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
         assert self.network is not None

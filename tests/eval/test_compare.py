@@ -9,9 +9,10 @@ import torch
 from data.prompt import Prompt
 from data.prompts import PromptSource, load_prompts
 from data.provenance import environment
-from decoding.strategies import BlockStrategy, Decision
+from decoding.strategies import BlockStrategy, Decision, make_strategy
 from eval.compare import Comparison, Run, compare
 from models.errors import InputError
+from models.filter import FilterConfig, build_filter
 from models.predictor import MaskPredictor
 
 LENGTHS = {"gen_length": 16, "block_length": 8}
@@ -126,6 +127,26 @@ def test_only_what_something_changed_for_is_decoded_again(predictor, tmp_path):
     assert finish(Comparison(predictor, PROMPTS, renamed, **settings)) == []
     assert len(finish(Comparison(predictor, PROMPTS[:2], RUNS, **settings))) == 3
     assert len(finish(Comparison(predictor, PROMPTS, RUNS, **settings | {"block_length": 4}))) == 3
+
+
+def test_decodes_with_a_network_that_is_not_saved_are_kept_for_its_weights(predictor, tmp_path):
+    # While a filter is being fitted: an interrupted fit must neither decode all again nor take another filter's decodes.
+    config = FilterConfig(
+        block_length=8, gen_length=16, threshold=0.5, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
+        base_fingerprint=predictor.fingerprint,
+    )  # fmt: skip
+    net = build_filter(config).eval()
+    runs = [Run("full_step"), Run("learn2pd", {"threshold": 0.5})]
+
+    def comparison():
+        strategy = make_strategy("learn2pd", network=net, config=config, threshold=0.5)
+        return Comparison(predictor, PROMPTS, runs, strategies={runs[1].label: strategy}, folder=tmp_path, **LENGTHS)
+
+    finish(comparison())
+    assert not list(comparison().work())
+    with torch.no_grad():
+        next(net.parameters()).add_(0.01)
+    assert list(comparison().work()) == [(1, 0)]
 
 
 def test_another_machine_code_or_chat_template_is_decoded_anew(predictor, tmp_path, monkeypatch):
