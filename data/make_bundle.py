@@ -1,7 +1,7 @@
-"""Makes the prompts that ship in ``data/bundled/`` (needs the ``gym`` extra): ``python data/make_bundle.py``.
+"""Makes the prompts that ship in ``data/bundled/``: ``python data/make_bundle.py``.
 
 The first test prompts of each task are also written to ``eval/tasks/``, as lm-eval reads them; ``python data/make_bundle.py
-tasks`` does only that, from the file that is there, and needs no extra.
+tasks`` does only that, from the file that is there.
 
 The tasks and their restrictions are those the bundled base model is trained on; the seeds are not. Each split keeps only
 prompts whose hash belongs to it, so none of validation or test is ever in a training stream.
@@ -18,33 +18,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from data.gym import GymTask, samples
 from data.prompt import Prompt
 from data.prompts import PromptSource, load_prompts, prompt_hash, split_of
+from data.stories import StoryTask, samples
 
 SEEDS = {"train": 10_000_000, "validation": 20_000_000, "test": 30_000_000}
-PER_TASK = {"train": 700, "validation": 128, "test": 512}
+SIZES = {"train": 4000, "validation": 512, "test": 1536}
 ROOT = Path(__file__).resolve().parent
 TASKS = ROOT.parent / "eval" / "tasks"
 TASK_ROWS = 64
 
 
-def bundled_tasks() -> list[GymTask]:
+def bundled_tasks() -> list[StoryTask]:
     """The tasks of ``configs/base/default.yaml``."""
     config = yaml.safe_load((ROOT.parent / "configs/base/default.yaml").read_text())
-    return [GymTask(**task) for task in config["data"]["tasks"]]
+    return [StoryTask(**task) for task in config["data"]["tasks"]]
 
 
 def bundle(split: str) -> list[Prompt]:
-    """The prompts of one split, the tasks in turn; no prompt text twice."""
+    """The prompts of one split, the tasks in turn and by their weights; no prompt text twice."""
+    tasks = bundled_tasks()
     columns: list[list[Prompt]] = []
-    for task in bundled_tasks():
+    for task in tasks:
+        wanted = round(SIZES[split] * task.weight / sum(task.weight for task in tasks))
         unique: dict[str, Prompt] = {}
-        # A task of few different prompts gives what it has: 1-digit sums have some 4,000 in all.
         for prompt in itertools.islice(samples(task, SEEDS[split]), 200_000):
             if split_of(prompt.prompt) == split:
                 unique.setdefault(prompt.prompt, prompt)
-            if len(unique) == PER_TASK[split]:
+            if len(unique) == wanted:
                 break
         columns.append(list(unique.values()))
     turns = itertools.chain.from_iterable(itertools.zip_longest(*columns))
@@ -52,12 +53,13 @@ def bundle(split: str) -> list[Prompt]:
 
 
 def choices(prompt: Prompt) -> dict[str, Any]:
-    """A sum with four results to choose from, the right one among them; which, depends on the prompt alone."""
+    """A calculation with four results to choose from, the right one among them; which, depends on the prompt alone."""
     right = int(prompt.answer)
     rng = random.Random(prompt_hash(prompt.prompt))
-    numbers = [right, *rng.sample([right + d for d in range(-5, 6) if d], 3)]
+    numbers = [right, *rng.sample([right + d for d in range(-5, 6) if d and right + d > 0], 3)]
     rng.shuffle(numbers)
-    return {"prompt": prompt.prompt, "choices": [str(number) for number in numbers], "label": numbers.index(right)}
+    ends = [f"#### {number}" for number in numbers]
+    return {"prompt": prompt.prompt, "choices": ends, "label": numbers.index(right)}
 
 
 def write_tasks() -> None:
@@ -67,8 +69,8 @@ def write_tasks() -> None:
     for prompt in prompts:
         row = {"task": prompt.task, "prompt": prompt.prompt, "answer": prompt.answer}
         rows.setdefault(prompt.task, []).append(row)
-        if prompt.task == "chain_sum":
-            rows.setdefault("chain_sum_choice", []).append(choices(prompt))
+        if prompt.task == "short":
+            rows.setdefault("short_choice", []).append(choices(prompt))
     for name, lines in rows.items():
         target = TASKS / f"{name}.jsonl"
         target.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Evaluates a decoder on lm-eval's tasks: ``python eval/harness.py --tasks chain_sum`` (needs the ``eval`` extra).
+"""Evaluates a decoder on lm-eval's tasks: ``python eval/harness.py --tasks short`` (needs the ``eval`` extra).
 
 lm-eval's own command line works as well; behind the word ``lm-eval`` come its own arguments, and our model is ``dlm-accel``:
-``python eval/harness.py lm-eval --model dlm-accel --model_args strategy=threshold,threshold=0.8 --tasks chain_sum
+``python eval/harness.py lm-eval --model dlm-accel --model_args strategy=threshold,threshold=0.8 --tasks short
 --include_path eval/tasks --apply_chat_template``.
 """
 

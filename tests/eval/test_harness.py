@@ -442,10 +442,10 @@ def test_the_bundled_model_knows_its_tasks(tmp_path, monkeypatch, capsys):
         "true",
     ]
     run(*words)
-    out = tmp_path / "runs/harness/bundled+chain_sum_choice-learn2pd"
+    out = tmp_path / "runs/harness/bundled+short_choice-learn2pd"
     content = json.loads((out / "results.json").read_text())
     assert content["results"]["bundled"]["exact_match,final-answer"] >= 0.75
-    assert content["results"]["chain_sum_choice"]["acc,none"] >= 0.75
+    assert content["results"]["short_choice"]["acc,none"] >= 0.75
     info = content["config"]["dlm_accel"]
     (row,) = info["generation"]
     assert row["settings"]["strategy"] == "learn2pd"
@@ -455,7 +455,7 @@ def test_the_bundled_model_knows_its_tasks(tmp_path, monkeypatch, capsys):
     assert row["seconds"] > 0
     assert info["environment"]["torch"] == torch.__version__
     assert (content["schema_version"], content["settings"]["limit"]) == (1, 4)
-    samples = [json.loads(line) for line in (out / "samples_gsm_symbolic.jsonl").read_text().split("\n")[:-1]]
+    samples = [json.loads(line) for line in (out / "samples_story.jsonl").read_text().split("\n")[:-1]]
     assert [sample["doc_id"] for sample in samples] == [0, 1, 2, 3]
     assert "####" not in samples[0]["filtered_resps"][0]
     assert "exact_match" in capsys.readouterr().out
@@ -478,16 +478,16 @@ unsafe_code: true
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--tasks", "chain_summ"], "tasks: found 'chain_summ'; accepted: chain_sum | chain_sum_choice"),
+        (["--tasks", "shortt"], "tasks: found 'shortt'; accepted: short | short_choice"),
         ([], "tasks: found None; accepted: names of lm-eval's tasks, such as bundled; or a preset: gsm8k_256 |"),
         (["--preset", "gsm8k_257"], "preset: found 'gsm8k_257'; accepted: gsm8k_256 |"),
-        (["--tasks", "chain_sum", "--strategy", "oracle"], "strategy: found 'oracle', which needs references"),
-        (["--tasks", "chain_sum", "--strategy", "fullstep"], "strategy: found 'fullstep'; accepted: full_step |"),
-        (["--tasks", "chain_sum", "--limit", "0"], "limit: found 0.0"),
-        (["--tasks", "chain_sum", "--devices", "0"], "devices: found 0"),
-        (["--tasks", "chain_sum", "--options", '{"seed": 1}'], "options.seed: found 1; accepted: --seed"),
-        (["--tasks", "chain_sum", "--startegy", "x"], "Unrecognized arguments: --startegy x; accepted: strategy"),
-        (["--tasks", "chain_sum", "--apply_chat_template", "false", "--fewshot_as_multiturn", "true"], "fewshot_as_mult"),
+        (["--tasks", "short", "--strategy", "oracle"], "strategy: found 'oracle', which needs references"),
+        (["--tasks", "short", "--strategy", "fullstep"], "strategy: found 'fullstep'; accepted: full_step |"),
+        (["--tasks", "short", "--limit", "0"], "limit: found 0.0"),
+        (["--tasks", "short", "--devices", "0"], "devices: found 0"),
+        (["--tasks", "short", "--options", '{"seed": 1}'], "options.seed: found 1; accepted: --seed"),
+        (["--tasks", "short", "--startegy", "x"], "Unrecognized arguments: --startegy x; accepted: strategy"),
+        (["--tasks", "short", "--apply_chat_template", "false", "--fewshot_as_multiturn", "true"], "fewshot_as_mult"),
         (["--tasks", "bundled,runs_code"], "confirm_run_unsafe_code: found false, but runs_code runs code that the model"),
         (["--tasks", "runs_code", "--confirm_run_unsafe_code", "true"], "tasks runs_code: found Cannot import module"),
     ],
@@ -509,7 +509,7 @@ def test_bad_input_is_one_line_and_nothing_is_loaded(words, said, tmp_path, monk
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit) as stop:
-        run("--tasks", "chain_sum")
+        run("--tasks", "short")
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -538,7 +538,7 @@ def test_a_preset_fixes_the_task_and_what_is_given_goes_before_it():
 def test_presets_and_their_overrides_are_recorded(tmp_path, monkeypatch):
     # A stand-in for gsm8k, which is not on this machine.
     (tmp_path / "gsm8k.yaml").write_text(
-        f"include: {ROOT / 'eval/tasks/_bundled_yaml'}\ntask: gsm8k\ndataset_kwargs: {{file: chain_sum.jsonl}}\n"
+        f"include: {ROOT / 'eval/tasks/_bundled_yaml'}\ntask: gsm8k\ndataset_kwargs: {{file: short.jsonl}}\n"
         "num_fewshot: 5\n"
     )
     out = tmp_path / "out"
@@ -557,16 +557,16 @@ def test_lm_evals_own_command_line_knows_the_model(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["harness.py"])
     lm_eval_command(
-        ["--model", "dlm-accel", "--model_args", "strategy=threshold,threshold=0.8", "--tasks", "chain_sum", "--limit", "4",
+        ["--model", "dlm-accel", "--model_args", "strategy=threshold,threshold=0.8", "--tasks", "short", "--limit", "4",
          "--include_path", str(ROOT / "eval/tasks"), "--apply_chat_template", "--batch_size", "4", "--output_path", "found"]
     )  # fmt: skip
     (file,) = (tmp_path / "found").rglob("results_*.json")
     content = json.loads(file.read_text())
-    assert content["results"]["chain_sum"]["exact_match,final-answer"] >= 0.5
+    assert content["results"]["short"]["exact_match,final-answer"] >= 0.5
     (row,) = content["config"]["dlm_accel"]["generation"]
     assert (row["settings"]["strategy"], row["settings"]["threshold"], row["answers"]) == ("threshold", 0.8, 4)
     assert row["settings"]["fingerprints"]["base"]
-    assert "chain_sum" in capsys.readouterr().out
+    assert "short" in capsys.readouterr().out
 
 
 def test_presets_name_tasks_of_lm_eval():
@@ -586,14 +586,14 @@ def test_the_tasks_hold_the_bundled_test_prompts(tmp_path, monkeypatch):
         rows = [json.loads(line) for line in text.split("\n")[:-1]]
         assert len(rows) == 64
         assert {row["prompt"] for row in rows} <= held_out
-    choices = [json.loads(line) for line in made["chain_sum_choice.jsonl"].split("\n")[:-1]]
+    choices = [json.loads(line) for line in made["short_choice.jsonl"].split("\n")[:-1]]
     assert all(len(set(row["choices"])) == 4 for row in choices)
     assert {row["label"] for row in choices} == {0, 1, 2, 3}
 
 
-OURS = ["--tasks", "chain_sum,chain_sum_choice", "--limit", "5", "--strategy", "threshold", "--device", "cpu"]
+OURS = ["--tasks", "short,short_choice", "--limit", "5", "--strategy", "threshold", "--device", "cpu"]
 THEIRS = [
-    "lm-eval", "--model", "dlm-accel", "--model_args", "strategy=threshold", "--tasks", "chain_sum,chain_sum_choice",
+    "lm-eval", "--model", "dlm-accel", "--model_args", "strategy=threshold", "--tasks", "short,short_choice",
     "--include_path", str(ROOT / "eval/tasks"), "--apply_chat_template", "--limit", "5", "--device", "cpu",
     "--output_path", "out",
 ]  # fmt: skip
@@ -659,8 +659,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
 )
 def test_two_processes_find_what_one_finds(words, alone, tmp_path):
     together, printed = start(tmp_path, *words)
-    assert printed.count("chain_sum_choice|") == 1  # only the first process speaks
-    for task in ("chain_sum", "chain_sum_choice"):
+    assert printed.count("short_choice|") == 1  # only the first process speaks
+    for task in ("short", "short_choice"):
         assert together["results"][task] == alone["results"][task]
     one, two = (content["config"]["dlm_accel"] for content in (alone, together))
     assert (one["processes"], two["processes"]) == (1, 2)

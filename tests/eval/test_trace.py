@@ -17,7 +17,7 @@ from eval.command import command
 from eval.trace import TEMPLATE, main, page, spaced, trace
 from models.predictor import MaskPredictor
 
-PROMPT = "Sort these words: pear, apple, fig"
+PROMPT = "Sort from small to large: lamp 20, vase 7, bell 31."
 SETTINGS = {"gen_length": 32, "block_length": 8}
 HOSTILE = 'a </script><script>alert(1)</script> <!-- "quoted" \'& &lt;b&gt;\nsecond line \u2028 TRACE_DATA'
 
@@ -254,7 +254,7 @@ def test_the_page_works_in_a_browser(browser, bundled, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    prompt = f"{HOSTILE} A child has 14 books. His brother has 5 fewer books than he has."
+    prompt = f"{HOSTILE} Mia has 14 books. Mia loses 5 books. How many books does Mia have now?"
     names = ["full_step", "learn2pd", "dico", "apd"]
     data = trace(bundled, prompt, [strategy_of(name) for name in names], DecodeConfig())
     file = tmp_path / "page.html"
