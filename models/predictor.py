@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from models.errors import InputError
-from models.llada import Elementwise, KVCache
+from models.layers import Elementwise, KVCache
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class MaskPredictor:
     """A frozen mask predictor with everything a decoder must know about it.
 
     Args:
-        model: Module with the ``forward`` and the ``head`` of :class:`models.llada.LLaDAModelLM`.
+        model: Module with the ``forward`` and the ``head`` of :class:`models.layers.MaskedLM`.
         ids: Special token ids.
         vocab_size: Number of ids the logits cover.
         max_length: Longest sequence the model was trained for, in tokens.
@@ -126,7 +126,7 @@ class MaskPredictor:
                 length with one. ``None`` attends everywhere.
             position_ids: ``(B, T)`` int64, counted from each row's first real token.
             logits_at: ``(N,)`` int64 indices into the flattened ``(B * T)`` positions.
-            **cache: ``cache``, ``cache_index`` and ``cache_rows`` of :meth:`models.llada.LLaDAModelLM.forward`.
+            **cache: ``cache``, ``cache_index`` and ``cache_rows`` of :meth:`models.layers.MaskedLM.forward`.
 
         Returns:
             ``(N, D)`` hidden states in the weights' dtype, as the head reads them; row ``n`` is of position ``logits_at[n]``.
