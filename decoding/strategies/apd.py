@@ -202,6 +202,7 @@ class ApdRun(Run):
         if window is None or not draft.slots[0].steps:
             plan, length, first = ForwardPlan(draft.numbers, rows, stop=stop, end=end), stop - low, low
         else:
+            window = max(window, self.predictor.left_context)  # the lookahead begins right of what is committed
             starts = [base + max(slot.last_committed - window, -slot.width) for slot in draft.slots]
             length = max(end - start for start, end in zip(starts, ends, strict=True))
             begins = torch.tensor(starts).to(state.device)
