@@ -63,7 +63,7 @@ class MaskPredictor:
     @property
     def family(self) -> str:
         """Key of :data:`models.families.FAMILIES`; components trained for another are refused."""
-        return self.model.config.model_type  # type: ignore[union-attr, return-value]
+        return getattr(getattr(self.model, "config", None), "model_type", "unknown")
 
     @property
     def left_context(self) -> int:

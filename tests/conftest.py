@@ -89,7 +89,8 @@ def official_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 _LLADA = {
     "layer": "model.transformer.blocks.{}.", "embedding": "model.transformer.wte.weight",
     "head": "model.transformer.ff_out.weight", "norm": "model.transformer.ln_f.weight", "q": "q_proj",
-    "k": "k_proj", "v": "v_proj", "o": "attn_out", "before": "attn_norm", "between": "ff_norm", "gate": "ff_proj", "up": "up_proj", "down": "ff_out",
+    "k": "k_proj", "v": "v_proj", "o": "attn_out", "before": "attn_norm", "between": "ff_norm", "gate": "ff_proj",
+    "up": "up_proj", "down": "ff_out",
 }  # fmt: skip
 _USUAL = {
     "layer": "model.layers.{}.", "embedding": "model.embed_tokens.weight", "head": "lm_head.weight", "norm": "model.norm.weight",

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ VOCAB, MASK, EOT = 64, 63, 62
 
 class ScriptedModel(nn.Module):
     """Logits from a function of ``(ids, attention, positions)``; counts its calls."""
+
+    config = SimpleNamespace(model_type="llada")
 
     def __init__(self, script: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()

@@ -38,8 +38,9 @@ def test_a_filter_that_knows_one_decode_by_heart_repeats_it_in_the_oracles_forwa
 
     records = records_of({"oracle": oracle.trace}, full.sequences, ["a"], ["train"], EOT)
     config = FilterConfig(
-        block_length=8, gen_length=32, threshold=0.5, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved"
-    )
+        block_length=8, gen_length=32, threshold=0.5, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved",
+        base_family="llada",
+    )  # fmt: skip
     torch.manual_seed(0)
     net = build_filter(config)
     net.fit_normalisation(records.evidence)
@@ -94,7 +95,13 @@ def test_an_imported_filter_decodes_as_its_authors_code_also_in_a_block_that_was
     tensors |= {"linear2.weight": torch.randn(8, 8), "linear2.bias": torch.randn(8)}
     torch.save(tensors, tmp_path / "official.pth")
     net, config = import_official(
-        tmp_path / "official.pth", vocab_size=64, mask_id=MASK, fingerprint="unsaved", gen_length=32, threshold=0.6
+        tmp_path / "official.pth",
+        vocab_size=64,
+        mask_id=MASK,
+        fingerprint="unsaved",
+        gen_length=32,
+        threshold=0.6,
+        family=ending_base.family,
     )
     strategy, cut = make_strategy("learn2pd", network=net, config=config), 0
     prompts = [[(token * factor) % 60 for token in prompt] for prompt in prompts for factor in (1, 7, 11, 13)]
