@@ -46,7 +46,7 @@ class BlockRun(Run):
         fields: dict[str, Tensor] = {}
         self.eot = {}
         self.noise.begin(self.scheduler.rows)
-        for plan in self.policy.plans(state):
+        for plan in self.policy.plans(state, self.predictor.left_context):
             self._look(plan, fields)
         evidence = self._evidence(fields)
         step = Step(
@@ -74,9 +74,9 @@ class BlockRun(Run):
         slots = [self.scheduler.slots[number] for number in plan.slots]
         block, masked = state.block[rows, None], state.masked_block[rows]
         low, high = state.window
-        length = high - low if plan.whole else plan.length
-        begin = state.slots[: len(block), None] * length  # of each row's active block in the flattened forward
-        begin = begin + state.prompt_width - low + block * size if plan.whole else begin
+        first, length = (low, high - low) if plan.first is None else (plan.first, plan.length)
+        # Of each row's active block in the flattened forward:
+        begin = state.slots[: len(block), None] * length + state.prompt_width + block * size - first
         numbers = state.slots[: len(state.block)][rows, None]
         taking: Tensor | bool = True
         if len(slots) < len(block):

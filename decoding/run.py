@@ -18,7 +18,7 @@ from decoding.scheduler import Scheduler, Slot
 from decoding.state import BatchState, Begun
 from decoding.step import Decision
 from models.features import Evidence
-from models.llada import KVCache
+from models.layers import KVCache
 from models.predictor import MaskPredictor
 
 if TYPE_CHECKING:

@@ -41,6 +41,7 @@ class FilterConfig:
         vocab_size: Token ids of the base model.
         mask_id: Its MASK id.
         base_fingerprint: Its fingerprint.
+        base_family: Its ``model_type``; exports from before there was more than one family are LLaDA's.
         block_alignment: Where blocks are counted from; ``generation`` is the end of the prompt.
         confidence_dtype: What confidences were computed in.
         metrics: Figures measured before the export, by name; ``None`` where one is undefined.
@@ -61,6 +62,7 @@ class FilterConfig:
     vocab_size: int = 0
     mask_id: int = -1
     base_fingerprint: str = ""
+    base_family: str = ""
     block_alignment: str = "generation"
     confidence_dtype: str = "float32"
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -188,6 +190,7 @@ _EXPORT_RULES: dict[str, tuple[Any, str]] = _NETWORK_RULES | {
     "vocab_size": (_is_count, "a positive integer"),
     "mask_id": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0, "a token id"),
     "base_fingerprint": (lambda v: isinstance(v, str) and v != "", "the base model's fingerprint, a string"),
+    "base_family": (lambda v: isinstance(v, str) and v != "", "the base model's model_type, a string"),
     # Engines that let the first block hold prompt tokens would show the network blocks it has never seen.
     "block_alignment": (lambda v: v == "generation", "generation"),
     "confidence_dtype": (lambda v: v == "float32", "float32"),
@@ -255,7 +258,11 @@ def load_filter(folder: str | Path) -> tuple[BlockMLP | ConvFilter, FilterConfig
     """
     folder = Path(folder)
     values, tensors = load_component(
-        folder, KIND, SCHEMA_VERSION, [f.name for f in fields(FilterConfig)], older={"embedding": 0}
+        folder,
+        KIND,
+        SCHEMA_VERSION,
+        [f.name for f in fields(FilterConfig)],
+        older={"embedding": 0, "base_family": "llada"},
     )
     _check(values, _EXPORT_RULES, str(folder / CONFIG))
     values["eot_rule"] = current_eot_rule(values["eot_rule"], f"{folder / CONFIG}: eot_rule")
@@ -274,6 +281,7 @@ def import_official(
     fingerprint: str,
     gen_length: int,
     threshold: float = 0.96,
+    family: str = "llada",
 ) -> tuple[BlockMLP, FilterConfig]:
     """Reads the ``.pth`` of the official Learn2PD code, which says nothing about itself: the caller says it.
 
@@ -284,6 +292,7 @@ def import_official(
         fingerprint: Its fingerprint.
         gen_length: Tokens generated in the training rollouts.
         threshold: The authors' value for LLaDA is 0.96, for Dream 0.9.
+        family: The base model's ``model_type``.
 
     Returns:
         The network in evaluation mode on the CPU, and its description, ready for :func:`save_filter`.
@@ -307,7 +316,7 @@ def import_official(
     config = FilterConfig(
         architecture="block_mlp", features=("confidence",), block_length=weight.shape[0], needs_all_positions=True,
         threshold=threshold, gen_length=gen_length, vocab_size=vocab_size, mask_id=mask_id,
-        base_fingerprint=fingerprint,
+        base_fingerprint=fingerprint, base_family=family,
     )  # fmt: skip
     _check(asdict(config), _EXPORT_RULES, str(path))
     net = BlockMLP(config)
@@ -316,12 +325,14 @@ def import_official(
 
 
 def check_compatible(
-    config: FilterConfig, *, vocab_size: int, mask_id: int, fingerprint: str, gen_length: int, block_length: int
-) -> list[str]:
+    config: FilterConfig, *, family: str, vocab_size: int, mask_id: int, fingerprint: str, gen_length: int,
+    block_length: int,
+) -> list[str]:  # fmt: skip
     """Refuses a filter that was made for another base model or block; call it before decoding.
 
     Args:
-        config: The filter's description.
+        config: The filter's description. One that was never saved need not say its family.
+        family: ``model_type`` of the model that will be decoded.
         vocab_size: Token ids of the model that will be decoded.
         mask_id: Its MASK id.
         fingerprint: Its fingerprint.
@@ -332,10 +343,11 @@ def check_compatible(
         Warnings: differences under which the filter works, but its threshold was not picked.
 
     Raises:
-        InputError: Another vocabulary, MASK id, base model or schema, or a block that the network cannot take.
+        InputError: Another family, vocabulary, MASK id, base model or schema, or a block that the network cannot take.
     """
     for name, ours in (
         ("schema_version", SCHEMA_VERSION),
+        ("base_family", family if config.base_family else ""),
         ("vocab_size", vocab_size),
         ("mask_id", mask_id),
         ("base_fingerprint", fingerprint),

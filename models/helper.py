@@ -44,6 +44,7 @@ class HelperConfig:
         source_fingerprint: Fingerprint of that model.
         adapter: The tensors are a peft adapter of ``source``, not a whole model.
         metrics: Figures of the validation.
+        base_family: The predictor's ``model_type``; exports from before there was more than one family are LLaDA's.
         schema_version: Version of ``helper.json``.
     """
 
@@ -57,6 +58,7 @@ class HelperConfig:
     source_fingerprint: str | None = None
     adapter: bool = False
     metrics: dict[str, float | None] = field(default_factory=dict)
+    base_family: str = ""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -82,6 +84,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, dict) and all(n is None or _is_number(n) for n in v.values()),
         "an object of finite numbers or nulls",
     ),
+    "base_family": (lambda v: isinstance(v, str) and v != "", "the base model's model_type, a string"),
     "schema_version": (lambda v: v == SCHEMA_VERSION, str(SCHEMA_VERSION)),
 }
 
@@ -220,12 +223,13 @@ def load_helper(
 
 
 def check_helper(
-    config: HelperConfig, *, vocab_size: int, mask_id: int, eot_id: int, fingerprint: str, gen_length: int
+    config: HelperConfig, *, family: str, vocab_size: int, mask_id: int, eot_id: int, fingerprint: str, gen_length: int
 ) -> list[str]:
     """Refuses a helper that was made for another mask predictor; call it before decoding.
 
     Args:
-        config: The helper's description.
+        config: The helper's description. One that was never saved need not say its family.
+        family: ``model_type`` of the predictor that will be decoded.
         vocab_size: Token ids of the predictor that will be decoded.
         mask_id: Its MASK id.
         eot_id: Its EoT id.
@@ -236,10 +240,11 @@ def check_helper(
         Warnings: differences under which the helper works, but less well than it was measured to.
 
     Raises:
-        InputError: Another vocabulary, MASK or EoT id, base model or schema.
+        InputError: Another family, vocabulary, MASK or EoT id, base model or schema.
     """
     for name, ours in (
-        ("schema_version", SCHEMA_VERSION), ("vocab_size", vocab_size), ("mask_id", mask_id), ("eot_id", eot_id),
+        ("schema_version", SCHEMA_VERSION), ("base_family", family if config.base_family else ""),
+        ("vocab_size", vocab_size), ("mask_id", mask_id), ("eot_id", eot_id),
         ("base_fingerprint", fingerprint),
     ):  # fmt: skip
         if getattr(config, name) != ours:
@@ -292,6 +297,7 @@ def read_description(folder: str | Path) -> HelperConfig:
     names = {"kind", *(f.name for f in fields(HelperConfig))}
     if not isinstance(values, dict) or values.pop("kind", None) != KIND:
         raise InputError(f"{file}: kind", "something else", repr(KIND))
+    values.setdefault("base_family", "llada")
     for name in sorted(names - {"kind"} ^ values.keys()):
         found = "an unknown key" if name in values else "nothing"
         raise InputError(f"{file}: {name}", found, f"the keys {', '.join(sorted(names))}")

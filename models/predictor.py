@@ -3,7 +3,6 @@
 import copy
 import functools
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,45 +12,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from models.errors import InputError
-from models.llada import Elementwise, KVCache
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one model family names its special tokens and its limit.
-
-    Attributes:
-        mask: Text of the mask token.
-        eot: Text of the token that ends and pads the generated text.
-        end_of_turn: Text of the token that may close a turn before ``eot``.
-        bos: Text of the token that opens a prompt.
-        max_length: Field of ``config.json`` with the longest sequence, in tokens.
-        embeddings: Name of the tensor of the token embeddings.
-    """
-
-    mask: str
-    eot: str
-    end_of_turn: str
-    bos: str
-    max_length: str
-    embeddings: str
-
-
-FAMILIES = {
-    "llada": Family(
-        mask="<|mdm_mask|>",
-        eot="<|endoftext|>",
-        end_of_turn="<|eot_id|>",
-        bos="<|startoftext|>",
-        max_length="max_sequence_length",
-        embeddings="model.transformer.wte.weight",
-    )
-}
-"""``model_type`` to its description."""
+from models.families import Family, described, read_config
+from models.layers import Elementwise, KVCache
 
 
 @dataclass(frozen=True)
@@ -77,7 +43,7 @@ class MaskPredictor:
     """A frozen mask predictor with everything a decoder must know about it.
 
     Args:
-        model: Module with the ``forward`` and the ``head`` of :class:`models.llada.LLaDAModelLM`.
+        model: Module with the ``forward`` and the ``head`` of :class:`models.layers.MaskedLM`.
         ids: Special token ids.
         vocab_size: Number of ids the logits cover.
         max_length: Longest sequence the model was trained for, in tokens.
@@ -93,6 +59,16 @@ class MaskPredictor:
         self.forward: Callable[..., Any] = self.model
         self.ids, self.vocab_size, self.max_length = ids, vocab_size, max_length
         self.fingerprint, self.tokenizer = fingerprint, tokenizer
+
+    @property
+    def family(self) -> str:
+        """Key of :data:`models.families.FAMILIES`; components trained for another are refused."""
+        return getattr(getattr(self.model, "config", None), "model_type", "unknown")
+
+    @property
+    def left_context(self) -> int:
+        """Columns left of a position that its prediction needs: a forward of a part of a row takes them along."""
+        return getattr(self.model, "left_context", 0)
 
     @property
     def device(self) -> torch.device:
@@ -125,8 +101,9 @@ class MaskPredictor:
             attention_mask: ``(B, S)`` bool, False where a key must not be attended to; ``S`` is ``T``, or the cache's
                 length with one. ``None`` attends everywhere.
             position_ids: ``(B, T)`` int64, counted from each row's first real token.
-            logits_at: ``(N,)`` int64 indices into the flattened ``(B * T)`` positions.
-            **cache: ``cache``, ``cache_index`` and ``cache_rows`` of :meth:`models.llada.LLaDAModelLM.forward`.
+            logits_at: ``(N,)`` int64 indices into the flattened ``(B * T)`` positions to be predicted, each with
+                :attr:`left_context` columns left of it in its row, or as many as the row's text has.
+            **cache: ``cache``, ``cache_index`` and ``cache_rows`` of :meth:`models.layers.MaskedLM.forward`.
 
         Returns:
             ``(N, D)`` hidden states in the weights' dtype, as the head reads them; row ``n`` is of position ``logits_at[n]``.
@@ -208,16 +185,13 @@ class MaskPredictor:
                 token missing, or logits that ignore the attention mask.
         """
         folder = checkpoint_folder(path)
-        raw, family = _described(folder)
+        raw, family = read_config(folder / "config.json")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else "auto"
-        model = _load_model(folder, dtype, device)
+        model = _load_model(folder, raw, family, dtype, device)
         config: Any = model.config
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder}: tokenizer", str(error).splitlines()[0], "tokenizer.json") from error
+        tokenizer = _load_tokenizer(folder, family)
         ids = _token_ids(folder, raw, family, tokenizer)
         predictor = cls(
             model,
@@ -259,7 +233,7 @@ def checkpoint_folder(path: str | Path) -> Path:
         raise InputError("base checkpoint", repr(str(path)), "a folder with config.json and safetensors, or a hub id")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt"]
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:
@@ -279,7 +253,7 @@ def token_embeddings(path: str | Path) -> Tensor:
         InputError: Not a checkpoint of a known family, or none of its files holds the tensor.
     """
     folder = checkpoint_folder(path)
-    raw, family = _described(folder)
+    raw, family = read_config(folder / "config.json")
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as stream:
@@ -290,27 +264,25 @@ def token_embeddings(path: str | Path) -> Tensor:
     raise InputError(f"{folder}: safetensors", f"no tensor {family.embeddings}", "a checkpoint with token embeddings")
 
 
-def _described(folder: Path) -> tuple[dict[str, Any], Family]:
-    """A checkpoint's ``config.json`` and its family."""
-    config_file = folder / "config.json"
+def _load_tokenizer(folder: Path, family: Family) -> PreTrainedTokenizerBase:
     try:
-        raw = json.loads(config_file.read_text())
+        return (family.tokenizer or AutoTokenizer).from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise InputError(str(config_file), str(error), "a readable config.json of a mask predictor") from error
-    family = FAMILIES.get(raw.get("model_type"))
-    if family is None:
-        raise InputError(f"{config_file}: model_type", repr(raw.get("model_type")), " | ".join(FAMILIES))
-    return raw, family
+        raise InputError(f"{folder}: tokenizer", str(error).splitlines()[0], "tokenizer.json") from error
 
 
-def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
+def _load_model(
+    folder: Path, raw: dict[str, Any], family: Family, dtype: torch.dtype | str, device: torch.device
+) -> nn.Module:
     disable_progress_bar()  # a command prints its own progress, and errors are one line
     # Straight to the device, tensor by tensor: eight ranks do not hold eight copies of the weights in the host's memory.
     there: dict[str, Any] = {"device_map": {"": device}} if find_spec("accelerate") else {}
     try:
-        model, info = AutoModel.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **there
-        )
+        # The family's own classes by name, not by what the checkpoint's auto_map says.
+        model, info = family.model.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            folder, config=described(raw, family), dtype=dtype, output_loading_info=True, use_safetensors=True,
+            ignore_mismatched_sizes=True, **there,
+        )  # fmt: skip
     except InputError:
         raise
     except Exception as error:

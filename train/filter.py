@@ -166,7 +166,8 @@ def describe(config: FilterConfig, predictor: MaskPredictor, rollouts: Path, met
     settings = open_rollouts(rollouts, fingerprint=predictor.fingerprint).manifest["settings"]
     return replace(
         config, gen_length=settings["gen_length"], eot_rule=settings["eot"], vocab_size=predictor.vocab_size,
-        mask_id=predictor.ids.mask, base_fingerprint=predictor.fingerprint, metrics=metrics,
+        mask_id=predictor.ids.mask, base_fingerprint=predictor.fingerprint, base_family=predictor.family,
+        metrics=metrics,
     )  # fmt: skip
 
 

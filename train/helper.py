@@ -108,7 +108,7 @@ def describe(
         vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask, eot_id=predictor.ids.eot,
         base_fingerprint=predictor.fingerprint, gen_length=settings["gen_length"], eot_rule=settings["eot"],
         source=source, source_fingerprint=module.source_fingerprint, adapter=module.lora_rank is not None,
-        metrics=dict(metrics),
+        metrics=dict(metrics), base_family=predictor.family,
     )  # fmt: skip
 
 

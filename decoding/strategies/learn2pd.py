@@ -54,6 +54,7 @@ class FilterStrategy(BlockStrategy):
         assert self.config is not None
         differences = check_compatible(
             self.config,
+            family=predictor.family,
             vocab_size=predictor.vocab_size,
             mask_id=predictor.ids.mask,
             fingerprint=predictor.fingerprint,

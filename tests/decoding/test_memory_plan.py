@@ -124,7 +124,7 @@ def test_a_step_reads_the_device_once(random_helper, name, cache, record):
     assert len(reads) == steps
 
 
-def test_hidden_states_come_where_they_are_asked_for(random_llada, prompts):
+def test_hidden_states_come_where_they_are_asked_for(random_base, prompts):
     class Asking(type(make_strategy("threshold", threshold=2.0))):
         needs = frozenset({"hidden"})
 
@@ -134,10 +134,10 @@ def test_hidden_states_come_where_they_are_asked_for(random_llada, prompts):
 
     for cache in ("none", "dual"):
         seen = []
-        decode(random_llada, prompts, DecodeConfig(32, 8, cache=cache), Asking(threshold=2.0), batch_size=3)
+        decode(random_base, prompts, DecodeConfig(32, 8, cache=cache), Asking(threshold=2.0), batch_size=3)
         for evidence in seen:
             assert evidence.hidden.shape == (*evidence.masked.shape, 32)
-            token = random_llada.logits(evidence.hidden).index_fill(2, torch.tensor([63]), -torch.inf).argmax(-1)
+            token = random_base.logits(evidence.hidden).index_fill(2, torch.tensor([63]), -torch.inf).argmax(-1)
             assert torch.equal(token[evidence.masked], evidence.token[evidence.masked])
             assert evidence.entropy is None  # nobody asked
 

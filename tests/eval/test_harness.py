@@ -52,6 +52,7 @@ def components(tmp_path_factory: pytest.TempPathFactory, predictor: MaskPredicto
     folder, ids = tmp_path_factory.mktemp("components"), predictor.ids
     torch.manual_seed(0)
     made_for = {"vocab_size": predictor.vocab_size, "mask_id": ids.mask, "base_fingerprint": predictor.fingerprint}
+    made_for["base_family"] = predictor.family
     config = FilterConfig(block_length=8, gen_length=32, threshold=0.4, eot_rule="commit", **made_for)
     save_filter(folder / "filter", build_filter(config), config, "# random\n")
     model = scratch_model(

@@ -232,6 +232,7 @@ def test_states_of_a_filters_pass_are_labelled_by_their_completions(
     config = FilterConfig(
         block_length=4, gen_length=16, threshold=0.5, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
         base_fingerprint=predictor.fingerprint,
+        base_family=predictor.family,
     )  # fmt: skip
     net = build_filter(config).eval()
     save_filter(tmp_path / "filter", net, config, "card")
