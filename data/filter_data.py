@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from data.labels import PASSES, Records
-from data.manifest import check_key, open_rollouts
+from data.manifest import MANIFEST, check_key, open_rollouts
 from models.errors import InputError
 from models.features import Evidence
 
@@ -136,7 +136,7 @@ class FilterDataModule(LightningDataModule):
 
             sets = [open_rollouts(folder) for folder in self.rollouts]
             for one in sets[1:]:
-                check_key(one.folder, one.manifest, sets[0].manifest["model_fingerprint"])
+                check_key(one.folder / MANIFEST, one.manifest, sets[0].manifest["model_fingerprint"])
             passes = {one.folder: self._passes(one.manifest["settings"]["passes"]) for one in sets}
             holding = [one for one in sets if passes[one.folder]] or sets[:1]
             self.records = Records.cat([load_records(one, passes[one.folder] or self.passes) for one in holding])

@@ -17,7 +17,7 @@ from data.gym import GymTask
 from data.prompt import Prompt, final_answer
 from data.stories import StoryTask
 from decoding.text import encode
-from models.errors import InputError
+from models.errors import InputError, first_line
 
 Split = Literal["train", "validation", "test"]
 BUNDLED = Path(__file__).resolve().parent / "bundled"
@@ -240,16 +240,14 @@ def _hub_rows(source: PromptSource) -> Iterable[Mapping[str, Any]]:
     except Exception as error:  # the library raises its own, the file system's and the network's
         formats = ", ".join(_READERS)
         accepted = f"bundled, stories:<task>, gym:<task>, an existing file ({formats}) or a data set that can be loaded"
-        raise InputError(f"prompt source {source.path!r}", str(error).splitlines()[0], accepted) from error
+        raise InputError(f"prompt source {source.path!r}", first_line(error), accepted) from error
 
 
 def _file_rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows = _READERS[path.suffix](path)
     except Exception as error:  # each format has its own
-        raise InputError(
-            f"prompt source {path}", str(error).splitlines()[0], f"a readable {path.suffix} file"
-        ) from error
+        raise InputError(f"prompt source {path}", first_line(error), f"a readable {path.suffix} file") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"prompt source {path}", "something else", "a list of records with named columns")
     return rows

@@ -31,7 +31,9 @@ from data.manifest import (
     SCHEMA_VERSION,
     RolloutKey,
     Rollouts,
+    ShardRecord,
     check_key,
+    check_shard,
     describe,
     intact,
     open_rollouts,
@@ -43,6 +45,7 @@ from data.prompt import Prompt
 from data.prompts import prompt_hash
 from data.provenance import now, versions
 from data.tables import RolloutBatch, fixed, ragged, sequences_table, steps_table
+from data.typed import checked
 from models.errors import InputError
 from models.features import Evidence
 
@@ -77,18 +80,19 @@ class ShardWriter:
     def __init__(self, folder: str | Path, key: RolloutKey, sources: Sequence[Mapping[str, Any]] = ()) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.eot_id = int(key.settings["eot_id"])
+        self.key, self.eot_id = key, int(key.settings["eot_id"])
         if (self.folder / MANIFEST).exists():
             self.manifest = read_manifest(self.folder)
-            check_key(self.folder, self.manifest, key.fingerprint, key.tokenizer_hash, key.settings)
+            check_key(self.folder / MANIFEST, self.manifest, key.fingerprint, key.tokenizer_hash, key.settings)
         else:
+            for file in sorted(self.folder.glob("shard-*.json")):
+                if record := _read_record(self.folder, file):
+                    self._check(record, required=True)
             self.manifest = {
                 "schema_version": SCHEMA_VERSION,
                 "complete": False,
                 "started": now(),
-                "model_fingerprint": key.fingerprint,
-                "tokenizer_hash": key.tokenizer_hash,
-                "settings": key.settings,
+                **key.described(),
                 "sources": [],
                 "versions": versions(),
                 "shards": [],
@@ -107,15 +111,23 @@ class ShardWriter:
         return cls(folder, RolloutKey(found["model_fingerprint"], found["tokenizer_hash"], found["settings"]))
 
     def written(self) -> list[dict[str, Any]]:
-        """What is written so far, one record a shard, in order. A damaged shard is forgotten, and decoded again."""
+        """What is written so far, one record a shard, in order. A damaged shard is forgotten, and decoded again.
+
+        Raises:
+            InputError: A shard says that it is of another model or other settings.
+        """
         records = []
         for file in sorted(self.folder.glob("shard-*.json")):
-            record = renamed(json.loads(file.read_text()))
-            if all(intact(self.folder / record[kind]["file"], record[kind]) for kind in COLUMNS):
+            if record := _read_record(self.folder, file):
+                self._check(record)
                 records.append(record)
             else:
                 file.unlink(missing_ok=True)
         return records
+
+    def _check(self, record: dict[str, Any], required: bool = False) -> None:
+        for kind in COLUMNS:
+            check_shard(self.folder / record[kind]["file"], self.key.described(), required)
 
     def name(self, index: Sequence[int], prompts: Sequence[Prompt]) -> str:
         """Name of the shard of these prompts, the first of which has this place in the run's list."""
@@ -172,7 +184,7 @@ class ShardWriter:
         encodings: dict[str, Any] = {"use_dictionary": [n for n in _REPEATED if n in table.column_names]}
         if "confidence" in table.column_names:
             encodings["use_byte_stream_split"] = _FLOATS
-        pq.write_table(table, aside, compression="zstd", **encodings)
+        pq.write_table(self.key.stamp(table), aside, compression="zstd", **encodings)
         return describe(aside.replace(self.folder / name), table.num_rows)
 
     def missing(self, expected: Iterable[str]) -> list[str]:
@@ -216,6 +228,17 @@ class ShardWriter:
             for file in self.folder.glob(pattern):
                 if file.name not in keep:
                     file.unlink()
+
+
+def _read_record(folder: Path, file: Path) -> dict[str, Any] | None:
+    """The record of a shard; ``None`` where it is damaged, or one of its files is."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        record = renamed(record) if isinstance(record, dict) else record
+        checked(ShardRecord, record, file)
+    except (OSError, ValueError):
+        return None
+    return record if all(intact(folder / record[kind]["file"], record[kind]) for kind in COLUMNS) else None
 
 
 def _without_repeats(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,8 +19,9 @@ from decoding.output import empty_output
 from decoding.run import Request, Run
 from decoding.strategies import APD, Strategy
 from models.errors import InputError
-from models.families import described, read_config
+from models.families import described
 from models.predictor import MaskPredictor, TokenIds
+from models.rules import DTYPES, LENGTH, check, one_of
 
 _STEPS = 2  # a block's first forward, on the whole sequence, and one of those after it
 
@@ -82,20 +83,12 @@ def plan_memory(
         raise InputError("strategy", "'apd', whose forwards depend on what the helper says", "any other strategy")
     path = Path(config_file)
     path = path / "config.json" if path.is_dir() else path
-    wanted: Any = getattr(torch, dtype, None)
-    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise InputError("dtype", repr(dtype), "float32 | bfloat16 | float16")
-    for name, value in (("batch_size", batch_size), ("prompt_length", prompt_length)):
-        if value < 1:
-            raise InputError(name, value, "a whole number of at least 1")
-    raw, family = read_config(path)
-    try:
-        known = described(raw, family)
-    except (ValueError, TypeError) as error:
-        raise InputError(str(path), str(error).splitlines()[0], "a config.json of a mask predictor") from error
+    given = {"dtype": dtype, "batch_size": batch_size, "prompt_length": prompt_length}
+    check(given, {"dtype": one_of(DTYPES), "batch_size": LENGTH, "prompt_length": LENGTH})
+    _, family, known = described(path)
     longest = getattr(known, family.max_length)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        model = AutoModel.from_config(known, dtype=wanted)
+        model = AutoModel.from_config(known, dtype=getattr(torch, dtype))
         predictor = _predictor(model, longest)
         request = _request(predictor, config, strategy, batch_size, prompt_length, record, record_eot)
         return _measure(request)
@@ -214,7 +207,7 @@ def _worst_case(run: Run) -> Iterator[None]:
 
     def told(known: Tensor) -> list[list[int]]:
         rows, done = known.shape[1], next(steps)
-        return [[value] * rows for value in (region - done, size - done, 0, region)]
+        return [[value] * rows for value in (region - done, size - done, 0, region, 0)]
 
     run.state.read = told
     try:

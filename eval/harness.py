@@ -21,7 +21,7 @@ from eval.command import command, entry, wandb_mode
 from eval.lm import processes
 from eval.lm.presets import PRESETS, resolve
 from eval.tracking import USUAL, WandbSettings, evaluation_run
-from models.errors import InputError
+from models.errors import InputError, first_line
 
 if TYPE_CHECKING:  # an extra, imported when it is needed
     from lm_eval.tasks import TaskManager
@@ -223,9 +223,8 @@ def load_tasks(manager: "TaskManager", names: list[str]) -> list[Any]:
     try:
         loaded = manager.load(names)
     except Exception as error:  # the hub's, the data set's, the task's own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         accepted = "tasks whose data and metrics can be loaded"
-        raise InputError(f"tasks {', '.join(names)}", first, accepted) from error
+        raise InputError(f"tasks {', '.join(names)}", first_line(error), accepted) from error
     groups, tasks = loaded.get("groups", {}), loaded["tasks"]
     inside = {name for children in loaded.get("group_map", {}).values() for name in children}
     return [item for name, item in (groups | tasks).items() if name not in inside]

@@ -43,7 +43,7 @@ def save_component(folder: str | Path, config: Mapping[str, Any], tensors: Mappi
         text = json.dumps(dict(config), indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"{folder / CONFIG}", error, "values that JSON can hold") from None
-    _check_finite(folder / TENSORS, tensors)
+    check_finite(folder / TENSORS, tensors)
     with replacing(folder) as aside:
         aside.mkdir(parents=True)
         (aside / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -168,7 +168,7 @@ def load_tensors(net: nn.Module, tensors: Mapping[str, Tensor], file: str | Path
                 f"{tensor.dtype} of shape {tuple(tensor.shape)}",
                 f"{wanted.dtype} of shape {tuple(wanted.shape)}",
             )
-    _check_finite(file, tensors)
+    check_finite(file, tensors)
     net.load_state_dict(dict(tensors))
 
 
@@ -181,11 +181,18 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise InputError(str(file), f"unreadable ({error})", "safetensors") from None
 
 
-def _check_finite(file: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    # A filter with a NaN would load, never fire and say nothing.
+def check_finite(where: str | Path, tensors: Mapping[str, Tensor], most: int | None = None) -> None:
+    """Raises an InputError for a tensor with a NaN or an infinity: it would load, decide nonsense and say nothing.
+
+    Args:
+        where: File or folder, for the message.
+        tensors: The tensors by name.
+        most: Looks at about so many values of each, evenly spread; ``None`` looks at all.
+    """
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{file}: {name}", "values that are not finite", "finite values")
+        values = tensor if most is None else tensor.flatten()[:: -(-tensor.numel() // most) or 1]
+        if not torch.isfinite(values).all():
+            raise InputError(f"{where}: {name}", "values that are not finite", "finite values")
 
 
 def _check_replaceable(folder: Path, kind: str) -> None:

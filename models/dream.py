@@ -9,10 +9,19 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
+from models.errors import InputError
 from models.layers import Elementwise, only
+from models.rules import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, check, number, whole
 from models.stack import MLP, Attention, Layer, StackLM
 
 _ONLY = {"hidden_act": "silu", "rope_scaling": None, "rope_parameters": None, "use_sliding_window": False}
+_RULES = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), COUNT),
+    **dict.fromkeys(("mask_token_id", "eos_token_id", "pad_token_id"), whole(0).or_null()),
+    "num_key_value_heads": COUNT.or_null(), "num_hidden_layers": whole(1, 1024), "max_position_embeddings": COUNT,
+    "initializer_range": NOT_NEGATIVE, "rope_theta": POSITIVE, "tie_word_embeddings": FLAG,
+    "rms_norm_eps": number("a number above 0 and at most 1", lambda value: 0 < value <= 1),
+}  # fmt: skip
 
 
 class DreamConfig(PreTrainedConfig):
@@ -37,7 +46,7 @@ class DreamConfig(PreTrainedConfig):
         **kwargs: Further fields; see ``_ONLY`` for those whose value is checked.
 
     Raises:
-        ValueError: A field asks for a computation this implementation does not do, or sizes do not divide.
+        InputError: A field asks for a computation this implementation does not do, or sizes do not divide.
     """
 
     model_type = "Dream"
@@ -61,14 +70,15 @@ class DreamConfig(PreTrainedConfig):
         use_cache: bool = False,
         **kwargs: Any,
     ) -> None:
-        only(kwargs, _ONLY, "Dream")
+        check(locals(), _RULES)
+        only(kwargs, _ONLY)
         del kwargs["rope_scaling"], kwargs["rope_parameters"]  # transformers would make something of them
         heads = num_key_value_heads or num_attention_heads
         if hidden_size % num_attention_heads or num_attention_heads % heads:
-            raise ValueError(
-                f"Dream config.json: hidden_size {hidden_size} must be a multiple of num_attention_heads "
-                f"{num_attention_heads}, and that of num_key_value_heads {heads}"
+            accepted = (
+                f"a multiple of num_attention_heads {num_attention_heads}, and that of num_key_value_heads {heads}"
             )
+            raise InputError("hidden_size", hidden_size, accepted)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

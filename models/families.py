@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, Qwen2Tokenizer
 
 from models.dream import DreamModel
-from models.errors import InputError
+from models.errors import InputError, first_line
 from models.layers import MaskedLM
 from models.llada import LLaDAModelLM
 
@@ -63,27 +63,25 @@ FAMILIES = {
 """``model_type`` to its description."""
 
 
-def read_config(config_file: Path) -> tuple[dict[str, Any], Family]:
-    """A checkpoint's ``config.json`` and its family.
+def described(config_file: Path) -> tuple[dict[str, Any], Family, PreTrainedConfig]:
+    """A checkpoint's ``config.json``, its family, and the configuration that the family makes of it.
 
     Raises:
-        InputError: It cannot be read, or is of no known family.
+        InputError: It cannot be read, is of no known family, or has a field that is not accepted.
     """
+    accepted = "a readable config.json of a mask predictor"
     try:
-        raw = json.loads(config_file.read_text())
+        raw = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(str(config_file), str(error), "a readable config.json of a mask predictor") from error
-    family = FAMILIES.get(raw.get("model_type"))
+        raise InputError(str(config_file), str(error), accepted) from error
+    found = raw.get("model_type") if isinstance(raw, dict) else None
+    family = FAMILIES.get(found) if isinstance(found, str) else None
     if family is None:
-        raise InputError(f"{config_file}: model_type", repr(raw.get("model_type")), " | ".join(FAMILIES))
-    return raw, family
-
-
-def described(raw: dict[str, Any], family: Family) -> PreTrainedConfig:
-    """The configuration that the fields of a ``config.json`` are for.
-
-    Raises:
-        ValueError: They ask for what the family does not compute.
-    """
+        raise InputError(f"{config_file}: model_type", repr(found), " | ".join(FAMILIES))
     kind: Any = family.model.config_class
-    return kind.from_dict(raw)
+    try:
+        return raw, family, kind.from_dict(raw)
+    except InputError as error:
+        raise error.within(config_file) from None
+    except Exception as error:  # transformers checks its own fields, each in its own way
+        raise InputError(str(config_file), first_line(error), accepted) from error

@@ -13,21 +13,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from models.errors import InputError
 
-def only(fields: dict[str, Any], accepted: Mapping[str, Any], family: str) -> None:
+
+def only(fields: dict[str, Any], accepted: Mapping[str, Any]) -> None:
     """Sets the fields of ``accepted`` that are not there, and refuses those that say otherwise.
 
     Args:
         fields: Fields of a ``config.json``.
         accepted: Those that change the computation, and the one value that is computed.
-        family: The family's name, for the message.
 
     Raises:
-        ValueError: A field has another value.
+        InputError: A field has another value.
     """
     for name, value in accepted.items():
         if fields.setdefault(name, value) != value:
-            raise ValueError(f"{family} config.json: {name} is {fields[name]!r}; only {value!r} is implemented")
+            raise InputError(name, repr(fields[name]), f"{value!r}; nothing else is implemented")
 
 
 @dataclass

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
+from models.errors import InputError
 from models.layers import Elementwise, KVCache, MaskedLM, Pass, RMSNorm, only, rotary_table
+from models.rules import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, check, number, whole
 
 # Fields that change the computation and the one value this implementation computes. Anything else is refused by name.
 _ONLY = {
@@ -26,6 +28,15 @@ _ONLY = {
     "input_emb_norm": False,
     "clip_qkv": None,
 }
+
+_RULES = {
+    **dict.fromkeys(("d_model", "n_heads", "mlp_ratio", "vocab_size", "max_sequence_length"), COUNT),
+    **dict.fromkeys(("n_kv_heads", "mlp_hidden_size", "embedding_size"), COUNT.or_null()),
+    **dict.fromkeys(("include_bias", "include_qkv_bias", "weight_tying"), FLAG),
+    **dict.fromkeys(("mask_token_id", "eos_token_id", "pad_token_id"), whole(0).or_null()),
+    "n_layers": whole(1, 1024), "rope_theta": POSITIVE, "init_std": NOT_NEGATIVE,
+    "rms_norm_eps": number("a number above 0 and at most 1", lambda value: 0 < value <= 1),
+}  # fmt: skip
 
 
 class LLaDAConfig(PreTrainedConfig):
@@ -51,7 +62,7 @@ class LLaDAConfig(PreTrainedConfig):
         **kwargs: Further fields; see ``_ONLY`` for those whose value is checked.
 
     Raises:
-        ValueError: A field asks for a computation this implementation does not do.
+        InputError: A field asks for a computation this implementation does not do, or for one that has no result.
     """
 
     model_type = "llada"
@@ -79,12 +90,16 @@ class LLaDAConfig(PreTrainedConfig):
         init_std: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        only(kwargs, _ONLY, "LLaDA")
+        given = locals()
+        check(given, _RULES)
+        only(kwargs, _ONLY)
         kwargs.pop("tie_word_embeddings", None)  # transformers writes this copy of weight_tying beside it
-        if d_model % n_heads:
-            raise ValueError(f"LLaDA config.json: d_model {d_model} is not a multiple of n_heads {n_heads}")
+        if d_model % (2 * n_heads):
+            raise InputError("d_model", d_model, f"an even multiple of n_heads {n_heads}")
         if n_heads % (n_kv_heads or n_heads):
-            raise ValueError(f"LLaDA config.json: n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}")
+            raise InputError("n_heads", n_heads, f"a multiple of n_kv_heads {n_kv_heads}")
+        if (embedding_size or vocab_size) < vocab_size:
+            raise InputError("embedding_size", embedding_size, f"at least vocab_size {vocab_size}, or null")
         self.d_model = d_model
         self.n_layers = n_layers
         self.n_heads = n_heads

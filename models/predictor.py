@@ -3,7 +3,8 @@
 import copy
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from models.errors import InputError
-from models.families import Family, described, read_config
+from models.checkpoint import check_finite
+from models.errors import InputError, first_line
+from models.families import Family, described
 from models.layers import Elementwise, KVCache
+from models.rules import DTYPES, check, one_of
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,8 @@ class MaskPredictor:
         Raises:
             InputError: Not the name of a floating-point dtype.
         """
-        dtype = getattr(torch, name, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise InputError("dtype", repr(name), "float32 | bfloat16 | float16")
-        model = copy.deepcopy(self.model).to(dtype)
+        check({"dtype": name}, {"dtype": one_of(DTYPES)})
+        model = copy.deepcopy(self.model).to(getattr(torch, name))
         return MaskPredictor(model, self.ids, self.vocab_size, self.max_length, self.fingerprint, self.tokenizer)
 
     @torch.inference_mode()
@@ -184,14 +185,17 @@ class MaskPredictor:
             InputError: Not a checkpoint, an unknown family, a tensor missing, unexpected or of another shape, a special
                 token missing, or logits that ignore the attention mask.
         """
+        if not isinstance(dtype, torch.dtype):
+            check({"dtype": dtype}, {"dtype": one_of([*DTYPES, "auto"]).or_null()})
         folder = checkpoint_folder(path)
-        raw, family = read_config(folder / "config.json")
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        raw, family, known = described(folder / "config.json")
+        device = usable_device(device)
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else "auto"
-        model = _load_model(folder, raw, family, dtype, device)
+        model = _load_model(folder, known, family, dtype, device)
         config: Any = model.config
         tokenizer = _load_tokenizer(folder, family)
+        check_finite(folder, model.state_dict(), most=1 << 20)
         ids = _token_ids(folder, raw, family, tokenizer)
         predictor = cls(
             model,
@@ -214,6 +218,10 @@ class MaskPredictor:
         mask[1, :2] = False
         positions = torch.arange(4, device=self.device).expand(2, 4)
         first, second = self(ids, mask, positions, torch.tensor([3, 7], device=self.device)).float()
+        if not (first.isfinite().all() and second.isfinite().all()):
+            raise InputError(
+                f"{name}: logits", "values that are not finite", "weights and a dtype that give finite ones"
+            )
         if torch.equal(first, second):
             raise InputError(
                 f"{name}: attention_mask", "logits that ignore it", "a model that attends through the mask"
@@ -237,7 +245,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise InputError(
             "base checkpoint", f"{path!r} ({first})", "an existing folder or a reachable hub id"
         ) from error
@@ -253,7 +261,7 @@ def token_embeddings(path: str | Path) -> Tensor:
         InputError: Not a checkpoint of a known family, or none of its files holds the tensor.
     """
     folder = checkpoint_folder(path)
-    raw, family = read_config(folder / "config.json")
+    raw, family, _ = described(folder / "config.json")
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as stream:
@@ -264,33 +272,57 @@ def token_embeddings(path: str | Path) -> Tensor:
     raise InputError(f"{folder}: safetensors", f"no tensor {family.embeddings}", "a checkpoint with token embeddings")
 
 
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """A device by name; a GPU where there is one by default.
+
+    Raises:
+        InputError: There is no such device here.
+    """
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except Exception as error:  # torch raises anything from RuntimeError to ImportError
+        raise InputError("device", repr(device), "cpu, or cuda where there is a GPU") from error
+    return found
+
+
 def _load_tokenizer(folder: Path, family: Family) -> PreTrainedTokenizerBase:
     try:
         return (family.tokenizer or AutoTokenizer).from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: tokenizer", str(error).splitlines()[0], "tokenizer.json") from error
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        raise InputError(f"{folder}: tokenizer", first_line(error), "tokenizer.json") from error
 
 
 def _load_model(
-    folder: Path, raw: dict[str, Any], family: Family, dtype: torch.dtype | str, device: torch.device
+    folder: Path, config: PreTrainedConfig, family: Family, dtype: torch.dtype | str, device: torch.device
 ) -> nn.Module:
-    disable_progress_bar()  # a command prints its own progress, and errors are one line
     # Straight to the device, tensor by tensor: eight ranks do not hold eight copies of the weights in the host's memory.
     there: dict[str, Any] = {"device_map": {"": device}} if find_spec("accelerate") else {}
     try:
-        # The family's own classes by name, not by what the checkpoint's auto_map says.
-        model, info = family.model.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder, config=described(raw, family), dtype=dtype, output_loading_info=True, use_safetensors=True,
-            ignore_mismatched_sizes=True, **there,
-        )  # fmt: skip
+        with quiet_loading():
+            # The family's own classes by name, not by what the checkpoint's auto_map says.
+            model, info = family.model.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True,
+                ignore_mismatched_sizes=True, **there,
+            )  # fmt: skip
     except InputError:
         raise
     except Exception as error:
-        raise InputError(
-            str(folder), str(error).splitlines()[0], "a config.json and safetensors that fit it"
-        ) from error
+        raise InputError(str(folder), first_line(error), "a config.json and safetensors that fit it") from error
     check_tensors(folder, info)
     return model.to(device)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keeps transformers from printing its progress and its report of tensors: a command has its own, and one line an error."""
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def check_tensors(folder: Path, info: dict[str, Any]) -> None:

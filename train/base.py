@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.base_data import BaseDataModule
 from models import LLaDAConfig, LLaDAModelLM
-from models.errors import InputError
+from models.errors import InputError, first_line
 from train.base_module import BaseModule
 from train.cli import run
 from train.folder import load_checkpoint
@@ -34,7 +34,7 @@ def export(checkpoint: Path, tokenizer: Path, out: Path) -> None:
     try:
         words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError("tokenizer", f"{tokenizer} ({str(error).splitlines()[0]})", "a tokenizer's folder") from error
+        raise InputError("tokenizer", f"{tokenizer} ({first_line(error)})", "a tokenizer's folder") from error
     settings = content["hyper_parameters"]
     if len(words) != settings["vocab_size"]:
         raise InputError(

@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data.provenance import write_run_file
-from models.errors import InputError
+from models.errors import InputError, first_line
 
 CHECKPOINTS = {"best": ["best"], "last": ["last"], "trained": ["best", "last"]}
 """Names a user may give instead of a checkpoint's path: the files that are looked for, in order."""
@@ -41,7 +41,7 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         if not {"state_dict", "global_step"} <= checkpoint.keys():
             raise ValueError("no Lightning checkpoint")
     except Exception as error:  # torch raises anything from OSError to UnpicklingError
-        found = "no such file" if not file.is_file() else str(error).splitlines()[0].split(". ")[0]
+        found = "no such file" if not file.is_file() else first_line(error).split(". ")[0]
         raise InputError(f"checkpoint {file}", found, "a checkpoint that `fit` wrote") from error
     return checkpoint
 

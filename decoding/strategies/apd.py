@@ -17,11 +17,12 @@ from decoding.read import in_chunks, read_block
 from decoding.run import Request, Run
 from decoding.scheduler import Slot
 from decoding.step import Decision
-from decoding.strategies.base import Strategy, require_range
+from decoding.strategies.base import Strategy
 from models.errors import InputError
 from models.features import EVIDENCE, Evidence
 from models.helper import Helper, check_helper
 from models.predictor import MaskPredictor, fingerprint, fingerprint_in_memory
+from models.rules import FOLDER, LENGTH, SHARE, check, instance
 from models.stock import helper_folder, load_any_helper
 
 
@@ -52,12 +53,10 @@ class APD(Strategy):
     component = "helper_commits"
 
     def __post_init__(self) -> None:
-        weight = self.mixture_weight
-        require_range(self.name, "mixture_weight", weight, "a number from 0 to 1", lambda value: 0 <= value <= 1)
-        for name in ("kv_window", "max_lookahead"):
-            if (value := getattr(self, name)) is not None:
-                accepted = "a whole number of at least 1, or null"
-                require_range(self.name, name, value, accepted, lambda value: value >= 1 and value == value // 1)
+        window = LENGTH.or_null()
+        rules = {"helper": FOLDER.or_null(), "mixture_weight": SHARE, "kv_window": window, "max_lookahead": window}
+        rules["network"] = instance(Helper).or_null()
+        check(vars(self), rules, f"{self.name}.")
         if self.network is None:
             if self.helper is None:
                 raise InputError("helper", None, "the folder of an exported helper")

@@ -1,7 +1,6 @@
 """What a strategy is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,6 @@ from decoding.blocks import BlockRun
 from decoding.config import DecodeConfig
 from decoding.run import Request, Run
 from decoding.step import Decision, Step
-from models.errors import InputError
 from models.predictor import MaskPredictor
 
 
@@ -92,9 +90,3 @@ def top_1(score: Tensor, masked: Tensor) -> Tensor:
     """The best masked position of each row, ``(b, K)`` bool; the leftmost of equals."""
     best = score.masked_fill(~masked, -torch.inf).argmax(dim=1, keepdim=True)
     return torch.zeros_like(masked).scatter_(1, best, True) & masked
-
-
-def require_range(strategy: str, name: str, value: float, accepted: str, fits: Callable[[float], bool]) -> None:
-    """Raises an InputError for a setting out of range."""
-    if not fits(value):
-        raise InputError(f"{strategy}.{name}", value, accepted)

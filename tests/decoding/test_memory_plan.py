@@ -113,9 +113,9 @@ def test_a_step_reads_the_device_once(random_helper, name, cache, record):
             reads.append(known)
             # Rows at different steps of different blocks.
             return (
-                [[60, 30, 62], [28, 30, 30], [0, 1, 0], [64, 64, 64]]
+                [[60, 30, 62], [28, 30, 30], [0, 1, 0], [64, 64, 64], [0] * 3]
                 if name != "apd"
-                else [[50] * 3] * 2 + [[0] * 3, [64] * 3]
+                else [[50] * 3] * 2 + [[0] * 3, [64] * 3, [0] * 3]
             )
 
         run.state.read = told
