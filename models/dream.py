@@ -74,11 +74,10 @@ class DreamConfig(PreTrainedConfig):
         only(kwargs, _ONLY)
         del kwargs["rope_scaling"], kwargs["rope_parameters"]  # transformers would make something of them
         heads = num_key_value_heads or num_attention_heads
-        if hidden_size % num_attention_heads or num_attention_heads % heads:
-            accepted = (
-                f"a multiple of num_attention_heads {num_attention_heads}, and that of num_key_value_heads {heads}"
-            )
-            raise InputError("hidden_size", hidden_size, accepted)
+        if hidden_size % num_attention_heads:
+            raise InputError("hidden_size", hidden_size, f"a multiple of num_attention_heads {num_attention_heads}")
+        if num_attention_heads % heads:
+            raise InputError("num_key_value_heads", heads, f"a divisor of num_attention_heads {num_attention_heads}")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

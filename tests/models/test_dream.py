@@ -88,7 +88,7 @@ def test_the_7b_description_parses(tmp_path):
 def test_what_is_not_computed_is_refused(dream_checkpoint, tmp_path, field, value):
     config = json.loads((dream_checkpoint / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
-        with pytest.raises(InputError, match=f"config.json: {field}"):
+    with pytest.raises(InputError, match=f"config.json: {field}"):
         MaskPredictor.from_pretrained(tmp_path)
 
 
