@@ -208,6 +208,12 @@ def dream_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_dream(tmp_path_factory.mktemp("checkpoint") / "dream")
 
 
+@pytest.fixture(scope="session")
+def family_checkpoint(dream_checkpoint: Path, tiny_checkpoint: Path) -> Callable[[str], Path]:
+    """The folder of a family's tiny random checkpoint, with its tokenizer."""
+    return {"llada": tiny_checkpoint, "Dream": dream_checkpoint}.__getitem__
+
+
 @pytest.fixture
 def tiny_llada() -> LLaDAModelLM:
     """Two random layers over 64 ids; MASK is 63, EoT and padding are 62."""
