@@ -16,7 +16,8 @@ from data import gym, stories
 from data.gym import GymTask
 from data.prompt import Prompt, final_answer
 from data.stories import StoryTask
-from decoding.text import encode
+from data.typed import Count, Text, Whole, check_fields, checked
+from decoding.text import MARK, encode, is_unicode
 from models.errors import InputError, first_line
 
 Split = Literal["train", "validation", "test"]
@@ -46,9 +47,9 @@ class PromptSource:
             :class:`data.gym.GymTask`.
     """
 
-    path: str = "bundled"
+    path: Text = "bundled"
     split: str | None = None
-    size: int | None = None
+    size: Count | None = None
     task: str | None = None
     prompt_column: str = "prompt"
     response_column: str | None = None
@@ -56,8 +57,11 @@ class PromptSource:
     task_column: str | None = None
     subset: str | None = None
     revision: str | None = None
-    seed: int = 0
+    seed: Whole = 0
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def prompt_hash(text: str) -> str:
@@ -100,8 +104,9 @@ def load_prompts(
     if split not in (None, *get_args(Split)):
         raise InputError("split", repr(split), " | ".join(get_args(Split)))
     for name, value in (("limit", limit), ("per_task", per_task)):
-        if value is not None and value < 1:
-            raise InputError(name, value, "a whole number of at least 1")
+        checked(Count | None, value, name)
+    if not sources:
+        raise InputError("sources", "none", "at least one source of prompts")
     unique: dict[str, Prompt] = {}
     for source in sources:
         for prompt in _take(_read(source), source.size):
@@ -165,8 +170,6 @@ def _with_unique_ids(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def _read(source: PromptSource) -> Iterator[Prompt]:
-    if source.size is not None and source.size < 1:
-        raise InputError(f"{source.path}: size", source.size, "a whole number of at least 1")
     if source.path == "bundled":
         return _bundled(source)
     if source.path.startswith(("stories:", "gym:")):
@@ -220,11 +223,16 @@ def _columns(source: PromptSource) -> Iterator[Prompt]:
                 return ""
             if column not in row:
                 raise InputError(f"{where}: column {column!r}", "no such column", f"one of {', '.join(map(str, row))}")
-            return "" if row[column] is None else str(row[column])
+            value = row[column]
+            if value is None:
+                return ""
+            if not isinstance(value, str | int | float) or not is_unicode(str(value)):
+                raise InputError(f"{where}: column {column!r}", ascii(value)[:80], "text or a number")
+            return str(value)
 
         prompt, response = text(source.prompt_column).strip(), text(source.response_column)
         task = text(source.task_column) or source.task or file.stem
-        if not prompt:
+        if not prompt.replace(MARK, "").strip():
             raise InputError(f"{where}: {source.prompt_column}", "an empty prompt", "at least one character")
         answer = text(source.answer_column) if source.answer_column else final_answer(response)
         yield Prompt(f"{task}-{prompt_hash(prompt)}", task, prompt, response, answer)
@@ -255,7 +263,9 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):  # splitlines would cut at U+2028 too
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8-sig").split("\n")
+    ):  # splitlines would cut at U+2028 too
         try:
             if line.strip():
                 rows.append(json.loads(line))
@@ -265,13 +275,13 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8") as stream:
+    with path.open(newline="", encoding="utf-8-sig") as stream:
         return list(csv.DictReader(stream, strict=True))
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {
     ".jsonl": _json_lines,
-    ".json": lambda path: json.loads(path.read_text(encoding="utf-8")),
+    ".json": lambda path: json.loads(path.read_text(encoding="utf-8-sig")),
     ".csv": _csv_rows,
     ".parquet": lambda path: pq.read_table(path).to_pylist(),
 }

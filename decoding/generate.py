@@ -20,6 +20,7 @@ from decoding.output import empty_output
 from decoding.strategies import STRATEGIES, make_strategy
 from decoding.strategies.full_step import FullStep
 from models.errors import InputError
+from models.rules import check, number
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 COLOURS = ["bright_yellow", "bright_green", "bright_cyan", "bright_blue", "bright_magenta", "bright_red"]
@@ -76,6 +77,7 @@ def generate(
         prompt_length: Tokens of each of its prompts.
         dtype: Dtype of its weights.
     """
+    check({"pause": pause}, {"pause": number("seconds, from 0 to 3600", lambda value: 0 <= value <= 3600)})
     options = dict(options or {})
     if strategy == "learn2pd":
         options.setdefault("filter", filter)

@@ -15,6 +15,7 @@ import wandb
 from data.prompt import Prompt
 from data.prompts import PromptSource, load_prompts, prompt_hash
 from data.provenance import environment, now, write_run_file
+from data.typed import Count, Length, Part
 from eval.command import command, wandb_mode
 from eval.compare import Comparison, Run, print_table
 from eval.headline import MARGIN, check_margin, summary
@@ -30,13 +31,13 @@ def main(
     runs: list[Run],
     prompts: list[PromptSource],
     split: Literal["train", "validation", "test"] | None = "test",
-    limit: int | None = None,
-    gen_length: int = 128,
-    block_length: int = 32,
-    batch_size: int = 32,
-    repeats: int = 1,
-    margin: float = MARGIN,
-    pick_on: int | None = 256,
+    limit: Count | None = None,
+    gen_length: Length = 128,
+    block_length: Length = 32,
+    batch_size: Length = 32,
+    repeats: Count = 1,
+    margin: Part = MARGIN,
+    pick_on: Count | None = 256,
     out: Path = Path("runs/bench"),
     wandb: WandbSettings = USUAL,
 ) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.provenance import write_aside, write_run_file
+from data.typed import Count, Length, Positive, Temperature, Whole
 from decoding.config import CacheRule, EotRule
 from eval.command import command, entry, wandb_mode
 from eval.lm import processes
@@ -48,28 +49,28 @@ def main(
     filter: str | None = None,
     helper: str | None = None,
     options: dict[str, Any] | None = None,
-    gen_length: int | None = None,
-    block_length: int | None = None,
-    steps: int | None = None,
-    temperature: float | None = None,
+    gen_length: Length | None = None,
+    block_length: Length | None = None,
+    steps: Length | None = None,
+    temperature: Temperature | None = None,
     eot: EotRule = "commit",
     cache: CacheRule = "none",
-    refresh: int | None = None,
-    seed: int = 0,
+    refresh: Count | None = None,
+    seed: Whole = 0,
     dtype: str | None = None,
     device: str | None = None,
-    devices: int = 1,
+    devices: Count = 1,
     compile: bool = False,
-    batch_size: int = 32,
-    mc_samples: int = 128,
+    batch_size: Length = 32,
+    mc_samples: Count = 128,
     greedy_check: bool | None = None,
     add_bos: bool = False,
     truncate: bool = False,
-    num_fewshot: int | None = None,
+    num_fewshot: Whole | None = None,
     apply_chat_template: bool | None = None,
     fewshot_as_multiturn: bool | None = None,
     system_instruction: str | None = None,
-    limit: float | None = None,
+    limit: Positive | None = None,
     include_path: Path | None = None,
     confirm_run_unsafe_code: bool = False,
     log_samples: bool = False,
@@ -143,8 +144,6 @@ def main(
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raises an InputError for what would be misread later."""
-    if settings["limit"] is not None and not settings["limit"] > 0:
-        raise InputError("limit", settings["limit"], "a number above 0, or null")
     for name, value in (settings["options"] or {}).items():
         if name in MODEL_SETTINGS:
             raise InputError(f"options.{name}", value, f"--{name}, which is no setting of a strategy alone")

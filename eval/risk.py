@@ -14,6 +14,7 @@ from scipy.stats import beta
 from data.prompt import Prompt
 from data.prompts import PromptSource, Split, load_prompts, prompt_hash
 from data.provenance import environment, now
+from data.typed import Count, Length
 from decoding.config import CacheRule, EotRule
 from decoding.risk import DECODING, Calibration, plain, save_calibration
 from decoding.strategies import make_strategy
@@ -62,13 +63,13 @@ def main(
     confidence: float = CONFIDENCE,
     prompts: list[PromptSource] = VALIDATION,
     split: Split | None = "validation",
-    limit: int | None = None,
-    gen_length: int = 128,
-    block_length: int = 32,
+    limit: Count | None = None,
+    gen_length: Length = 128,
+    block_length: Length = 32,
     eot: EotRule = "commit",
     cache: CacheRule = "none",
-    refresh: int | None = None,
-    batch_size: int = 32,
+    refresh: Count | None = None,
+    batch_size: Length = 32,
     run: Path = Path("runs/risk"),
     out: Path | None = None,
 ) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from data.typed import Seed, checked
 from eval.command import CONFIGS, CommandParser, command, entry, wandb_mode
 from eval.tracking import WandbSettings
 from models.errors import InputError
@@ -104,6 +105,8 @@ class Command(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config["subcommand"]
         config = self.config[subcommand]
+        if not isinstance(config.seed_everything, bool):
+            checked(Seed | None, config.seed_everything, "seed_everything")
         self.folder: Path = config.run
         if config.ckpt_path is None and self.spec.checkpoint is not None and subcommand != "fit":
             config.ckpt_path = "trained"  # evaluating a module that is trained here is not about random weights
@@ -146,8 +149,10 @@ class Command(LightningCLI):
             kwargs["logger"] = loggers(self.folder, JOB_TYPES[subcommand], self.settings)
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
-            raise InputError("trainer", str(error), "settings that Lightning's Trainer takes") from error
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise InputError(
+                "trainer", " ".join(str(error).split()), "settings that Lightning's Trainer takes"
+            ) from error
 
 
 def run(
@@ -218,10 +223,13 @@ def quiet() -> None:
         ".*does not have many workers",  # our batches are made or held in the main process: faster than handing over
         "Checkpoint directory .* exists and is not empty",  # it does when a run continues
         "Using ModelCheckpoint with manual optimization",  # says the checkpoint is taken after the step, as it should
+        "No seed found",  # a command that draws something has a seed among its settings
     ):
         warnings.filterwarnings("ignore", message=expected)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(("💡", "TPU available")))
+    for part in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{part}").addFilter(
+            lambda record: not record.getMessage().startswith(("💡", "TPU available", "Seed set to"))
+        )
 
 
 def loggers(folder: Path, job_type: str, settings: Mapping[str, Any]) -> list[Logger]:

@@ -17,6 +17,7 @@ from data.manifest import open_rollouts
 from data.prompt import Prompt
 from data.prompts import Split, split_of
 from data.rollout_data import RolloutSettings
+from data.typed import Count, Part, Share, Whole, check_fields
 from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, pick, print_table, share
@@ -51,24 +52,23 @@ class Pipeline:
     """
 
     out: Path
-    pick_prompts: int | None
-    test_prompts: int | None
-    pick_from: list[float]
-    baselines: list[float]
-    rounds: int
-    loss: float
+    pick_prompts: Count | None
+    test_prompts: Count | None
+    pick_from: list[Share]
+    baselines: list[Share]
+    rounds: Whole
+    loss: Part
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("pick_from", "baselines"):
+            if not getattr(self, name):
+                raise InputError(f"pipeline.{name}", "none", "at least one threshold from 0 to 1")
 
 
 def prepare(command: Command) -> None:
     """Before ``fit``: the rollouts that are missing, on the trainer's devices, and those of every round's filter."""
     pipeline: Pipeline = command.setting("pipeline")
-    for name, values in (("pick_from", pipeline.pick_from), ("baselines", pipeline.baselines)):
-        if not values or not all(0 <= value <= 1 for value in values):
-            raise InputError(f"pipeline.{name}", values, "at least one threshold from 0 to 1")
-    if not 0 <= pipeline.loss < 1:
-        raise InputError("pipeline.loss", pipeline.loss, "a share from 0 to 1, 0.01 for one point")
-    if pipeline.rounds < 0:
-        raise InputError("pipeline.rounds", pipeline.rounds, "a whole number from 0")
     rollouts: RolloutSettings = command.setting("rollout")
     if pipeline.rounds and "filter" in rollouts.passes:
         raise InputError(
@@ -254,7 +254,7 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: float) -> None:
+def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: Share) -> None:
     """Exports a training checkpoint with a threshold of your own.
 
     Args:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from data.helper_data import HelperDataModule
 from data.manifest import open_rollouts
 from data.rollout_data import RolloutSettings
+from data.typed import Count, Length, Share, check_fields
 from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, print_table, share
@@ -45,18 +46,17 @@ class Pipeline:
     """
 
     out: Path
-    measure_prompts: int
-    mixture_weights: list[float]
-    kv_window: int | None
-    max_lookahead: int | None
+    measure_prompts: Count
+    mixture_weights: list[Share]
+    kv_window: Length | None
+    max_lookahead: Length | None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def prepare(command: Command) -> None:
     """Before ``fit``: the rollouts that are missing, on the trainer's devices."""
-    pipeline: Pipeline = command.setting("pipeline")
-    for weight in pipeline.mixture_weights:
-        if not 0 <= weight <= 1:
-            raise InputError("pipeline.mixture_weights", weight, "numbers from 0 to 1")
     roll_out(command)
 
 

@@ -72,7 +72,6 @@ def test_forwards_saved_by_the_end_of_text(predictor):
             [Run("full_step", limit=1), Run("oracle")],
             "limit of 'oracle': found None; accepted: at most the reference's 1",
         ),
-        ([Run("full_step"), Run("full_step", dtype="int8")], "dtype: found 'int8'"),
         (
             [Run("full_step"), Run("full_step")],
             "runs: found 2 named 'full_step'; accepted: a label of its own for each",
@@ -82,6 +81,15 @@ def test_forwards_saved_by_the_end_of_text(predictor):
 def test_runs_are_refused_by_name(predictor, runs, message):
     with pytest.raises(InputError, match=message):
         compare(predictor, PROMPTS, runs, **LENGTHS)
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": "int8"}, {"limit": -1}, {"limit": 0}, {"batch_size": "8"}, {"temperature": -1.0}, {"eot": "x"}]
+)
+def test_a_run_is_refused_by_field(change):
+    # A limit of -1 would leave out the last prompt.
+    with pytest.raises(InputError, match=f"^{next(iter(change))}: found"):
+        Run("full_step", **change)
 
 
 RUNS = [Run("full_step"), Run("oracle"), Run("threshold")]
