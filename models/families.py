@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, Qwen2Tokenizer
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from models.dream import DreamModel
 from models.errors import InputError
 from models.layers import MaskedLM
 from models.llada import LLaDAModelLM
+from models.llada_moe import LLaDAMoEModelLM
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Family:
 
     Attributes:
         model: Its model; ``config_class`` reads ``config.json``.
-        tokenizer: Class that reads its tokenizer's files; ``None`` where ``tokenizer_config.json`` names one of transformers'.
+        tokenizer: Class that reads its tokenizer's files; ``None``: the one that ``tokenizer_config.json`` names.
         mask: Text of the mask token.
         eot: Text of the token that ends and pads the generated text.
         end_of_turn: Text of the token that may close a turn before ``eot``.
@@ -59,6 +60,16 @@ FAMILIES = {
         max_length="max_position_embeddings",
         embeddings="model.embed_tokens.weight",
     ),
+    "llada_moe": Family(
+        model=LLaDAMoEModelLM,
+        tokenizer=PreTrainedTokenizerFast,
+        mask="<|mask|>",
+        eot="<|endoftext|>",
+        end_of_turn="<|role_end|>",
+        bos="<|startoftext|>",
+        max_length="max_position_embeddings",
+        embeddings="model.embed_tokens.weight",
+    ),
 }
 """``model_type`` to its description."""
 
@@ -73,6 +84,9 @@ def read_config(config_file: Path) -> tuple[dict[str, Any], Family]:
         raw = json.loads(config_file.read_text())
     except (OSError, ValueError) as error:
         raise InputError(str(config_file), str(error), "a readable config.json of a mask predictor") from error
+    # LLaDA-MoE is published as a "llada" like LLaDA itself: its architecture tells them apart.
+    if any(str(name).startswith("LLaDAMoE") for name in raw.get("architectures") or ()):
+        raw["model_type"] = "llada_moe"
     family = FAMILIES.get(raw.get("model_type"))
     if family is None:
         raise InputError(f"{config_file}: model_type", repr(raw.get("model_type")), " | ".join(FAMILIES))

@@ -278,9 +278,11 @@ def _load_model(
     # Straight to the device, tensor by tensor: eight ranks do not hold eight copies of the weights in the host's memory.
     there: dict[str, Any] = {"device_map": {"": device}} if find_spec("accelerate") else {}
     try:
+        config = described(raw, family)
+        family.model.check_names(config, _tensor_names(folder))
         # The family's own classes by name, not by what the checkpoint's auto_map says.
         model, info = family.model.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder, config=described(raw, family), dtype=dtype, output_loading_info=True, use_safetensors=True,
+            folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True,
             ignore_mismatched_sizes=True, **there,
         )  # fmt: skip
     except InputError:
@@ -291,6 +293,14 @@ def _load_model(
         ) from error
     check_tensors(folder, info)
     return model.to(device)
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stream:
+            names += stream.keys()
+    return names
 
 
 def check_tensors(folder: Path, info: dict[str, Any]) -> None:
