@@ -2,5 +2,6 @@
 
 from models.dream import DreamConfig, DreamModel
 from models.llada import LLaDAConfig, LLaDAModelLM
+from models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 
-__all__ = ["DreamConfig", "DreamModel", "LLaDAConfig", "LLaDAModelLM"]
+__all__ = ["DreamConfig", "DreamModel", "LLaDAConfig", "LLaDAMoEConfig", "LLaDAMoEModelLM", "LLaDAModelLM"]

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, Qwen2Tokenizer
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from models.dream import DreamModel
 from models.errors import InputError, first_line
 from models.layers import MaskedLM
 from models.llada import LLaDAModelLM
+from models.llada_moe import LLaDAMoEModelLM
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Family:
 
     Attributes:
         model: Its model; ``config_class`` reads ``config.json``.
-        tokenizer: Class that reads its tokenizer's files; ``None`` where ``tokenizer_config.json`` names one of transformers'.
+        tokenizer: Class that reads its tokenizer's files; ``None``: the one that ``tokenizer_config.json`` names.
         mask: Text of the mask token.
         eot: Text of the token that ends and pads the generated text.
         end_of_turn: Text of the token that may close a turn before ``eot``.
@@ -59,6 +60,16 @@ FAMILIES = {
         max_length="max_position_embeddings",
         embeddings="model.embed_tokens.weight",
     ),
+    "llada_moe": Family(
+        model=LLaDAMoEModelLM,
+        tokenizer=PreTrainedTokenizerFast,
+        mask="<|mask|>",
+        eot="<|endoftext|>",
+        end_of_turn="<|role_end|>",
+        bos="<|startoftext|>",
+        max_length="max_position_embeddings",
+        embeddings="model.embed_tokens.weight",
+    ),
 }
 """``model_type`` to its description."""
 
@@ -74,7 +85,13 @@ def described(config_file: Path) -> tuple[dict[str, Any], Family, PreTrainedConf
         raw = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(str(config_file), str(error), accepted) from error
-    found = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict):
+        raise InputError(str(config_file), f"a JSON {type(raw).__name__}", accepted)
+    # LLaDA-MoE is published as a "llada" like LLaDA itself: its architecture tells them apart.
+    names = raw.get("architectures")
+    if isinstance(names, list) and any(str(name).startswith("LLaDAMoE") for name in names):
+        raw["model_type"] = "llada_moe"
+    found = raw.get("model_type")
     family = FAMILIES.get(found) if isinstance(found, str) else None
     if family is None:
         raise InputError(f"{config_file}: model_type", repr(found), " | ".join(FAMILIES))

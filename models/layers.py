@@ -3,7 +3,7 @@
 A family adds its configuration, the names of its tensors and whatever it computes that others do not.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -234,6 +234,18 @@ class MaskedLM(PreTrainedModel):
     left_context: ClassVar[int] = 0
     init_std: ClassVar[str] = "initializer_range"
     """Field of the configuration with the standard deviation of fresh weights."""
+
+    @classmethod
+    def check_names(cls, config: Any, names: Iterable[str]) -> None:
+        """Refuses a checkpoint by the names of its tensors, where loading it would not say which one is the matter.
+
+        Args:
+            config: Its configuration.
+            names: Of all tensors in its files.
+
+        Raises:
+            ValueError: A tensor is missing or unexpected.
+        """
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm, ``(..., D)`` to the same."""

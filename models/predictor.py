@@ -299,6 +299,7 @@ def _load_model(
     # Straight to the device, tensor by tensor: eight ranks do not hold eight copies of the weights in the host's memory.
     there: dict[str, Any] = {"device_map": {"": device}} if find_spec("accelerate") else {}
     try:
+        family.model.check_names(config, _tensor_names(folder))
         with quiet_loading():
             # The family's own classes by name, not by what the checkpoint's auto_map says.
             model, info = family.model.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -323,6 +324,14 @@ def quiet_loading() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stream:
+            names += stream.keys()
+    return names
 
 
 def check_tensors(folder: Path, info: dict[str, Any]) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+from models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig, LLaDAMoEModelLM
 from models.tokenizer import train_tokenizer
 
 LINES = ["What is 3 + 4?", "Sort these words: pear, apple, fig", "Tom has 12 apples and eats 5 of them.", "#### 7"]
@@ -43,7 +43,7 @@ def make_llada(vocab_size: int, mask: int, eot: int) -> LLaDAModelLM:
     return LLaDAModelLM(config).eval()
 
 
-FAMILIES = ["llada", "Dream"]
+FAMILIES = ["llada", "Dream", "llada_moe"]
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -62,8 +62,15 @@ def random_model(family: str, vocab_size: int, mask: int, eot: int, scale: int =
     else:
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         sizes |= {"intermediate_size": 64, "initializer_range": 0.3, "max_position_embeddings": 512}
+    if family == "llada_moe":
+        sizes["expert_intermediate_size"] = sizes.pop("intermediate_size") // 4
+        sizes |= {"num_experts": 8, "num_experts_per_tok": 3}
     sizes = {name: size * scale if "size" in name or name == "d_model" else size for name, size in sizes.items()}
-    config, model = {"llada": (LLaDAConfig, LLaDAModelLM), "Dream": (DreamConfig, DreamModel)}[family]
+    config, model = {
+        "llada": (LLaDAConfig, LLaDAModelLM),
+        "Dream": (DreamConfig, DreamModel),
+        "llada_moe": (LLaDAMoEConfig, LLaDAMoEModelLM),
+    }[family]
     made = model(config(**{**sizes, **ids, **changes})).eval()
     if family != "llada":  # fresh biases are 0 and fresh norms 1, which would hide that they are left out
         with torch.no_grad():
@@ -130,11 +137,27 @@ def plain(model, ids, seen=None, frozen=None, fresh=None):
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
+    def gated(x, gate, up, down):
+        hidden = project(x, gate)
+        return project(hidden * hidden.sigmoid() * project(x, up), down)
+
+    def mlp(x, prefix):
+        if kind != "llada_moe":
+            return gated(x, *(prefix + names[part] for part in ("gate", "up", "down")))
+        share, out = project(x, prefix + "mlp.gate").softmax(-1), torch.zeros_like(x)
+        for token in range(len(x)):
+            for expert in share[token].argsort(descending=True)[: c.num_experts_per_tok].tolist():
+                parts = (f"{prefix}mlp.experts.{expert}.{part}_proj" for part in ("gate", "up", "down"))
+                out[token] += share[token, expert] * gated(x[token], *parts)
+        return out
+
     x, kept = w[names["embedding"]][ids], []
     for layer in range(layers):
         prefix = names["layer"].format(layer)
         n = norm(x, w[prefix + names["before"] + ".weight"])
         q, k, v = (project(n, prefix + names[part]).view(len(ids), -1, width) for part in "qkv")
+        if kind == "llada_moe":
+            q, k = norm(q, w[prefix + "self_attn.q_norm.weight"]), norm(k, w[prefix + "self_attn.k_norm.weight"])
         q, k = rope(q), rope(k)
         if frozen is not None:
             k = torch.where(fresh[:, None, None], k, frozen[layer][0])
@@ -146,8 +169,7 @@ def plain(model, ids, seen=None, frozen=None, fresh=None):
         mixed = torch.einsum("hqk,khd->qhd", score.softmax(-1), v).flatten(1)
         x = x + project(mixed, prefix + names["o"])
         n = norm(x, w[prefix + names["between"] + ".weight"])
-        gate = project(n, prefix + names["gate"])
-        x = x + project(gate * gate.sigmoid() * project(n, prefix + names["up"]), prefix + names["down"])
+        x = x + mlp(n, prefix)
     logits = norm(x, w[names["norm"]]) @ w.get(names["head"], w[names["embedding"]]).T
     if kind == "Dream":  # the output before a position predicts it
         logits = torch.cat((logits[:1], logits[:-1]))
@@ -160,6 +182,16 @@ def plain_forward() -> Callable[..., Any]:
     return plain
 
 
+def byte_level() -> Tokenizer:
+    """A byte-level BPE over a few lines."""
+    words = Tokenizer(BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words.train_from_iterator(LINES * 4, trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    return words
+
+
 DREAM_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"]
 DREAM_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -169,10 +201,7 @@ DREAM_TEMPLATE = (
 
 def save_dream_tokenizer(folder: Path) -> dict[str, int]:
     """The files of Dream's tokenizer as they are published, which name code that is never run; special tokens to ids."""
-    words = Tokenizer(BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    words.train_from_iterator(LINES * 4, trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    words = byte_level()
     folder.mkdir(parents=True, exist_ok=True)
     words.model.save(str(folder))
     ids = {token: words.get_vocab_size() + number for number, token in enumerate(DREAM_TOKENS)}
@@ -185,33 +214,62 @@ def save_dream_tokenizer(folder: Path) -> dict[str, int]:
         "mask_token": "<|mask|>", "chat_template": DREAM_TEMPLATE,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
-    (folder / "tokenization_dream.py").write_text("raise AssertionError('code of a checkpoint was run')\n")
-    return ids
+    return json.loads((folder / "vocab.json").read_text()) | ids
 
 
-def save_dream(folder: Path, **changes: Any) -> Path:
-    """A folder like the published one: weights, tokenizer, and code beside them that is never run."""
-    ids = save_dream_tokenizer(folder)
-    model = random_model("Dream", max(ids.values()) + 1, ids["<|mask|>"], ids["<|endoftext|>"], **changes)
-    model.save_pretrained(folder)
+MOE_TEMPLATE = (
+    "{% for message in messages %}<role>HUMAN</role>{{ message['content'] }}<|role_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
+)
+
+
+def save_moe_tokenizer(folder: Path) -> dict[str, int]:
+    """LLaDA-MoE's special tokens on a small vocabulary; special tokens to ids."""
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(), **special, mask_token="<|mask|>", extra_special_tokens=["<|role_end|>"],
+        chat_template=MOE_TEMPLATE,
+    )  # fmt: skip
+    words.save_pretrained(folder)
+    return words.get_vocab()
+
+
+def save_checkpoint(folder: Path, family: str, code: str, **changes: Any) -> Path:
+    """A folder like a published one: weights, tokenizer, and code beside them that is never run.
+
+    Args:
+        folder: Where to.
+        family: Its family.
+        code: Name of the files of code, less what they begin with.
+        **changes: Fields of the ``config.json`` as it is published, which differ from those that we write.
+    """
+    ids = {"Dream": save_dream_tokenizer, "llada_moe": save_moe_tokenizer}[family](folder)
+    random_model(family, len(ids), ids["<|mask|>"], ids["<|endoftext|>"]).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    code = {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"}
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": code, "rope_scaling": None}))
-    for name in ("configuration_dream.py", "modeling_dream.py"):
-        (folder / name).write_text("raise AssertionError('code of a checkpoint was run')\n")
+    changes["auto_map"] = {"AutoConfig": f"configuration_{code}.Config", "AutoModel": f"modeling_{code}.Model"}
+    (folder / "config.json").write_text(json.dumps(config | changes | {"rope_scaling": None}))
+    for kind in ("configuration", "modeling", "tokenization"):
+        (folder / f"{kind}_{code}.py").write_text("raise AssertionError('code of a checkpoint was run')\n")
     return folder
 
 
 @pytest.fixture(scope="session")
 def dream_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Dream in the official format. Shared: do not write into it."""
-    return save_dream(tmp_path_factory.mktemp("checkpoint") / "dream")
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "dream", "Dream", "dream")
 
 
 @pytest.fixture(scope="session")
-def family_checkpoint(dream_checkpoint: Path, tiny_checkpoint: Path) -> Callable[[str], Path]:
-    """The folder of a family's tiny random checkpoint, with its tokenizer."""
-    return {"llada": tiny_checkpoint, "Dream": dream_checkpoint}.__getitem__
+def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random LLaDA-MoE in the official format, which calls it a ``llada``. Shared: do not write into it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "moe"
+    return save_checkpoint(folder, "llada_moe", "lladamoe", model_type="llada", mask_token_id=None)
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(family: str, dream_checkpoint: Path, moe_checkpoint: Path, tiny_checkpoint: Path) -> Path:
+    """The folder of each family's tiny random checkpoint, with its tokenizer."""
+    return {"llada": tiny_checkpoint, "Dream": dream_checkpoint, "llada_moe": moe_checkpoint}[family]
 
 
 @pytest.fixture

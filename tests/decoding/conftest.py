@@ -59,6 +59,12 @@ def table() -> Callable[..., MaskPredictor]:
     return make
 
 
+@pytest.fixture(scope="session", params=["llada", "Dream"])
+def family(request: pytest.FixtureRequest) -> str:
+    """The families that a decode can tell apart. To it LLaDA-MoE is LLaDA: one test of :mod:`test_cache` takes it."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def random_base(family, make_model) -> MaskPredictor:
     """Two random layers whose guesses depend on the context, sharp enough to be confident now and then."""
@@ -70,7 +76,7 @@ def ending_base(random_base) -> MaskPredictor:
     """The same, but it says EoT now and then, also with text left of it still to come."""
     model = copy.deepcopy(random_base.model)
     weight = model.model.transformer["ff_out"].weight if random_base.family == "llada" else model.lm_head.weight
-    weight[EOT] *= 2 if random_base.family == "llada" else 3.5
+    weight[EOT] *= 3.5 if random_base.family == "Dream" else 2
     return wrap(model)
 
 

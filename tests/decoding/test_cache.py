@@ -87,6 +87,17 @@ def test_every_row_equals_the_plain_decode(plain_forward, random_base, ending_ba
     assert not ends or eot == "off" or left  # otherwise the comparison would be hollow
 
 
+@pytest.mark.parametrize("family", ["llada_moe"], indirect=True)
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_model_of_experts_decodes_as_plainly(plain_forward, random_base, prompts, cache):
+    config = DecodeConfig(16, 8, eot="off", cache=cache)
+    out = decode(random_base, prompts[:3], config, make_strategy("threshold", threshold=0.5))
+    for row, prompt in enumerate(prompts[:3]):
+        text, confidences = plain_decode(plain_forward, random_base.model, prompt, config, 0.5)
+        assert torch.equal(out.sequences[row], text)
+        assert out.nfe[row] == len(confidences)
+
+
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_refreshing_every_step_is_no_cache(random_base, prompts, cache):
     strategy = make_strategy("threshold", threshold=0.5)

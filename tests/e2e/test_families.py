@@ -13,6 +13,7 @@ from models.errors import InputError
 from models.filter import load_filter
 from models.helper import load_helper
 
+pytestmark = pytest.mark.parametrize("family", ["Dream", "llada_moe"], indirect=True, scope="session")
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--rollout.gen_length", 16, "--rollout.block_length", 8, "--rollout.limit", 16, "--rollout.batch_size", 8]
 TRAINER = ["--trainer.max_epochs", 1, "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
@@ -42,10 +43,8 @@ def run(script: str, *words: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def base(family, family_checkpoint) -> Path:
-    if family == "llada":
-        pytest.skip("the other tests are about it")
-    return family_checkpoint(family)
+def base(family_checkpoint) -> Path:
+    return family_checkpoint
 
 
 @pytest.fixture(scope="module")
