@@ -9,15 +9,19 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from transformers import StoppingCriteria
 
 from decoding.adapters import for_sglang
 from decoding.adapters.for_dinfer import LearnedParallelDecoder
+from decoding.adapters.for_transformers import learned_decoding
 from decoding.config import DecodeConfig
+from decoding.decoder import Decoder
 from decoding.engine import Engine, join, split
 from decoding.loop import decode
 from decoding.strategies import APD, make_strategy
 from models.errors import InputError
 from models.filter import FilterConfig, build_filter, load_filter, save_filter
+from models.predictor import MaskPredictor, fingerprint
 
 MASK, EOT, SIZE = 63, 62, 8
 
@@ -282,3 +286,112 @@ def test_dinfer_takes_a_last_block_that_is_short():
         ours.decode(torch.randn(2, 3, 64), SIZE, SIZE + 3, x)
     assert (x[:, :SIZE] == MASK).all()
     assert (x[:, SIZE:] != MASK).all()
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def padded(prompts):
+    width = max(map(len, prompts))
+    ids = torch.tensor([[EOT] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+SETTINGS = {"gen_length": 24, "block_length": SIZE}
+
+
+@pytest.mark.parametrize(("cache", "eot"), [("none", "commit"), ("dual", "off")])
+@pytest.mark.parametrize("name", ["threshold", "klass", "learn2pd"])
+def test_generate_returns_what_the_decoder_decodes(name, cache, eot, ending_llada, prompts, filter_folder):
+    inputs, settings = padded(prompts), SETTINGS | {"cache": cache, "eot": eot}
+    expected = Decoder(ending_llada, made(name, filter_folder)).generate(prompts, **settings)
+    written = []
+    found = ending_llada.model.generate(
+        **inputs, custom_generate=learned_decoding, strategy=name, options=STRATEGIES[name] or None,
+        filter=filter_folder / name if name == "learn2pd" else None, on_step=lambda step: written.append(step.changed.sum()),
+        **settings,
+    )  # fmt: skip
+    width = inputs["input_ids"].shape[1]
+    assert torch.equal(found[:, :width], inputs["input_ids"])
+    kept = found.shape[1] - width
+    assert torch.equal(found[:, width:], expected.sequences[:, :kept])
+    assert (expected.sequences[:, kept:] == EOT).all()
+    assert eot == "off" or (expected.sequences[:, kept - 1] != EOT).any() or (expected.sequences == EOT).any(1).all()
+    assert sum(written) == expected.sequences.numel()  # every position is streamed once
+
+
+class AfterToken(StoppingCriteria):
+    """Ends a row whose newest token is this one, as a stop string does."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+def test_stopping_criteria_end_a_row_at_their_token_also_in_its_last_block(random_llada, prompts):
+    rule = {"strategy": "threshold", "options": {"threshold": 0.3}}
+    whole = Decoder(random_llada, make_strategy("threshold", threshold=0.3)).generate(prompts, eot="off", **SETTINGS)
+    for place in (3, 11, 22):
+        token = int(whole.sequences[1, place])
+        found = random_llada.model.generate(
+            **padded(prompts), custom_generate=learned_decoding, stopping_criteria=[AfterToken(token)], eot="off", **rule,
+            **SETTINGS,
+        )[:, 11:]  # fmt: skip
+        lengths = []
+        for row, region in zip(found.tolist(), whole.sequences.tolist(), strict=True):
+            end = region.index(token) + 1 if token in region else len(region)
+            lengths.append(end)
+            assert row == (region[:end] + [EOT] * len(region))[: len(row)]
+        assert found.shape[1] == max(lengths)
+
+
+def test_generate_leaves_the_model_as_it_was_and_answers_with_a_dict_on_request(tiny_llada):
+    model = tiny_llada.train()
+    model.model.transformer["wte"].weight.requires_grad_(False)
+    out = model.generate(
+        torch.tensor([[1, 2, 3]]), custom_generate=learned_decoding, max_new_tokens=8, block_length=4,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert out.sequences.shape[1] <= 11
+    assert not out.sequences.is_inference()
+    assert model.training
+    assert [each.requires_grad for each in model.parameters()].count(False) == 1
+
+
+def test_a_filter_is_checked_against_the_folder_that_the_model_came_from(tiny_checkpoint, tmp_path):
+    predictor = MaskPredictor.from_pretrained(tiny_checkpoint, device="cpu")
+    config = FilterConfig(
+        block_length=SIZE, gen_length=24, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
+        base_fingerprint=fingerprint(tiny_checkpoint),
+    )  # fmt: skip
+    save_filter(tmp_path / "fits", build_filter(config), config, "# random\n")
+    other = FilterConfig(**vars(config) | {"base_fingerprint": "another"})
+    save_filter(tmp_path / "other", build_filter(other), other, "# random\n")
+
+    def generate(folder):
+        return predictor.model.generate(
+            torch.tensor([[1, 2, 3]]), custom_generate=learned_decoding, strategy="learn2pd", filter=folder, **SETTINGS
+        )
+
+    assert generate(tmp_path / "fits").shape[0] == 1
+    with pytest.raises(InputError, match="base_fingerprint"):
+        generate(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({}, "custom_generate"),
+        ({"custom_generate": learned_decoding, "do_sample": True, "top_k": 5}, "logits_processor"),
+        ({"custom_generate": learned_decoding, "num_beams": 2}, "num_beams"),
+        ({"custom_generate": learned_decoding, "strategy": "learn2pd"}, "filter"),
+        ({"custom_generate": learned_decoding, "gen_length": 20}, "block_length"),
+    ],
+    ids=["no autoregressive loop", "logits processors", "beams", "no filter", "no whole blocks"],
+)
+def test_what_generate_cannot_do_here_is_named(asked, field, tiny_llada):
+    with pytest.raises(InputError, match=field):
+        tiny_llada.generate(torch.tensor([[1, 2, 3]]), **asked)
