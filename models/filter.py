@@ -73,6 +73,11 @@ class FilterConfig:
         """What the network reads beyond token and confidence, as a strategy asks for it."""
         return needs_of(self.features) | (frozenset({"text"}) if self.embedding else frozenset())
 
+    @property
+    def logits_only(self) -> bool:
+        """True if logits and the block's tokens are all it reads: it then runs in engines that hand over no hidden states."""
+        return "hidden" not in self.needs
+
 
 class Filter(nn.Module):
     """What all filters share: ``forward(Evidence) -> (B, K)`` float32 logits of "this guess is final"."""
@@ -230,7 +235,7 @@ def save_filter(folder: str | Path, net: Filter, config: FilterConfig, card: str
         folder: Where to; an earlier export there is replaced.
         net: The network that ``config`` describes.
         config: Its description, complete.
-        card: Text of the model card.
+        card: Text of the model card; where the filter runs is said at its end.
 
     Raises:
         InputError: A field is unset or impossible, ``folder`` holds something else, or weights are not finite.
@@ -241,6 +246,9 @@ def save_filter(folder: str | Path, net: Filter, config: FilterConfig, card: str
     # Into a fresh network first: what cannot be loaded again is not written.
     tensors = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
     load_tensors(build_filter(config), tensors, Path(folder) / TENSORS)
+    where = "in SGLang and dInfer, too" if config.logits_only else "in this project's own loop alone"
+    reads = "logits and the block's tokens alone" if config.logits_only else "hidden states, which other engines keep"
+    card = f"{card.rstrip()}\n\nReads {reads}: it runs {where} (docs/serving.md).\n"
     save_component(folder, {"kind": KIND} | values, tensors, card)
 
 

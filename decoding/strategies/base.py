@@ -35,6 +35,11 @@ class Strategy(ABC):
         """Identity of the weights of its learned components: name of the setting to 16 hex digits."""
         return {}
 
+    @property
+    def beyond_block(self) -> str:
+        """What it reads beyond the logits and ids of its block; where nothing, other engines can run it."""
+        return "the whole sequence"
+
     @abstractmethod
     def start(self, request: Request) -> Run:
         """The decode of a request, ready for its first step."""
@@ -55,6 +60,10 @@ class BlockStrategy(Strategy):
 
     needs: frozenset[str] = frozenset()
     all_positions: bool = False
+
+    @property
+    def beyond_block(self) -> str:
+        return "hidden states" if "hidden" in self.needs else ""
 
     def start(self, request: Request) -> Run:
         return BlockRun(request, self)

@@ -103,6 +103,10 @@ class DiCo(FilterStrategy):
             self.needs = self.needs | {"margin"}
             self.component = "filter_commits"
 
+    @property
+    def beyond_block(self) -> str:
+        return "how much of the whole text is decoded (alpha 0 does without)" if self.alpha else super().beyond_block
+
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
         if self.network is not None:
             super().prepare(predictor, config)
