@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from models.errors import InputError
+from models.generation import DiffusionGenerationMixin
 
 # Fields that change the computation and the one value this implementation computes. Anything else is refused by name.
 _ONLY = {
@@ -340,11 +340,8 @@ class LLaDAModel(nn.Module):
         return logits[..., : self.config.vocab_size]
 
 
-class LLaDAModelLM(PreTrainedModel, GenerationMixin):
-    """The mask predictor, named as in the official checkpoints' ``architectures``.
-
-    Its ``generate`` is there for ``custom_generate``, see ``decoding/adapters/for_transformers.py``.
-    """
+class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
+    """The mask predictor, named as in the official checkpoints' ``architectures``."""
 
     config_class = LLaDAConfig
     base_model_prefix = "model"
@@ -370,15 +367,6 @@ class LLaDAModelLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.transformer["wte"]
-
-    def generate(self, *args: Any, custom_generate: str | Callable[..., Any] | None = None, **kwargs: Any) -> Any:
-        """Of transformers, whose own loop would take the model for an autoregressive one and is refused."""
-        if custom_generate is None:
-            accepted = "learned_decoding of decoding.adapters.for_transformers; this is no autoregressive model"
-            raise InputError("custom_generate", None, accepted)
-        if kwargs.get("gen_length"):  # else transformers warns of a default of its own that has no effect
-            kwargs.setdefault("max_new_tokens", kwargs["gen_length"])
-        return super().generate(*args, custom_generate=custom_generate, **kwargs)  # type: ignore[misc]
 
     def forward(
         self,
