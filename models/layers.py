@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from models.errors import InputError
+from models.generation import DiffusionGenerationMixin
 
 
 def only(fields: dict[str, Any], accepted: Mapping[str, Any]) -> None:
@@ -219,10 +220,8 @@ class Pass:
         return attend(query, key, value, self.mask).transpose(1, 2).flatten(2)
 
 
-class MaskedLM(PreTrainedModel, GenerationMixin):
+class MaskedLM(PreTrainedModel, DiffusionGenerationMixin):
     """A mask predictor; a family says how its tensors are called and what its blocks compute.
-
-    ``generate`` is there for ``custom_generate``, see ``decoding/adapters/for_transformers.py``.
 
     Subclasses set ``self.model``, which gives hidden states before the final norm and holds the :class:`Elementwise` as ``ops``.
 
@@ -248,15 +247,6 @@ class MaskedLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: A tensor is missing or unexpected.
         """
-
-    def generate(self, *args: Any, custom_generate: str | Callable[..., Any] | None = None, **kwargs: Any) -> Any:
-        """Of transformers, whose own loop would take the model for an autoregressive one and is refused."""
-        if custom_generate is None:
-            accepted = "learned_decoding of decoding.adapters.for_transformers; this is no autoregressive model"
-            raise InputError("custom_generate", None, accepted)
-        if kwargs.get("gen_length"):  # else transformers warns of a default of its own that has no effect
-            kwargs.setdefault("max_new_tokens", kwargs["gen_length"])
-        return super().generate(*args, custom_generate=custom_generate, **kwargs)  # type: ignore[misc]
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm, ``(..., D)`` to the same."""

@@ -1,5 +1,6 @@
 """Other engines decode what our own loop decodes, token for token."""
 
+import copy
 import pkgutil
 import sys
 import tomllib
@@ -21,9 +22,22 @@ from decoding.loop import decode
 from decoding.strategies import APD, make_strategy
 from models.errors import InputError
 from models.filter import FilterConfig, build_filter, load_filter, save_filter
-from models.predictor import MaskPredictor, fingerprint
+from models.predictor import MaskPredictor, TokenIds, fingerprint
 
 MASK, EOT, SIZE = 63, 62, 8
+
+
+@pytest.fixture(scope="module")
+def random_llada(make_model):
+    return MaskPredictor(make_model("llada", 64, MASK, EOT), TokenIds(MASK, EOT, 61, EOT, bos=60), 64, 512)
+
+
+@pytest.fixture(scope="module")
+def ending_llada(random_llada):
+    """The same, but it says EoT now and then."""
+    model = copy.deepcopy(random_llada.model)
+    model.model.transformer["ff_out"].weight[EOT] *= 2
+    return MaskPredictor(model, random_llada.ids, 64, 512)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +45,8 @@ def filter_folder(tmp_path_factory):
     """Random filters that accept some guesses: one of all features, history and tokens among them, and one as published."""
     folder = tmp_path_factory.mktemp("exports")
     every = FilterConfig(
-        block_length=SIZE, gen_length=32, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved", embedding=4,
-        threshold=0.5,
+        block_length=SIZE, gen_length=32, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved", base_family="llada",
+        embedding=4, threshold=0.5,
     )  # fmt: skip
     mlp = replace(every, architecture="block_mlp", features=("confidence",), embedding=0, needs_all_positions=True)
     torch.manual_seed(2)
@@ -331,12 +345,12 @@ class AfterToken(StoppingCriteria):
         return input_ids[:, -1] == self.token
 
 
-def test_stopping_criteria_end_a_row_at_their_token_also_in_its_last_block(random_llada, prompts):
+def test_stopping_criteria_end_a_row_at_their_token_also_in_its_last_block(random_base, prompts):
     rule = {"strategy": "threshold", "options": {"threshold": 0.3}}
-    whole = Decoder(random_llada, make_strategy("threshold", threshold=0.3)).generate(prompts, eot="off", **SETTINGS)
+    whole = Decoder(random_base, make_strategy("threshold", threshold=0.3)).generate(prompts, eot="off", **SETTINGS)
     for place in (3, 11, 22):
         token = int(whole.sequences[1, place])
-        found = random_llada.model.generate(
+        found = random_base.model.generate(
             **padded(prompts), custom_generate=learned_decoding, stopping_criteria=[AfterToken(token)], eot="off", **rule,
             **SETTINGS,
         )[:, 11:]  # fmt: skip
