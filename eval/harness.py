@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.disk import check_writable
 from data.provenance import write_aside, write_run_file
 from data.typed import Count, Length, Positive, Temperature, Whole
 from decoding.config import CacheRule, EotRule
@@ -129,6 +130,7 @@ def main(
     check_consent(manager, names, confirm_run_unsafe_code)
     folder = Path("runs/harness", f"{preset or '+'.join(names)}-{strategy}")
     settings |= {"tasks": names, "out": out or folder}
+    check_writable("out", settings["out"])
     processes.launch(devices, device)
     try:
         results = evaluate(settings, manager)
