@@ -142,17 +142,17 @@ class Command(LightningCLI):
             config.ckpt_path = str(last)
 
     def _check_outputs(self, subcommand: str) -> None:
-        """Whatever will be written can be, and no other fit writes here: it would be found out after hours otherwise."""
+        """Whatever will be written can be: it would be found out after hours otherwise."""
         flat = flatten(self.settings)
         check_writable("run", self.folder)
         for name in ("rollout.folder", *(["pipeline.out"] if subcommand == "fit" else [])):
             if flat.get(name) is not None:
                 check_writable(name, Path(flat[name]))
-        if subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
-            self.held.enter_context(hold(self.folder))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         subcommand = str(self.subcommand)
+        if subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
+            self.held.enter_context(hold(self.folder))  # now that the input is accepted
         # run.yaml is what fit or predict made this folder with; evaluating must not overwrite it.
         record = "run.yaml" if subcommand in ("fit", "predict") else f"{subcommand}.yaml"
         callbacks: list[Callback] = [RunFile(self.folder / record, self.settings)]
