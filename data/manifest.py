@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pydantic import BaseModel, Field, NonNegativeInt
 
 from data.tables import SEQUENCE_COLUMNS, STEP_COLUMNS
 from data.typed import checked
+from models.checkpoint import writing
 from models.errors import InputError
 
 SCHEMA_VERSION = 3
@@ -274,6 +274,5 @@ def sha256(path: Path) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON aside and renames it, so that no reader ever sees half a file."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write the same
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(path)
+    with writing(path) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -215,6 +215,7 @@ def _generated(source: PromptSource) -> Iterator[Prompt]:
 def _columns(source: PromptSource) -> Iterator[Prompt]:
     file = Path(source.path)
     rows = _file_rows(file) if file.suffix in _READERS else _hub_rows(source)
+    number = -1
     for number, row in enumerate(rows):
         where = f"{source.path}: row {number}"
 
@@ -236,6 +237,8 @@ def _columns(source: PromptSource) -> Iterator[Prompt]:
             raise InputError(f"{where}: {source.prompt_column}", "an empty prompt", "at least one character")
         answer = text(source.answer_column) if source.answer_column else final_answer(response)
         yield Prompt(f"{task}-{prompt_hash(prompt)}", task, prompt, response, answer)
+    if number < 0:  # beside other sources it would go unnoticed
+        raise InputError(f"prompt source {source.path}", "no rows", "at least one")
 
 
 def _hub_rows(source: PromptSource) -> Iterable[Mapping[str, Any]]:

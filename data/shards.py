@@ -8,14 +8,12 @@ and a hash of its prompts, so it depends neither on ranks nor on interruptions.
 
 import hashlib
 import json
-import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from data.disk import locked
 from data.labels import PASSES, Records, after_eot, history
 from data.manifest import (
     COLUMNS,
@@ -46,6 +45,7 @@ from data.prompts import prompt_hash
 from data.provenance import now, versions
 from data.tables import RolloutBatch, fixed, ragged, sequences_table, steps_table
 from data.typed import checked
+from models.checkpoint import abandoned, writing
 from models.errors import InputError
 from models.features import Evidence
 
@@ -150,7 +150,7 @@ class ShardWriter:
         """
         path = self.folder / f"claim-{name}"
         with path.open("a") as stream:
-            if not _lock(stream):
+            if not locked(stream):
                 yield False
                 return
             try:
@@ -163,7 +163,7 @@ class ShardWriter:
         count = 0
         for path in self.folder.glob("claim-*"):
             with suppress(FileNotFoundError), path.open("a") as stream:
-                count += not _lock(stream)
+                count += not locked(stream)
         return count
 
     def write(self, batch: RolloutBatch) -> None:
@@ -180,12 +180,12 @@ class ShardWriter:
         write_json(self.folder / f"shard-{name}.json", record)
 
     def _write_table(self, name: str, table: pa.Table) -> dict[str, Any]:
-        aside = self.folder / f"{name}.{os.getpid()}.part"
         encodings: dict[str, Any] = {"use_dictionary": [n for n in _REPEATED if n in table.column_names]}
         if "confidence" in table.column_names:
             encodings["use_byte_stream_split"] = _FLOATS
-        pq.write_table(self.key.stamp(table), aside, compression="zstd", **encodings)
-        return describe(aside.replace(self.folder / name), table.num_rows)
+        with writing(self.folder / name) as aside:
+            pq.write_table(self.key.stamp(table), aside, compression="zstd", **encodings)
+        return describe(self.folder / name, table.num_rows)
 
     def missing(self, expected: Iterable[str]) -> list[str]:
         """Which of the prompts, given by their hashes, are in no shard yet."""
@@ -224,10 +224,10 @@ class ShardWriter:
         """Removes what killed runs left behind: ``load_dataset("parquet")`` with a wildcard would read it."""
         keep = {record[kind]["file"] for record in records for kind in COLUMNS}
         keep |= {f"shard-{record['name']}.json" for record in records}
-        for pattern in ("steps-*", "sequences-*", "shard-*", "claim-*", f"{MANIFEST}*.part"):
+        for pattern in ("steps-*", "sequences-*", "shard-*", "claim-*", f"{MANIFEST}*.part", ".*.part"):
             for file in self.folder.glob(pattern):
-                if file.name not in keep:
-                    file.unlink()
+                if file.name not in keep and (pattern != ".*.part" or abandoned(file)):
+                    file.unlink(missing_ok=True)
 
 
 def _read_record(folder: Path, file: Path) -> dict[str, Any] | None:
@@ -249,22 +249,6 @@ def _without_repeats(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             kept.append(record)
             there.update(record["prompts"])
     return sorted(kept, key=lambda record: record["name"])
-
-
-def _lock(stream: IO[str]) -> bool:
-    """Locks a file for this process; False where another has it. True where the system knows no locks."""
-    try:
-        import fcntl
-
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError) as error:
-        warnings.warn(
-            f"{stream.name}: no file locks ({error}): processes that share the folder may decode the same prompts",
-            stacklevel=2,
-        )
-    return True
 
 
 @dataclass

@@ -4,6 +4,7 @@ The types below stand in signatures: the command line and the YAML files are che
 Python, or from a file, goes through :func:`check_fields` or :func:`checked`.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -51,7 +52,11 @@ def checked(kind: Any, content: Any, where: str | Path) -> None:
         # Of a union pydantic names the branch, too.
         field = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
         found = "nothing" if first["type"] == "missing" else repr(first["input"])[:80]
-        accepted = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        accepted = (
+            first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").partition(" or instance of")[0]
+        )
+        if first["type"] == "literal_error":
+            accepted = " | ".join(re.findall(r"'([^']+)'", first.get("ctx", {})["expected"]))
         raise InputError(f"{where}: {field}" if field else str(where), found, accepted) from None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding.config import DecodeConfig
-from models.checkpoint import CALIBRATION
+from models.checkpoint import CALIBRATION, writing
 from models.errors import InputError
 from models.rules import check, number
 
@@ -116,10 +116,8 @@ def calibration_file(options: Mapping[str, Any], file: str | Path | None) -> Pat
 
 def save_calibration(file: Path, calibration: Calibration) -> None:
     """Writes a calibration aside and renames it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.write_text(json.dumps(asdict(calibration), indent=1) + "\n", encoding="utf-8")
-    aside.replace(file)
+    with writing(file) as aside:
+        aside.write_text(json.dumps(asdict(calibration), indent=1) + "\n", encoding="utf-8")
 
 
 def load_calibration(file: str | Path) -> Calibration:

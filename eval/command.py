@@ -109,6 +109,8 @@ def _accepted(parser: ArgumentParser, unknown: str) -> str:
 def entry(main: Callable[[], object]) -> None:
     """Runs a command; bad input ends it with one line on stderr and status 2, Ctrl-C with one line and status 130.
 
+    A disk that is full, or a file that the system does not let it read or write, ends it with one line and status 74.
+
     Args:
         main: The command. A ``KeyboardInterrupt`` with a message replaces the line printed on Ctrl-C.
 
@@ -121,6 +123,12 @@ def entry(main: Callable[[], object]) -> None:
     except InputError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno is None:  # raised by a library, not by the system
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {where}{error.strerror}\n")
+        raise SystemExit(os.EX_IOERR) from None
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"\n{stop or 'interrupted'}\n")
         raise SystemExit(130) from None

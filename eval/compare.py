@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import data
@@ -25,6 +25,7 @@ from decoding.decoder import Decoder, Generation
 from decoding.strategies import Strategy, make_strategy
 from eval.measure import measure
 from eval.memory import PeakMemory
+from models.checkpoint import writing
 from models.errors import InputError
 from models.predictor import MaskPredictor
 
@@ -354,14 +355,12 @@ def _save(file: Path, out: Generation, extra: dict[str, Any]) -> None:
     """Writes a decode: its tensors, and what is left of it as text in the file's metadata."""
     tensors = {"sequences": out.sequences, "nfe": out.nfe} | {f"count.{k}": v for k, v in out.counts.items()}
     kept = ("forward_calls", "seconds", "predictor_seconds", "helper_seconds", "settings")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.tmp")
     metadata = {
         name: json.dumps(value)
         for name, value in {"generation": {name: getattr(out, name) for name in kept}, "extra": extra}.items()
     }
-    save_file(tensors, aside, metadata | {"sha256": _digest(tensors, metadata)})
-    aside.replace(file)
+    with writing(file) as aside:
+        aside.write_bytes(save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

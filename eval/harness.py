@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.disk import check_writable
 from data.provenance import write_aside, write_run_file
 from data.typed import Count, Length, Positive, Temperature, Whole
 from decoding.config import CacheRule, EotRule
@@ -129,6 +130,7 @@ def main(
     check_consent(manager, names, confirm_run_unsafe_code)
     folder = Path("runs/harness", f"{preset or '+'.join(names)}-{strategy}")
     settings |= {"tasks": names, "out": out or folder}
+    check_writable("out", settings["out"])
     processes.launch(devices, device)
     try:
         results = evaluate(settings, manager)
@@ -213,11 +215,11 @@ def _configs(manager: "TaskManager", item: str | dict[str, Any]) -> Iterator[dic
         yield from _configs(manager, inside)
 
 
-def load_tasks(manager: "TaskManager", names: list[str]) -> list[Any]:
+def load_tasks(manager: "TaskManager", names: list[str], num_fewshot: int | None = None) -> list[Any]:
     """The tasks and groups themselves, with their data.
 
     Raises:
-        InputError: Data or a metric that cannot be loaded.
+        InputError: Data or a metric that cannot be loaded, or examples asked of a task that is without, which lm-eval ignores.
     """
     try:
         loaded = manager.load(names)
@@ -225,6 +227,9 @@ def load_tasks(manager: "TaskManager", names: list[str]) -> list[Any]:
         accepted = "tasks whose data and metrics can be loaded"
         raise InputError(f"tasks {', '.join(names)}", first_line(error), accepted) from error
     groups, tasks = loaded.get("groups", {}), loaded["tasks"]
+    without = [name for name, task in tasks.items() if task.get_config("num_fewshot") == 0]
+    if num_fewshot and without:
+        raise InputError("num_fewshot", num_fewshot, f"0 or null with {', '.join(without)}, which has no examples")
     inside = {name for children in loaded.get("group_map", {}).values() for name in children}
     return [item for name, item in (groups | tasks).items() if name not in inside]
 
@@ -248,7 +253,7 @@ def evaluate(settings: dict[str, Any], manager: "TaskManager") -> dict[str, Any]
     model["answers"] = settings["out"] if settings["resume"] else None
     task = {name: settings[name] for name in LM_EVAL_SETTINGS}
     with only_first_speaks():
-        task |= {"tasks": load_tasks(manager, settings["tasks"]), "task_manager": manager}
+        task |= {"tasks": load_tasks(manager, settings["tasks"], settings["num_fewshot"]), "task_manager": manager}
         evaluation: Any = lm_eval.simple_evaluate  # its wrapper hides the signature
         return evaluation(model=DiffusionLM(**model), **task)
 

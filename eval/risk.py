@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from scipy.stats import beta
 
+from data.disk import check_writable
 from data.prompt import Prompt
 from data.prompts import PromptSource, Split, load_prompts, prompt_hash
 from data.provenance import environment, now
@@ -105,6 +106,7 @@ def main(
     if varied is None or varied in options or not values:
         accepted = "a strategy with a setting that trades quality for forwards, and values of it"
         raise InputError("strategy, option, values", f"{strategy}, {varied}, {values}", accepted)
+    check_writable("run", run)
     if not 0 < confidence < 1:
         raise InputError("confidence", confidence, "a number between 0 and 1, such as 0.95")
     for value in values:  # refuses what the strategy does not take before anything is decoded

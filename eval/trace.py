@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from data.disk import check_writable
 from data.provenance import write_aside
 from data.typed import Length, Temperature, Whole
 from decoding.config import CacheRule, DecodeConfig, EotRule
@@ -68,6 +69,7 @@ def main(
         chat_template: Wrap the prompt in the chat template.
         out: The page.
     """
+    check_writable("out", out, folder=False)
     components = {"learn2pd": {"filter": filter}, "apd": {"helper": helper}}
     chosen = choose(strategies, components, options or {})
     config = DecodeConfig(gen_length, block_length, steps, temperature, eot, seed, cache)

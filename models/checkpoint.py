@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import shutil
+import socket
+import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from models.errors import InputError
 
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
+_HOST = socket.gethostname()
 CALIBRATION, PICTURE = "risk.json", "reliability.png"
 """What a fit or a calibration leaves in the folder of the component it is about; it goes with the component."""
 
@@ -38,7 +42,7 @@ def save_component(folder: str | Path, config: Mapping[str, Any], tensors: Mappi
             written as JSON, or a tensor is not finite.
     """
     folder = Path(folder).absolute()
-    _check_replaceable(folder, config["kind"])
+    check_replaceable(folder, config["kind"])
     try:
         text = json.dumps(dict(config), indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -78,6 +82,44 @@ def replacing(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[Path]:
+    """Lets a file appear in full or not at all: what the block writes into the path it is given replaces ``file``.
+
+    It is on the disk before it is renamed, and nothing is left beside it, whatever goes wrong; a kill may leave what
+    :func:`abandoned` then knows.
+
+    Args:
+        file: The file; its folder is made.
+
+    Yields:
+        A path beside it, of this process alone.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.{_HOST}-{os.getpid()}.part")
+    try:
+        yield aside
+        with aside.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def abandoned(aside: Path) -> bool:
+    """Whether nobody writes a path of :func:`writing` any more: its process is gone, or on another machine and a day old."""
+    ours = re.search(rf"\.{re.escape(_HOST)}-(\d+)\.part$", aside.name)
+    try:
+        if ours is None:
+            return time.time() - aside.stat().st_mtime > 86_400
+        os.kill(int(ours[1]), 0)
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def load_component(
@@ -195,8 +237,11 @@ def check_finite(where: str | Path, tensors: Mapping[str, Tensor], most: int | N
             raise InputError(f"{where}: {name}", "values that are not finite", "finite values")
 
 
-def _check_replaceable(folder: Path, kind: str) -> None:
-    """Replacing means deleting, so only what an earlier export of the same kind wrote may be there."""
+def check_replaceable(folder: Path, kind: str) -> None:
+    """Raises an InputError unless a component may take a folder's place.
+
+    Replacing means deleting, so only what an earlier export of the same kind wrote may be there.
+    """
     if not folder.exists():
         return
     accepted = f"a new folder, or one that an earlier export of a {kind} wrote"

@@ -254,7 +254,7 @@ def save_helper(folder: str | Path, model: Any, config: HelperConfig, card: str)
         InputError: A field is impossible, ``folder`` holds something else, or weights are not finite.
     """
     folder = Path(folder).absolute()
-    _check_replaceable(folder)
+    check_replaceable(folder)
     metrics = {name: value if is_number(value) else None for name, value in config.metrics.items()}
     values = asdict(replace(config, metrics=metrics))
     _check(values, KIND)
@@ -319,8 +319,8 @@ def _with_adapter(folder: Path, config: HelperConfig, dtype: torch.dtype | str) 
     return model.merge_and_unload()
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Replacing means deleting, so only what an earlier export of a helper wrote may be there."""
+def check_replaceable(folder: Path) -> None:
+    """Raises an InputError if a folder holds anything but what an earlier export of a helper wrote: it will be deleted."""
     if not folder.exists():
         return
     accepted = "a new folder, or one that an earlier export of a helper wrote"

@@ -22,7 +22,7 @@ from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, pick, print_table, share
 from eval.risk import CHOSEN, calibrate, keep, promises
-from models.checkpoint import PICTURE
+from models.checkpoint import PICTURE, check_replaceable
 from models.errors import InputError
 from models.filter import FilterConfig, save_filter
 from models.predictor import MaskPredictor, fingerprint
@@ -30,7 +30,7 @@ from train.callbacks import checkpoints, progress
 from train.cards import metadata
 from train.cli import Command, log_export, run
 from train.filter_module import FilterModule
-from train.folder import load_checkpoint
+from train.folder import load_checkpoint, made_by
 from train.reliability import draw
 from train.rollout_module import roll_out
 
@@ -79,6 +79,7 @@ def prepare(command: Command) -> None:
         raise InputError(
             "data.passes", ", ".join(data.passes or []), "null, or filter among them, with pipeline.rounds"
         )
+    check_replaceable(pipeline.out.absolute(), "filter")
     roll_out(command)
     for number in range(1, pipeline.rounds + 1):
         learner = command.folder / "rounds" / str(number)
@@ -268,10 +269,11 @@ def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: Sh
         InputError: The checkpoint, rollouts and base model cannot be read or do not belong together.
     """
     content = load_checkpoint(checkpoint)
-    settings = {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
-    module = FilterModule(**settings)
-    module.on_load_checkpoint(content)
-    module.load_state_dict(content["state_dict"])
+    with made_by("train/filter.py", checkpoint):
+        settings = {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
+        module = FilterModule(**settings)
+        module.on_load_checkpoint(content)
+        module.load_state_dict(content["state_dict"])
     predictor = MaskPredictor.from_pretrained(base)
     config = replace(describe(module.config, predictor, rollouts, {}), threshold=threshold)
     save_filter(

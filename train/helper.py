@@ -22,11 +22,11 @@ from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, print_table, share
 from eval.risk import CHOSEN, calibrate, keep, promises
 from models.errors import InputError
-from models.helper import Helper, HelperConfig, save_helper
+from models.helper import Helper, HelperConfig, check_replaceable, save_helper
 from models.predictor import MaskPredictor
 from train.cards import metadata
 from train.cli import Command, log_export, run
-from train.folder import load_checkpoint
+from train.folder import load_checkpoint, made_by
 from train.helper_module import HelperModule
 from train.rollout_module import roll_out
 
@@ -57,6 +57,7 @@ class Pipeline:
 
 def prepare(command: Command) -> None:
     """Before ``fit``: the rollouts that are missing, on the trainer's devices."""
+    check_replaceable(command.setting("pipeline").out.absolute())
     roll_out(command)
 
 
@@ -205,14 +206,16 @@ def export(checkpoint: Path, rollouts: Path, out: Path, base: str | None = None,
         InputError: The checkpoint, rollouts and base model cannot be read or do not belong together.
     """
     content = load_checkpoint(checkpoint)
-    settings = {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
-    module = HelperModule(**settings)
+    with made_by("train/helper.py", checkpoint):
+        settings = {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
+        module = HelperModule(**settings)
     if merge and module.lora_rank is None:
         raise InputError("merge", "true", "false: the checkpoint is of a whole model, there is nothing to merge")
     predictor = MaskPredictor.from_pretrained(base or settings["base"])
-    module.build(predictor)
-    module.on_load_checkpoint(content)
-    module.load_state_dict(content["state_dict"], strict=module.strict_loading)
+    with made_by("train/helper.py", checkpoint):
+        module.build(predictor)
+        module.on_load_checkpoint(content)
+        module.load_state_dict(content["state_dict"], strict=module.strict_loading)
     config = describe(module, predictor, rollouts, {})
     net = module.net
     if merge:

@@ -180,10 +180,17 @@ def test_another_machine_code_or_chat_template_is_decoded_anew(predictor, tmp_pa
     assert decoded() == 0
 
 
-def test_a_damaged_decode_is_named(predictor, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_decode_is_named(predictor, tmp_path, damage):
+    # A flipped bit would be another token, and nobody would know.
     finish(Comparison(predictor, PROMPTS, RUNS, folder=tmp_path, **LENGTHS))
     file = next(tmp_path.glob("threshold-*"))
-    file.write_bytes(file.read_bytes()[:-20])
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        del content[-20:]
+    else:
+        content[-20] ^= 1
+    file.write_bytes(content)
     with pytest.raises(InputError, match=f"{file.name}: .*delete the file"):
         finish(Comparison(predictor, PROMPTS, RUNS, folder=tmp_path, **LENGTHS))
 
