@@ -120,6 +120,7 @@ def _measure(request: Request) -> MemoryPlan:
     model = request.predictor.model
     weights = sum({p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in model.parameters()}.values())
     with MemoryMeter() as meter:
+        meter.known.update(parameter.untyped_storage() for parameter in model.parameters())  # views of them are no news
         run = request.strategy.start(request)
         keys = 0 if run.cache is None else run.cache.keys.nbytes + run.cache.values.nbytes
         state = meter.now - keys

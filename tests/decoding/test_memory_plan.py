@@ -11,7 +11,7 @@ from decoding.memory_plan import plan_memory
 from decoding.output import empty_output
 from decoding.run import Request
 from decoding.strategies import make_strategy
-from models import LLaDAConfig, LLaDAModelLM
+from models import LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig
 from models.errors import InputError
 from models.filter import FilterConfig, build_filter
 from models.predictor import MaskPredictor, TokenIds
@@ -155,3 +155,10 @@ def test_what_cannot_be_planned_is_refused(folder, random_helper, change, field)
     arguments["strategy"] = strategy_of(arguments["strategy"], random_helper)
     with pytest.raises(InputError, match=f"^{field}"):
         plan_memory(**arguments)
+
+
+def test_views_of_weights_take_nothing(tmp_path):
+    # An expert's matrix is a part of one tensor; each look at it would count as all of them.
+    LLaDAMoEConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    plan = plan_memory(tmp_path, DecodeConfig(128, 32), make_strategy("threshold"))
+    assert plan.activations < plan.weights / 10
