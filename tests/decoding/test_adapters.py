@@ -379,7 +379,7 @@ def test_a_filter_is_checked_against_the_folder_that_the_model_came_from(tiny_ch
     predictor = MaskPredictor.from_pretrained(tiny_checkpoint, device="cpu")
     config = FilterConfig(
         block_length=SIZE, gen_length=24, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
-        base_fingerprint=fingerprint(tiny_checkpoint),
+        base_fingerprint=fingerprint(tiny_checkpoint), base_family="llada",
     )  # fmt: skip
     save_filter(tmp_path / "fits", build_filter(config), config, "# random\n")
     other = FilterConfig(**vars(config) | {"base_fingerprint": "another"})
