@@ -145,7 +145,7 @@ def check_same_ids(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> N
     """
     if tokenizer is None or not (folder / "tokenizer.json").is_file():
         return
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_vocab()
     common = [(token, number) for token, number in tokenizer.get_vocab().items() if token in theirs]
     others = [(token, number) for token, number in common if theirs[token] != number]
     if len(others) > len(common) / 100 or not common:

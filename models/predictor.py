@@ -288,7 +288,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 def _load_tokenizer(folder: Path, family: Family) -> PreTrainedTokenizerBase:
     try:
-        return (family.tokenizer or AutoTokenizer).from_pretrained(folder)
+        return (family.tokenizer or AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain exceptions
         raise InputError(f"{folder}: tokenizer", first_line(error), "tokenizer.json") from error
 
