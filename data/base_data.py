@@ -17,6 +17,7 @@ from data.gym import GymTask
 from data.prompt import Prompt
 from data.prompts import split_of
 from data.stories import StoryTask
+from data.typed import Count, NotNegative, Seed
 from models.errors import InputError
 from models.tokenizer import train_tokenizer
 
@@ -219,8 +220,8 @@ class BaseDataModule(LightningDataModule):
     """
 
     def __init__(
-        self, tasks: list[StoryTask], tokenizer: Path, vocab_size: int, seed: int, tokens: int, length_step: int,
-        max_length: int, more_blocks: list[float], validation_batches: int, gym: list[GymTask] | None = None,
+        self, tasks: list[StoryTask], tokenizer: Path, vocab_size: Count, seed: Seed, tokens: Count, length_step: Count,
+        max_length: Count, more_blocks: list[NotNegative], validation_batches: Count, gym: list[GymTask] | None = None,
         objective: Objective = "mask",
     ) -> None:  # fmt: skip
         super().__init__()

@@ -11,7 +11,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from data.labels import PASSES, Records
-from data.manifest import check_key, open_rollouts
+from data.manifest import MANIFEST, check_key, open_rollouts
+from data.typed import Count, NotNegative, Whole, checked
 from models.errors import InputError
 from models.features import Evidence
 
@@ -103,16 +104,14 @@ class FilterDataModule(LightningDataModule):
     def __init__(
         self,
         rollouts: Path | list[Path],
-        batch_size: int | None = 2048,
+        batch_size: Count | None = 2048,
         passes: list[str] | None = None,
-        tail_weight: float = 0.1,
-        seed: int = 0,
+        tail_weight: NotNegative = 0.1,
+        seed: Whole = 0,
     ) -> None:
         super().__init__()
-        if batch_size is not None and batch_size < 1:
-            raise InputError("batch_size", batch_size, "a positive integer, or null for one batch of everything")
-        if not 0 <= tail_weight < math.inf:
-            raise InputError("tail_weight", tail_weight, "a number from 0")
+        checked(Count | None, batch_size, "batch_size")
+        checked(NotNegative, tail_weight, "tail_weight")
         for name in passes or []:
             if name not in PASSES:
                 raise InputError("passes", name, ", ".join(PASSES))
@@ -136,7 +135,7 @@ class FilterDataModule(LightningDataModule):
 
             sets = [open_rollouts(folder) for folder in self.rollouts]
             for one in sets[1:]:
-                check_key(one.folder, one.manifest, sets[0].manifest["model_fingerprint"])
+                check_key(one.folder / MANIFEST, one.manifest, sets[0].manifest["model_fingerprint"])
             passes = {one.folder: self._passes(one.manifest["settings"]["passes"]) for one in sets}
             holding = [one for one in sets if passes[one.folder]] or sets[:1]
             self.records = Records.cat([load_records(one, passes[one.folder] or self.passes) for one in holding])

@@ -13,6 +13,7 @@ from torch import Tensor
 from data.manifest import open_rollouts
 from data.rollout_data import plan
 from data.shards import Sequences, load_sequences
+from data.typed import Count, Whole, checked
 from models.errors import InputError
 
 
@@ -119,10 +120,9 @@ class HelperDataModule(LightningDataModule):
         seed: Seed of the order of batches.
     """
 
-    def __init__(self, rollouts: Path, batch_size: int = 16, seed: int = 0) -> None:
+    def __init__(self, rollouts: Path, batch_size: Count = 16, seed: Whole = 0) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise InputError("batch_size", batch_size, "a positive integer")
+        checked(Count, batch_size, "batch_size")
         self.rollouts, self.batch_size, self.seed = Path(rollouts), batch_size, seed
         self.parts: dict[str, Texts] = {}
         self.manifest: dict[str, Any] = {}

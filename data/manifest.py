@@ -2,23 +2,27 @@
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, Field, NonNegativeInt
 
 from data.tables import SEQUENCE_COLUMNS, STEP_COLUMNS
+from data.typed import checked
+from models.checkpoint import writing
 from models.errors import InputError
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 COLUMNS = {"steps": STEP_COLUMNS, "sequences": SEQUENCE_COLUMNS}
 """The two kinds of files of a shard and their columns."""
+_KEY = b"dlm_accel.key"
+"""Where the metadata of a shard's files keeps the key of its set, as JSON: they belong to it with a manifest or without."""
 _OLDER = {"states": "pass"}  # schema version 1: name of a column to the one it has now
 _OPTIONAL = ("end", "text", "open", "eot_probability", "eot_top")
 """Columns that a set may lack: ``end`` before schema version 3, when labels came from the references; ``text`` before filters
@@ -38,6 +42,67 @@ class RolloutKey:
     fingerprint: str
     tokenizer_hash: str
     settings: dict[str, Any]
+
+    def described(self) -> dict[str, Any]:
+        """The key as manifests and shards hold it."""
+        return {
+            "model_fingerprint": self.fingerprint, "tokenizer_hash": self.tokenizer_hash, "settings": self.settings,
+        }  # fmt: skip
+
+    def stamp(self, table: pa.Table) -> pa.Table:
+        """The table with the key in its metadata."""
+        key = json.dumps(self.described(), sort_keys=True).encode()
+        return table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: key})
+
+
+class _File(BaseModel):
+    """What is known of one file of a shard."""
+
+    file: Annotated[str, Field(pattern=r"^[^/\\\\]+$")]  # a name: nothing outside the folder is read or removed
+    rows: NonNegativeInt
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class ShardRecord(BaseModel):
+    """What ``shard-NAME.json`` holds, and the manifest of each shard."""
+
+    name: str
+    prompts: list[str]
+    splits: dict[str, NonNegativeInt]
+    passes: dict[str, NonNegativeInt]
+    steps: _File
+    sequences: _File
+
+
+class _Settings(BaseModel):
+    """The settings of a set that reading it depends on; there are others."""
+
+    block_length: Annotated[int, Field(ge=1)]
+    eot_id: NonNegativeInt
+    passes: list[str]
+
+
+class _Counts(BaseModel):
+    prompts: NonNegativeInt
+    steps: dict[str, NonNegativeInt]
+
+
+class _First(BaseModel):
+    """A manifest of schema version 1, as far as it has to be rewritten."""
+
+    settings: dict[str, Any]
+    shards: list[dict[str, Any]]
+
+
+class _Manifest(BaseModel):
+    complete: bool
+    model_fingerprint: str
+    tokenizer_hash: str
+    settings: _Settings
+    sources: list[dict[str, Any]]
+    shards: list[ShardRecord]
+    counts: _Counts | None = None
 
 
 @dataclass
@@ -80,12 +145,14 @@ def open_rollouts(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    check_key(folder, manifest, fingerprint, settings=settings)
+    check_key(folder / MANIFEST, manifest, fingerprint, settings=settings)
     if not manifest["complete"]:
         raise InputError(f"{folder / MANIFEST}: complete", False, "a finished set; run the rollout again, it continues")
     for shard in manifest["shards"]:
         for kind, columns in COLUMNS.items():
-            _check_file(folder / shard[kind]["file"], shard[kind], columns)
+            path = folder / shard[kind]["file"]
+            _check_file(path, shard[kind], columns)
+            check_shard(path, manifest)
     return Rollouts(folder, manifest)
 
 
@@ -93,20 +160,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a set, finished or not.
 
     Raises:
-        InputError: There is none, it cannot be read, or it has a schema version that is not known.
+        InputError: There is none, it cannot be read, it has a schema version that is not known, or a field of another type.
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(str(path), error, "the manifest of a rollout set") from error
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if found not in (1, 2, SCHEMA_VERSION):
         raise InputError(f"{path}: schema_version", found, f"1 | 2 | {SCHEMA_VERSION}")
-    required = ("complete", "model_fingerprint", "tokenizer_hash", "settings", "sources", "shards")
-    if missing := [name for name in required if name not in manifest]:
-        raise InputError(f"{path}: {missing[0]}", "no such field", f"the fields {', '.join(required)}")
     if found == 1:
+        checked(_First, manifest, path)
         warnings.warn(
             f"{path}: schema_version 1; its states are read as passes, its EoT rule filter as commit", stacklevel=2
         )
@@ -117,6 +182,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "settings": settings,
             "shards": list(map(renamed, manifest["shards"])),
         }
+    checked(_Manifest, manifest, path)
+    if manifest["complete"] and "counts" not in manifest:
+        raise InputError(f"{path}: counts", "nothing", "what a finished set holds; run the rollout again")
     return manifest
 
 
@@ -126,21 +194,47 @@ def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_key(
-    folder: Path,
-    manifest: Mapping[str, Any],
+    path: Path,
+    described: Mapping[str, Any],
     fingerprint: str | None = None,
     tokenizer_hash: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises an InputError naming the first field in which a manifest differs from what is given."""
-    path = folder / MANIFEST
+    """Raises an InputError naming the first field in which a manifest's or a shard's key differs from what is given.
+
+    Args:
+        path: The file.
+        described: What it says.
+        fingerprint: Fingerprint of the base model; ``None`` accepts any.
+        tokenizer_hash: Hash of the tokenizer; likewise.
+        settings: Settings it must have; those not named may have any value.
+    """
     for name, wanted in (("model_fingerprint", fingerprint), ("tokenizer_hash", tokenizer_hash)):
-        if wanted is not None and manifest[name] != wanted:
-            raise InputError(f"{path}: {name}", manifest[name], f"{wanted}, this model's; or another folder")
+        if wanted is not None and described[name] != wanted:
+            raise InputError(f"{path}: {name}", described[name], f"{wanted}, this model's; or another folder")
     for name, wanted in (settings or {}).items():
-        found = manifest["settings"].get(name)
+        found = described["settings"].get(name)
         if found != wanted:
             raise InputError(f"{path}: settings.{name}", repr(found), f"{wanted!r}; or another folder")
+
+
+def check_shard(path: Path, key: Mapping[str, Any], required: bool = False) -> None:
+    """Raises an InputError if a shard's file says that it belongs to a set of another key.
+
+    Args:
+        path: The Parquet file.
+        key: A manifest, or what :meth:`RolloutKey.described` gives.
+        required: Refuse a file that says nothing, too: there is no manifest to say it, as older versions left it to.
+    """
+    stamp = (pq.read_schema(path).metadata or {}).get(_KEY)
+    if stamp is not None:
+        check_key(path, json.loads(stamp), key["model_fingerprint"], key["tokenizer_hash"], key["settings"])
+    elif required:
+        raise InputError(
+            str(path),
+            f"a shard of unknown origin, without {MANIFEST}",
+            "the manifest that it belongs to; or another folder",
+        )
 
 
 def _check_file(path: Path, described: Mapping[str, Any], columns: Sequence[str]) -> None:
@@ -180,6 +274,5 @@ def sha256(path: Path) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON aside and renames it, so that no reader ever sees half a file."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write the same
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(path)
+    with writing(path) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

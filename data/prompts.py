@@ -16,8 +16,9 @@ from data import gym, stories
 from data.gym import GymTask
 from data.prompt import Prompt, final_answer
 from data.stories import StoryTask
-from decoding.text import encode
-from models.errors import InputError
+from data.typed import Count, Text, Whole, check_fields, checked
+from decoding.text import MARK, encode, is_unicode
+from models.errors import InputError, first_line
 
 Split = Literal["train", "validation", "test"]
 BUNDLED = Path(__file__).resolve().parent / "bundled"
@@ -46,9 +47,9 @@ class PromptSource:
             :class:`data.gym.GymTask`.
     """
 
-    path: str = "bundled"
+    path: Text = "bundled"
     split: str | None = None
-    size: int | None = None
+    size: Count | None = None
     task: str | None = None
     prompt_column: str = "prompt"
     response_column: str | None = None
@@ -56,8 +57,11 @@ class PromptSource:
     task_column: str | None = None
     subset: str | None = None
     revision: str | None = None
-    seed: int = 0
+    seed: Whole = 0
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def prompt_hash(text: str) -> str:
@@ -100,8 +104,9 @@ def load_prompts(
     if split not in (None, *get_args(Split)):
         raise InputError("split", repr(split), " | ".join(get_args(Split)))
     for name, value in (("limit", limit), ("per_task", per_task)):
-        if value is not None and value < 1:
-            raise InputError(name, value, "a whole number of at least 1")
+        checked(Count | None, value, name)
+    if not sources:
+        raise InputError("sources", "none", "at least one source of prompts")
     unique: dict[str, Prompt] = {}
     for source in sources:
         for prompt in _take(_read(source), source.size):
@@ -165,8 +170,6 @@ def _with_unique_ids(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def _read(source: PromptSource) -> Iterator[Prompt]:
-    if source.size is not None and source.size < 1:
-        raise InputError(f"{source.path}: size", source.size, "a whole number of at least 1")
     if source.path == "bundled":
         return _bundled(source)
     if source.path.startswith(("stories:", "gym:")):
@@ -212,6 +215,7 @@ def _generated(source: PromptSource) -> Iterator[Prompt]:
 def _columns(source: PromptSource) -> Iterator[Prompt]:
     file = Path(source.path)
     rows = _file_rows(file) if file.suffix in _READERS else _hub_rows(source)
+    number = -1
     for number, row in enumerate(rows):
         where = f"{source.path}: row {number}"
 
@@ -220,14 +224,21 @@ def _columns(source: PromptSource) -> Iterator[Prompt]:
                 return ""
             if column not in row:
                 raise InputError(f"{where}: column {column!r}", "no such column", f"one of {', '.join(map(str, row))}")
-            return "" if row[column] is None else str(row[column])
+            value = row[column]
+            if value is None:
+                return ""
+            if not isinstance(value, str | int | float) or not is_unicode(str(value)):
+                raise InputError(f"{where}: column {column!r}", ascii(value)[:80], "text or a number")
+            return str(value)
 
         prompt, response = text(source.prompt_column).strip(), text(source.response_column)
         task = text(source.task_column) or source.task or file.stem
-        if not prompt:
+        if not prompt.replace(MARK, "").strip():
             raise InputError(f"{where}: {source.prompt_column}", "an empty prompt", "at least one character")
         answer = text(source.answer_column) if source.answer_column else final_answer(response)
         yield Prompt(f"{task}-{prompt_hash(prompt)}", task, prompt, response, answer)
+    if number < 0:  # beside other sources it would go unnoticed
+        raise InputError(f"prompt source {source.path}", "no rows", "at least one")
 
 
 def _hub_rows(source: PromptSource) -> Iterable[Mapping[str, Any]]:
@@ -240,16 +251,14 @@ def _hub_rows(source: PromptSource) -> Iterable[Mapping[str, Any]]:
     except Exception as error:  # the library raises its own, the file system's and the network's
         formats = ", ".join(_READERS)
         accepted = f"bundled, stories:<task>, gym:<task>, an existing file ({formats}) or a data set that can be loaded"
-        raise InputError(f"prompt source {source.path!r}", str(error).splitlines()[0], accepted) from error
+        raise InputError(f"prompt source {source.path!r}", first_line(error), accepted) from error
 
 
 def _file_rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows = _READERS[path.suffix](path)
     except Exception as error:  # each format has its own
-        raise InputError(
-            f"prompt source {path}", str(error).splitlines()[0], f"a readable {path.suffix} file"
-        ) from error
+        raise InputError(f"prompt source {path}", first_line(error), f"a readable {path.suffix} file") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"prompt source {path}", "something else", "a list of records with named columns")
     return rows
@@ -257,7 +266,9 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):  # splitlines would cut at U+2028 too
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8-sig").split("\n")
+    ):  # splitlines would cut at U+2028 too
         try:
             if line.strip():
                 rows.append(json.loads(line))
@@ -267,13 +278,13 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8") as stream:
+    with path.open(newline="", encoding="utf-8-sig") as stream:
         return list(csv.DictReader(stream, strict=True))
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {
     ".jsonl": _json_lines,
-    ".json": lambda path: json.loads(path.read_text(encoding="utf-8")),
+    ".json": lambda path: json.loads(path.read_text(encoding="utf-8-sig")),
     ".csv": _csv_rows,
     ".parquet": lambda path: pq.read_table(path).to_pylist(),
 }

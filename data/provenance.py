@@ -15,6 +15,8 @@ import torch
 import transformers
 import yaml
 
+from models.checkpoint import writing
+
 
 def now() -> str:
     """The time in UTC, to the second."""
@@ -76,7 +78,5 @@ def write_run_file(file: Path, settings: Mapping[str, Any], **known: str) -> Non
 
 def write_aside(file: Path, text: str) -> None:
     """Writes a text file so that it is there in full or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
+    with writing(file) as aside:
+        aside.write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ from data.labels import PASSES
 from data.prompt import Prompt
 from data.prompts import PromptSource, Split, load_prompts, prompt_hash
 from data.shards import ShardWriter
+from data.typed import Count, Length, Text, check_fields
 from decoding.config import DecodeConfig
 from models.errors import InputError
 
@@ -47,43 +48,39 @@ class RolloutSettings:
         InputError: A value that is not accepted.
     """
 
-    base: str = "models/bundled/llada-tiny"
+    base: Text = "models/bundled/llada-tiny"
     folder: Path = Path("runs/rollout/shards")
     sources: list[PromptSource] = field(
         default_factory=lambda: [PromptSource(split="train"), PromptSource(split="validation")]
     )
     split: Split | None = None
-    limit: int | None = None
-    per_task: int | None = None
-    batch_size: int = 32
-    gen_length: int = 128
-    block_length: int = 32
-    steps: int | None = None
+    limit: Count | None = None
+    per_task: Count | None = None
+    batch_size: Length = 32
+    gen_length: Length = 128
+    block_length: Length = 32
+    steps: Length | None = None
+    # The published rule may cut a row in one decode where it does not in another: no reference for the others.
     eot: Literal["commit", "off"] = "commit"
     passes: list[str] = field(default_factory=lambda: ["full_step", "oracle"])
     filter: Path | None = None
     references: Path | None = None
-    states: int = 4
+    states: Count = 4
     eot_evidence: bool = False
     chat_template: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError("batch_size", self.batch_size, "a whole number of at least 1")
-        if self.eot not in ("commit", "off"):
-            # The published rule may cut a row in one decode where it does not in another: no reference for the others.
-            raise InputError("eot", repr(self.eot), "commit | off")
+        check_fields(self)
         for name in self.passes:
             if name not in PASSES:
                 raise InputError("passes", repr(name), " | ".join(PASSES))
-        if not self.passes:
-            raise InputError("passes", "none", " | ".join(PASSES))
+        for name in ("passes", "sources"):
+            if not getattr(self, name):
+                raise InputError(name, "none", "at least one")
         if ("filter" in self.passes) != (self.filter is not None):
             accepted = "the folder of an exported filter if passes has filter, else null"
             raise InputError("filter", self.filter, accepted)
-        if self.states < 1:
-            raise InputError("states", self.states, "a whole number of at least 1")
         self.passes = [name for name in PASSES if name in self.passes]
         self.decoding  # noqa: B018  # refuses lengths that do not go together
 
@@ -97,7 +94,7 @@ class RolloutSettings:
         sources = [asdict(source) for source in self.sources]
         return {"sources": sources, "split": self.split, "limit": self.limit, "per_task": self.per_task}
 
-    def prompts(self, split: Split | None = None, limit: int | None = None) -> list[Prompt]:
+    def prompts(self, split: Split | None = None, limit: Count | None = None) -> list[Prompt]:
         """The prompts to roll out; or the first ``limit`` of a split, whatever is rolled out of it."""
         if split is not None:
             return load_prompts(self.sources, split, limit)

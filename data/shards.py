@@ -8,14 +8,12 @@ and a hash of its prompts, so it depends neither on ranks nor on interruptions.
 
 import hashlib
 import json
-import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from data.disk import locked
 from data.labels import PASSES, Records, after_eot, history
 from data.manifest import (
     COLUMNS,
@@ -31,7 +30,9 @@ from data.manifest import (
     SCHEMA_VERSION,
     RolloutKey,
     Rollouts,
+    ShardRecord,
     check_key,
+    check_shard,
     describe,
     intact,
     open_rollouts,
@@ -43,6 +44,8 @@ from data.prompt import Prompt
 from data.prompts import prompt_hash
 from data.provenance import now, versions
 from data.tables import RolloutBatch, fixed, ragged, sequences_table, steps_table
+from data.typed import checked
+from models.checkpoint import abandoned, writing
 from models.errors import InputError
 from models.features import Evidence
 
@@ -77,18 +80,19 @@ class ShardWriter:
     def __init__(self, folder: str | Path, key: RolloutKey, sources: Sequence[Mapping[str, Any]] = ()) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.eot_id = int(key.settings["eot_id"])
+        self.key, self.eot_id = key, int(key.settings["eot_id"])
         if (self.folder / MANIFEST).exists():
             self.manifest = read_manifest(self.folder)
-            check_key(self.folder, self.manifest, key.fingerprint, key.tokenizer_hash, key.settings)
+            check_key(self.folder / MANIFEST, self.manifest, key.fingerprint, key.tokenizer_hash, key.settings)
         else:
+            for file in sorted(self.folder.glob("shard-*.json")):
+                if record := _read_record(self.folder, file):
+                    self._check(record, required=True)
             self.manifest = {
                 "schema_version": SCHEMA_VERSION,
                 "complete": False,
                 "started": now(),
-                "model_fingerprint": key.fingerprint,
-                "tokenizer_hash": key.tokenizer_hash,
-                "settings": key.settings,
+                **key.described(),
                 "sources": [],
                 "versions": versions(),
                 "shards": [],
@@ -107,15 +111,23 @@ class ShardWriter:
         return cls(folder, RolloutKey(found["model_fingerprint"], found["tokenizer_hash"], found["settings"]))
 
     def written(self) -> list[dict[str, Any]]:
-        """What is written so far, one record a shard, in order. A damaged shard is forgotten, and decoded again."""
+        """What is written so far, one record a shard, in order. A damaged shard is forgotten, and decoded again.
+
+        Raises:
+            InputError: A shard says that it is of another model or other settings.
+        """
         records = []
         for file in sorted(self.folder.glob("shard-*.json")):
-            record = renamed(json.loads(file.read_text()))
-            if all(intact(self.folder / record[kind]["file"], record[kind]) for kind in COLUMNS):
+            if record := _read_record(self.folder, file):
+                self._check(record)
                 records.append(record)
             else:
                 file.unlink(missing_ok=True)
         return records
+
+    def _check(self, record: dict[str, Any], required: bool = False) -> None:
+        for kind in COLUMNS:
+            check_shard(self.folder / record[kind]["file"], self.key.described(), required)
 
     def name(self, index: Sequence[int], prompts: Sequence[Prompt]) -> str:
         """Name of the shard of these prompts, the first of which has this place in the run's list."""
@@ -138,7 +150,7 @@ class ShardWriter:
         """
         path = self.folder / f"claim-{name}"
         with path.open("a") as stream:
-            if not _lock(stream):
+            if not locked(stream):
                 yield False
                 return
             try:
@@ -151,7 +163,7 @@ class ShardWriter:
         count = 0
         for path in self.folder.glob("claim-*"):
             with suppress(FileNotFoundError), path.open("a") as stream:
-                count += not _lock(stream)
+                count += not locked(stream)
         return count
 
     def write(self, batch: RolloutBatch) -> None:
@@ -168,12 +180,12 @@ class ShardWriter:
         write_json(self.folder / f"shard-{name}.json", record)
 
     def _write_table(self, name: str, table: pa.Table) -> dict[str, Any]:
-        aside = self.folder / f"{name}.{os.getpid()}.part"
         encodings: dict[str, Any] = {"use_dictionary": [n for n in _REPEATED if n in table.column_names]}
         if "confidence" in table.column_names:
             encodings["use_byte_stream_split"] = _FLOATS
-        pq.write_table(table, aside, compression="zstd", **encodings)
-        return describe(aside.replace(self.folder / name), table.num_rows)
+        with writing(self.folder / name) as aside:
+            pq.write_table(self.key.stamp(table), aside, compression="zstd", **encodings)
+        return describe(self.folder / name, table.num_rows)
 
     def missing(self, expected: Iterable[str]) -> list[str]:
         """Which of the prompts, given by their hashes, are in no shard yet."""
@@ -212,10 +224,21 @@ class ShardWriter:
         """Removes what killed runs left behind: ``load_dataset("parquet")`` with a wildcard would read it."""
         keep = {record[kind]["file"] for record in records for kind in COLUMNS}
         keep |= {f"shard-{record['name']}.json" for record in records}
-        for pattern in ("steps-*", "sequences-*", "shard-*", "claim-*", f"{MANIFEST}*.part"):
+        for pattern in ("steps-*", "sequences-*", "shard-*", "claim-*", f"{MANIFEST}*.part", ".*.part"):
             for file in self.folder.glob(pattern):
-                if file.name not in keep:
-                    file.unlink()
+                if file.name not in keep and (pattern != ".*.part" or abandoned(file)):
+                    file.unlink(missing_ok=True)
+
+
+def _read_record(folder: Path, file: Path) -> dict[str, Any] | None:
+    """The record of a shard; ``None`` where it is damaged, or one of its files is."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        record = renamed(record) if isinstance(record, dict) else record
+        checked(ShardRecord, record, file)
+    except (OSError, ValueError):
+        return None
+    return record if all(intact(folder / record[kind]["file"], record[kind]) for kind in COLUMNS) else None
 
 
 def _without_repeats(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -226,22 +249,6 @@ def _without_repeats(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             kept.append(record)
             there.update(record["prompts"])
     return sorted(kept, key=lambda record: record["name"])
-
-
-def _lock(stream: IO[str]) -> bool:
-    """Locks a file for this process; False where another has it. True where the system knows no locks."""
-    try:
-        import fcntl
-
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError) as error:
-        warnings.warn(
-            f"{stream.name}: no file locks ({error}): processes that share the folder may decode the same prompts",
-            stacklevel=2,
-        )
-    return True
 
 
 @dataclass

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from decoding.evidence import evidence_of, lay_out
 from decoding.history import Distributions, History
 from decoding.plan import CACHES, ForwardPlan
 from decoding.read import in_chunks, read_block, read_eot
@@ -46,7 +47,7 @@ class BlockRun(Run):
         fields: dict[str, Tensor] = {}
         self.eot = {}
         self.noise.begin(self.scheduler.rows)
-        for plan in self.policy.plans(state):
+        for plan in self.policy.plans(state, self.predictor.left_context):
             self._look(plan, fields)
         evidence = self._evidence(fields)
         step = Step(
@@ -74,9 +75,9 @@ class BlockRun(Run):
         slots = [self.scheduler.slots[number] for number in plan.slots]
         block, masked = state.block[rows, None], state.masked_block[rows]
         low, high = state.window
-        length = high - low if plan.whole else plan.length
-        begin = state.slots[: len(block), None] * length  # of each row's active block in the flattened forward
-        begin = begin + state.prompt_width - low + block * size if plan.whole else begin
+        first, length = (low, high - low) if plan.first is None else (plan.first, plan.length)
+        # Of each row's active block in the flattened forward:
+        begin = state.slots[: len(block), None] * length + state.prompt_width + block * size - first
         numbers = state.slots[: len(state.block)][rows, None]
         taking: Tensor | bool = True
         if len(slots) < len(block):
@@ -113,16 +114,16 @@ class BlockRun(Run):
         if self.reads_region:
             where = cells // size
             places = where * len(state.region) + state.block[where] * size + cells % size
-            self._lay_out(self.eot, {name: found.pop(f"eot_{name}") for name in _EOT}, places, state.masked.shape)
+            lay_out(self.eot, {name: found.pop(f"eot_{name}") for name in _EOT}, places, state.masked.shape)
         if rest is not None:
             said = in_chunks(
                 others[0], self.logits, self.predictor.vocab_size,
                 lambda logits, _: read_eot(logits, self.predictor.ids),
             )  # fmt: skip
             width = len(state.region)
-            self._lay_out(self.eot, said, numbers.view(-1)[rest // width] * width + rest % width, state.masked.shape)
+            lay_out(self.eot, said, numbers.view(-1)[rest // width] * width + rest % width, state.masked.shape)
         every = not sparse and len(block) == len(state.block)
-        self._lay_out(fields, found, None if every else cells, state.masked_block.shape)
+        lay_out(fields, found, None if every else cells, state.masked_block.shape)
 
     def _read(self, hidden: Tensor, cells: Tensor, rows: list[int], counts: list[int]) -> dict[str, Tensor]:
         """Fields of the active blocks' positions ``cells`` ``(N,)``, masked ones first; ``eot_*`` where asked for."""
@@ -152,29 +153,12 @@ class BlockRun(Run):
 
         in_chunks(hidden, self.logits, self.predictor.vocab_size, read)
 
-    @staticmethod
-    def _lay_out(laid: dict[str, Tensor], fields: dict[str, Tensor], places: Tensor | None, shape: torch.Size) -> None:
-        """Writes fields ``(N, ...)`` to their ``places`` ``(N,)`` in ``laid``, of ``shape``; ``None``: they are all of it."""
-        for name, values in fields.items():
-            whole = (*shape, *values.shape[1:])
-            if places is None:
-                laid[name] = values.view(whole)
-            else:
-                target = laid.setdefault(name, values.new_zeros(whole))
-                target.view(-1, *values.shape[1:]).index_copy_(0, places, values)
-
     def _evidence(self, fields: dict[str, Tensor]) -> Evidence:
         state = self.state
-        masked, token, confidence = state.masked_block, fields["token"], fields["confidence"]
-        found = {name: fields[name] for name in ("margin", "entropy", "hidden") if name in self.needs}
-        if self.all_positions:  # else the head ran on masked positions only
-            found = {name: values * _like(masked, values) for name, values in found.items()}
-            confidence = confidence * (state.columns < state.end[:, None])
-        if self.history is not None:
-            found["stable"], found["previous"] = self.history.compare(token, confidence)
-        if "text" in self.needs:
-            found["text"] = torch.where(masked, token, state.generated.gather(1, state.columns))
-        return Evidence(masked, token, confidence, **found)
+        ids = state.generated.gather(1, state.columns) if "text" in self.needs else None
+        inside = state.columns < state.end[:, None] if self.all_positions else None
+        compare = None if self.history is None else self.history.compare
+        return evidence_of(fields, self.needs, state.masked_block, ids, inside, compare)
 
 
 _EOT = ("probability", "log_probability", "top")
@@ -183,8 +167,3 @@ _EOT = ("probability", "log_probability", "top")
 def _where(flags: Tensor, count: int) -> Tensor:
     """Places of the ``count`` True entries of the flattened ``flags``, ``(count,)`` int64, without asking the device."""
     return flags.reshape(-1).nonzero_static(size=count)[:, 0]
-
-
-def _like(flags: Tensor, values: Tensor) -> Tensor:
-    """``flags`` ``(b, K)`` with as many dimensions as ``values`` ``(b, K, ...)``."""
-    return flags.view(*flags.shape, *(1,) * (values.dim() - 2))

@@ -6,9 +6,15 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from models.errors import InputError
+from models.rules import COUNT, LENGTH, SEED, check, number, one_of
 
 EotRule = Literal["off", "published", "commit"]
 CacheRule = Literal["none", "prefix", "dual"]
+_RULES = {
+    "gen_length": LENGTH, "block_length": LENGTH, "steps": LENGTH.or_null(), "seed": SEED,
+    "temperature": number("a number from 0 to 1000", lambda value: 0 <= value <= 1000),
+    "eot": one_of(get_args(EotRule)), "cache": one_of(get_args(CacheRule)), "refresh": COUNT.or_null(),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,7 @@ class DecodeConfig:
     refresh: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("gen_length", "block_length"):
-            if getattr(self, name) < 1:
-                raise InputError(name, getattr(self, name), "a whole number of at least 1")
+        check(vars(self), _RULES)
         if self.gen_length % self.block_length:
             divisors = [n for n in range(1, self.gen_length + 1) if self.gen_length % n == 0]
             raise InputError(
@@ -60,15 +64,8 @@ class DecodeConfig:
                     self.steps,
                     f"a multiple of the {self.blocks} blocks, at most gen_length: {_listed(allowed)}",
                 )
-        if not self.temperature >= 0:
-            raise InputError("temperature", self.temperature, "a number of at least 0")
-        for name, accepted in (("eot", get_args(EotRule)), ("cache", get_args(CacheRule))):
-            if getattr(self, name) not in accepted:
-                raise InputError(name, repr(getattr(self, name)), " | ".join(accepted))
         if self.refresh is not None and self.cache == "none":
             raise InputError("refresh", f"{self.refresh} with cache none", "null, or cache prefix | dual")
-        if self.refresh is not None and self.refresh < 1:
-            raise InputError("refresh", self.refresh, "a whole number of at least 1, or null")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "DecodeConfig":

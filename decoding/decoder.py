@@ -1,7 +1,7 @@
 """Text in, text out: a base model, a strategy and its exported component behind one object."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from decoding.strategies import Strategy, make_strategy
 from decoding.text import PromptLike, encode
 from models.errors import InputError
 from models.predictor import MaskPredictor
+from models.rules import LENGTH, SEED, TEXT, check, list_of
 
 
 @dataclass
@@ -48,6 +49,13 @@ class Generation:
     predictor_seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
     helper_seconds: float = 0.0
+
+
+_RULES = {
+    "batch_size": LENGTH,
+    "stop": list_of(TEXT, "texts, none of them empty"),
+    "seeds": list_of(SEED, "whole numbers of at least 0").or_null(),
+}
 
 
 class Decoder:
@@ -145,10 +153,9 @@ class Decoder:
         if self.calibration is not None:
             self.calibration.compare(config)
         ids = self._encode(prompts, config, chat_template)
-        if batch_size < 1:
-            raise InputError("batch_size", batch_size, "a whole number of at least 1")
-        if references is not None and references.shape != (len(ids), config.gen_length):
-            raise InputError("references", tuple(references.shape), f"shape ({len(ids)}, {config.gen_length})")
+        check({"batch_size": batch_size, "stop": stop, "seeds": seeds}, _RULES)
+        if references is not None:
+            self._check_references(references, (len(ids), config.gen_length))
         if seeds is not None and len(seeds) != len(ids):
             raise InputError("seeds", f"{len(seeds)} for {len(ids)} prompts", "one for each prompt")
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
@@ -203,20 +210,25 @@ class Decoder:
         return region[: region.index(eot)] if eot in region else region
 
     def _encode(self, prompts: Sequence[PromptLike], config: DecodeConfig, chat_template: bool) -> list[list[int]]:
-        if isinstance(prompts, str) or not len(prompts):
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Collection) or not len(prompts):
             raise InputError("prompts", repr(prompts)[:60], "a list of at least one prompt")
-        if self.predictor.tokenizer is None and not all(
-            isinstance(token, int) for prompt in prompts for token in prompt
-        ):
-            raise InputError("prompts", "text for a predictor without a tokenizer", "lists of token ids")
-        ids = [
-            cast(list[int], list(prompt))
-            if self.predictor.tokenizer is None
-            else encode(self.predictor.tokenizer, prompt, chat_template)
-            for prompt in prompts
-        ]
+        tokenizer = self.predictor.tokenizer
+        if tokenizer is None:
+            if not all(isinstance(prompt, Sequence) and not isinstance(prompt, str) for prompt in prompts):
+                raise InputError("prompts", "text for a predictor without a tokenizer", "lists of token ids")
+            ids = [cast(list[int], list(prompt)) for prompt in prompts]
+        else:
+            ids = [encode(tokenizer, prompt, chat_template) for prompt in prompts]
         check_prompts(self.predictor, ids, config)
         return ids
+
+    def _check_references(self, references: Tensor, shape: tuple[int, int]) -> None:
+        if not isinstance(references, Tensor) or references.shape != shape:
+            found = tuple(references.shape) if isinstance(references, Tensor) else type(references).__name__
+            raise InputError("references", found, f"shape {shape}")
+        size, mask = self.predictor.vocab_size, self.predictor.ids.mask
+        if references.dtype is not torch.long or ((references < 0) | (references >= size) | (references == mask)).any():
+            raise InputError("references", f"{references.dtype} values", f"int64 ids from 0 to {size - 1}, not MASK")
 
     def _generation(
         self, output: DecodeOutput, config: DecodeConfig, settings: dict[str, Any], trace: bool

@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from decoding.output import empty_output
 from decoding.strategies import STRATEGIES, make_strategy
 from decoding.strategies.full_step import FullStep
 from models.errors import InputError
+from models.rules import check, number
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 COLOURS = ["bright_yellow", "bright_green", "bright_cyan", "bright_blue", "bright_magenta", "bright_red"]
@@ -28,6 +30,7 @@ _EXPECTED = re.compile(r"Expected a (?:typing\.Literal\[|<class ')(.+?)'?[>\]]\.
 
 def generate(
     prompt: str | None = None,
+    interactive: bool = False,
     base: str = str(BUNDLED / "llada-tiny"),
     strategy: str = "learn2pd",
     filter: str = str(BUNDLED / "filter-llada-tiny"),
@@ -54,6 +57,7 @@ def generate(
 
     Args:
         prompt: The user's message.
+        interactive: Goes on with one message a line, each answered for itself, until the input ends (Ctrl-D).
         base: Folder or hub id of the base model.
         strategy: Name of the strategy.
         filter: Folder of the filter that learn2pd uses.
@@ -76,6 +80,7 @@ def generate(
         prompt_length: Tokens of each of its prompts.
         dtype: Dtype of its weights.
     """
+    check({"pause": pause}, {"pause": number("seconds, from 0 to 3600", lambda value: 0 <= value <= 3600)})
     options = dict(options or {})
     if strategy == "learn2pd":
         options.setdefault("filter", filter)
@@ -93,16 +98,28 @@ def generate(
         config, rule = DecodeConfig(**settings), make_strategy(strategy, **options)
         print(plan_memory(plan, config, rule, dtype=dtype, batch_size=batch_size, prompt_length=prompt_length))
         return
-    if prompt is None:
-        raise InputError("prompt", None, "the user's message")
-    _show(
-        Decoder.from_pretrained(base, strategy, compile=compile, **options),
-        prompt,
-        settings,
-        chat_template,
-        compare,
-        pause,
-    )
+    if prompt is None and not interactive:
+        raise InputError("prompt", None, "the user's message, or --interactive")
+    decoder = Decoder.from_pretrained(base, strategy, compile=compile, **options)
+    if prompt is not None:
+        _show(decoder, prompt, settings, chat_template, compare, pause)
+    for message in _typed() if interactive else ():
+        try:
+            _show(decoder, message, settings, chat_template, compare, pause)
+        except InputError as error:  # a message too long for the model does not end the session
+            print(error)
+
+
+def _typed() -> Iterator[str]:
+    """Messages as they are typed, empty lines left out."""
+    while True:
+        try:
+            message = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if message:
+            yield message
 
 
 def _show(
@@ -166,13 +183,22 @@ def main() -> None:
 
     keep_freed_memory()
     try:
-        auto_cli(generate, as_positional=False, parser_class=Parser, allow_abbrev=False)
+        auto_cli(generate, as_positional=False, args=_flagged(sys.argv[1:]), parser_class=Parser, allow_abbrev=False)
     except InputError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         raise SystemExit(130) from None
+
+
+def _flagged(words: list[str]) -> list[str]:
+    """The words of the command line, with ``--interactive`` alone taken as a flag; the parser wants a value after it."""
+    after = [*words[1:], "--"]
+    return [
+        f"{word}=true" if word == "--interactive" and following.startswith("--") else word
+        for word, following in zip(words, after, strict=True)
+    ]
 
 
 def _in_our_words(message: str) -> str:

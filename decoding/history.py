@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from decoding.evidence import compare_guesses, divergence
 from decoding.state import BatchState
 
 
@@ -28,9 +29,8 @@ class History:
             confidence: ``(b, K)`` float32.
         """
         masked, first = self.state.masked_block, (self.state.step_in_block == 0)[:, None]
-        same = masked & (token == self.token.value) & ~first
-        stable = torch.where(same, self.steps.value + 1, 0)
-        previous = (self.confidence.value * masked).masked_fill_(first, 0.0)
+        before = self.token.value, self.confidence.value, self.steps.value
+        stable, previous = compare_guesses(masked, first, (token, confidence), before)
         # Copies: what a row leaves behind is written over when the next comes, and the evidence may be kept.
         self.token.value, self.confidence.value, self.steps.value = token.clone(), confidence.clone(), stable.clone()
         return stable, previous
@@ -65,12 +65,12 @@ class Distributions:
         row = cells // size
         place = self._place(row, state.block[row], cells % size)
         stored = self.stored.value.view(-1, now.shape[1])
-        divergence = (now.exp() * (now - stored[place])).sum(-1)
+        changed = divergence(now, stored[place])
         stored.index_copy_(0, place, now)
         first = state.step_in_block == 0
         if self.kept == 2:
             first = first & (state.block == 0)
-        return divergence.masked_fill_(first[row], torch.inf)
+        return changed.masked_fill_(first[row], torch.inf)
 
     def keep(self, ahead: Tensor, row: Tensor, offset: Tensor) -> None:
         """Remembers log-probabilities ``(N, V)`` float32 at places ``offset`` ``(N,)`` of the next block of ``row`` ``(N,)``."""

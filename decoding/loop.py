@@ -1,6 +1,7 @@
 """The decode loop: token ids in, token ids out, whatever the strategy."""
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def decode_steps(
 
 
 def check_prompts(predictor: MaskPredictor, prompts: Sequence[Sequence[int]], config: DecodeConfig) -> None:
-    """Raises an InputError for an empty prompt or one too long for the model."""
+    """Raises an InputError for a prompt that is empty, too long for the model, or has ids that it does not have."""
     room = predictor.max_length - config.gen_length
     if room < 1:
         raise InputError("gen_length", config.gen_length, f"below the model's {predictor.max_length} tokens")
@@ -70,3 +71,7 @@ def check_prompts(predictor: MaskPredictor, prompts: Sequence[Sequence[int]], co
                 f"prompt {index}", f"{len(prompt)} tokens",
                 f"at most {room}: the model's {predictor.max_length} less gen_length {config.gen_length}",
             )  # fmt: skip
+        if wrong := [
+            token for token in prompt if not isinstance(token, Integral) or not 0 <= token < predictor.vocab_size
+        ]:
+            raise InputError(f"prompt {index}", f"token {wrong[0]!r}", f"ids from 0 to {predictor.vocab_size - 1}")

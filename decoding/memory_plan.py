@@ -1,6 +1,5 @@
 """What a decode of a given model takes in memory, counted without allocating anything: on shapes alone."""
 
-import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +12,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from decoding.config import DecodeConfig
 from decoding.output import empty_output
 from decoding.run import Request, Run
 from decoding.strategies import APD, Strategy
 from models.errors import InputError
-from models.predictor import FAMILIES, MaskPredictor, TokenIds
+from models.families import described
+from models.predictor import MaskPredictor, TokenIds
+from models.rules import DTYPES, LENGTH, check, one_of
 
 _STEPS = 2  # a block's first forward, on the whole sequence, and one of those after it
 
@@ -82,22 +83,12 @@ def plan_memory(
         raise InputError("strategy", "'apd', whose forwards depend on what the helper says", "any other strategy")
     path = Path(config_file)
     path = path / "config.json" if path.is_dir() else path
-    wanted: Any = getattr(torch, dtype, None)
-    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise InputError("dtype", repr(dtype), "float32 | bfloat16 | float16")
-    for name, value in (("batch_size", batch_size), ("prompt_length", prompt_length)):
-        if value < 1:
-            raise InputError(name, value, "a whole number of at least 1")
-    try:
-        raw = json.loads(path.read_text())
-        described = AutoConfig.for_model(**raw)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(str(path), str(error).splitlines()[0], "a readable config.json of a mask predictor") from error
-    if raw["model_type"] not in FAMILIES:
-        raise InputError(f"{path}: model_type", repr(raw["model_type"]), " | ".join(FAMILIES))
-    longest = getattr(described, FAMILIES[raw["model_type"]].max_length)
+    given = {"dtype": dtype, "batch_size": batch_size, "prompt_length": prompt_length}
+    check(given, {"dtype": one_of(DTYPES), "batch_size": LENGTH, "prompt_length": LENGTH})
+    _, family, known = described(path)
+    longest = getattr(known, family.max_length)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        model = AutoModel.from_config(described, dtype=wanted)
+        model = AutoModel.from_config(known, dtype=getattr(torch, dtype))
         predictor = _predictor(model, longest)
         request = _request(predictor, config, strategy, batch_size, prompt_length, record, record_eot)
         return _measure(request)
@@ -129,6 +120,7 @@ def _measure(request: Request) -> MemoryPlan:
     model = request.predictor.model
     weights = sum({p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in model.parameters()}.values())
     with MemoryMeter() as meter:
+        meter.known.update(parameter.untyped_storage() for parameter in model.parameters())  # views of them are no news
         run = request.strategy.start(request)
         keys = 0 if run.cache is None else run.cache.keys.nbytes + run.cache.values.nbytes
         state = meter.now - keys
@@ -216,7 +208,7 @@ def _worst_case(run: Run) -> Iterator[None]:
 
     def told(known: Tensor) -> list[list[int]]:
         rows, done = known.shape[1], next(steps)
-        return [[value] * rows for value in (region - done, size - done, 0, region)]
+        return [[value] * rows for value in (region - done, size - done, 0, region, 0)]
 
     run.state.read = told
     try:

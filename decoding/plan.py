@@ -54,18 +54,23 @@ class CachePolicy(ABC):
     keeps_keys: ClassVar[bool] = True
     sees_ahead: ClassVar[bool] = True
 
-    def plans(self, state: BatchState) -> list[ForwardPlan]:
+    def plans(self, state: BatchState, context: int) -> list[ForwardPlan]:
         """The step's forwards, in order; each live row takes part in one of them.
 
         A row runs on the whole sequence at its block's first step, whose result also decides, and then every ``refresh``
         steps. Rows are at different steps of their blocks, so a batch may need both kinds of forward.
+
+        Args:
+            state: The rows.
+            context: The predictor's ``left_context``: columns that a part takes along left of the block. A prompt has at
+                least one token, so there are as many.
         """
         slots, period = state.scheduler.slots, self.period(state.config)
         due = [number for number, slot in enumerate(slots) if slot.step_in_block % period == 0]
         if len(due) == len(slots):
             return [ForwardPlan(due, slice(0, len(slots)))]
         rest = [number for number in range(len(slots)) if slots[number].step_in_block % period]
-        plans = [self.part(state, rest)]
+        plans = [self.part(state, rest, context)]
         return [*plans, ForwardPlan(due, torch.tensor(due).to(state.device))] if due else plans
 
     def period(self, config: DecodeConfig) -> int:
@@ -73,8 +78,8 @@ class CachePolicy(ABC):
         return config.refresh or config.block_length + 1  # no block takes so many steps
 
     @abstractmethod
-    def part(self, state: BatchState, taking: list[int]) -> ForwardPlan:
-        """The partial forward of some slots."""
+    def part(self, state: BatchState, taking: list[int], context: int) -> ForwardPlan:
+        """The partial forward of some slots, with ``context`` columns left of their blocks."""
 
 
 class NoCache(CachePolicy):
@@ -83,11 +88,11 @@ class NoCache(CachePolicy):
     name = "none"
     keeps_keys = False
 
-    def plans(self, state: BatchState) -> list[ForwardPlan]:
+    def plans(self, state: BatchState, context: int) -> list[ForwardPlan]:
         every = range(len(state.scheduler.slots))
         return [ForwardPlan(every, slice(0, len(every)))]
 
-    def part(self, state: BatchState, taking: list[int]) -> ForwardPlan:
+    def part(self, state: BatchState, taking: list[int], context: int) -> ForwardPlan:
         raise NotImplementedError("a forward without a cache has no parts")
 
 
@@ -96,12 +101,12 @@ class Prefix(CachePolicy):
 
     name = "prefix"
 
-    def part(self, state: BatchState, taking: list[int]) -> ForwardPlan:
+    def part(self, state: BatchState, taking: list[int], context: int) -> ForwardPlan:
         size, (_, high), rows = state.config.block_length, state.window, _range(taking)
         blocks = [slot.block for slot in state.scheduler.slots[rows]]
-        length = high - state.prompt_width - min(blocks) * size
+        length = high - state.prompt_width - min(blocks) * size + context
         last = None if len(set(blocks)) == 1 else torch.full_like(state.block[rows, None], high - 1)
-        return ForwardPlan(taking, rows, _begin(state, rows), length, last)
+        return ForwardPlan(taking, rows, _begin(state, rows) - context, length, last)
 
 
 class Dual(CachePolicy):
@@ -110,9 +115,9 @@ class Dual(CachePolicy):
     name = "dual"
     sees_ahead = False
 
-    def part(self, state: BatchState, taking: list[int]) -> ForwardPlan:
+    def part(self, state: BatchState, taking: list[int], context: int) -> ForwardPlan:
         rows = _range(taking)
-        return ForwardPlan(taking, rows, _begin(state, rows), state.config.block_length)
+        return ForwardPlan(taking, rows, _begin(state, rows) - context, state.config.block_length + context)
 
 
 CACHES: dict[str, CachePolicy] = {policy.name: policy for policy in (NoCache(), Prefix(), Dual())}

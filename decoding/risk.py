@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from decoding.config import DecodeConfig
-from models.checkpoint import CALIBRATION
+from models.checkpoint import CALIBRATION, writing
 from models.errors import InputError
+from models.rules import check, number
 
 SCHEMA_VERSION = 1
 DECODING = ("gen_length", "block_length", "steps", "temperature", "eot", "cache", "refresh")
@@ -64,8 +65,8 @@ class Calibration:
         Raises:
             InputError: Not even the safest setting is vouched for.
         """
-        if not 0 < risk < 1:
-            raise InputError("risk", risk, "a share of prompts between 0 and 1, 0.01 for one in a hundred")
+        accepted = "a share of prompts between 0 and 1, 0.01 for one in a hundred"
+        check({"risk": risk}, {"risk": number(accepted, lambda value: 0 < value < 1)})
         passed = 0
         while passed < len(self.values) and self.bounds[passed] <= risk:
             passed += 1
@@ -115,10 +116,8 @@ def calibration_file(options: Mapping[str, Any], file: str | Path | None) -> Pat
 
 def save_calibration(file: Path, calibration: Calibration) -> None:
     """Writes a calibration aside and renames it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.write_text(json.dumps(asdict(calibration), indent=1) + "\n", encoding="utf-8")
-    aside.replace(file)
+    with writing(file) as aside:
+        aside.write_text(json.dumps(asdict(calibration), indent=1) + "\n", encoding="utf-8")
 
 
 def load_calibration(file: str | Path) -> Calibration:

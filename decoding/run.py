@@ -18,7 +18,7 @@ from decoding.scheduler import Scheduler, Slot
 from decoding.state import BatchState, Begun
 from decoding.step import Decision
 from models.features import Evidence
-from models.llada import KVCache
+from models.layers import KVCache
 from models.predictor import MaskPredictor
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Run(ABC):
             )
             seen = EotStep(committed, state.masked, self.eot.get("log_probability"), self.eot.get("top"))
             state.finish_at(self.rule.last(seen))
-        self.finished = state.advance()
+        self.finished = state.advance(evidence.confidence)
         if self.request.stop is not None:
             self._stop(self.request.stop)
         result = StepResult(output.forward_calls, rows, was_masked & ~state.masked, state.generated)

@@ -177,11 +177,17 @@ class BatchState:
         self.attention[:, self.prompt_width :].logical_and_(~after)
         self._end.value = torch.minimum(self.end, last + 1)
 
-    def advance(self) -> list[int]:
+    def advance(self, confidence: Tensor) -> list[int]:
         """Counts the step, moves the block pointers on, and tells the scheduler what the step left.
+
+        Args:
+            confidence: ``(b, K)`` float32, what the step was decided by.
 
         Returns:
             Slots whose row is finished.
+
+        Raises:
+            InputError: A confidence is not finite: whatever is committed then means nothing.
         """
         block = self.masked.int().argmax(1) // self.config.block_length
         moved = block != self.block
@@ -192,9 +198,11 @@ class BatchState:
             if tensor.per_block:
                 begins = moved.view(-1, *(1,) * tensor.initial.dim())
                 tensor.value = torch.where(begins, tensor.initial, tensor.value)
-        return self.scheduler.advance(
-            *self.read(torch.stack((self.masked.sum(1), self.masked_block.sum(1), block, self.end)))
-        )
+        broken = (~confidence.isfinite()).sum(1)
+        *left, broken = self.read(torch.stack((self.masked.sum(1), self.masked_block.sum(1), block, self.end, broken)))
+        if any(broken):
+            raise InputError("base model: confidence", "not finite", "weights and a dtype whose logits are finite")
+        return self.scheduler.advance(*left)
 
     def read(self, known: Tensor) -> list[list[int]]:
         """The one place where a step waits for the device."""

@@ -5,7 +5,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from models.errors import InputError
+from models.errors import InputError, first_line
 
 Message = dict[str, str]
 PromptLike = str | Sequence[Message] | Sequence[int]
@@ -29,19 +29,32 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, chat_template
     Raises:
         InputError: An empty prompt, a message without role or content, or no chat template where one is asked for.
     """
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        raise InputError("prompt", repr(prompt)[:80], "text, chat messages or token ids")
     if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
         return cast(list[int], list(prompt))
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     messages = cast(list[Message], asked)
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise InputError(f"message {number}", repr(message)[:80], "a mapping with role and content")
-    texts = [str(message["content"]).strip() for message in messages]
+        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+            raise InputError(f"message {number}", repr(message)[:80], "a mapping with role and content, both text")
+    texts = [_unmarked(message["content"]).strip() for message in messages]
     if not texts or not texts[-1]:
         raise InputError("prompt", "no text", "a prompt with at least one character")
+    if not all(map(is_unicode, texts)):
+        raise InputError("prompt", ascii(texts)[:80], "text without lone surrogates")
     if not chat_template:
-        return token_ids(tokenizer, _unmarked("\n".join(texts)))
+        return token_ids(tokenizer, "\n".join(texts))
     return token_ids(tokenizer, render(tokenizer, messages))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON may hold halves of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -57,7 +70,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
             answer, and stays open.
 
     Raises:
-        InputError: The tokenizer has no chat template.
+        InputError: The tokenizer has no chat template, or one that does not render.
     """
     if not tokenizer.chat_template:
         raise InputError("chat_template", "a tokenizer without one", "chat_template=False or another tokenizer")
@@ -71,7 +84,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
     if any(token in text for token in special for text in texts):
         texts = [f"{MARK}{text}{MARK}" for text in texts]
     filled = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
-    shell = tokenizer.apply_chat_template(filled, add_generation_prompt=add_generation_prompt, tokenize=False)
+    try:
+        shell = tokenizer.apply_chat_template(filled, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except Exception as error:  # Jinja's, and whatever a template calls
+        raise InputError("chat_template", first_line(error), "a template that renders these messages") from error
     return f"{MARK}{shell}" if begun is None else f"{MARK}{shell}{MARK}{begun}"
 
 

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 import wandb
 
+from data.disk import check_writable
 from data.prompt import Prompt
 from data.prompts import PromptSource, load_prompts, prompt_hash
 from data.provenance import environment, now, write_run_file
+from data.typed import Count, Length, Part
 from eval.command import command, wandb_mode
 from eval.compare import Comparison, Run, print_table
-from eval.headline import MARGIN, check_margin, summary
+from eval.headline import MARGIN, summary
 from eval.intervals import paired
 from eval.report import SCHEMA_VERSION, write
 from eval.tracking import USUAL, WandbSettings, evaluation_run
@@ -30,13 +32,13 @@ def main(
     runs: list[Run],
     prompts: list[PromptSource],
     split: Literal["train", "validation", "test"] | None = "test",
-    limit: int | None = None,
-    gen_length: int = 128,
-    block_length: int = 32,
-    batch_size: int = 32,
-    repeats: int = 1,
-    margin: float = MARGIN,
-    pick_on: int | None = 256,
+    limit: Count | None = None,
+    gen_length: Length = 128,
+    block_length: Length = 32,
+    batch_size: Length = 32,
+    repeats: Count = 1,
+    margin: Part = MARGIN,
+    pick_on: Count | None = 256,
     out: Path = Path("runs/bench"),
     wandb: WandbSettings = USUAL,
 ) -> None:
@@ -69,7 +71,7 @@ def main(
         "split": split, "limit": limit, "gen_length": gen_length, "block_length": block_length, "batch_size": batch_size,
         "repeats": repeats, "margin": margin, "pick_on": pick_on,
     }  # fmt: skip
-    check_margin(margin)
+    check_writable("out", out)
     if pick_on is not None and split in (None, "validation"):
         raise InputError("pick_on", pick_on, "null where validation prompts are reported")
     mode = wandb_mode()

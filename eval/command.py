@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from jsonargparse import ArgumentParser, auto_cli
+import yaml
+from jsonargparse import SUPPRESS, ArgumentParser, Namespace, auto_cli, get_loader, set_loader
 
 from decoding.heap import keep_freed_memory
 from models.errors import InputError
@@ -19,10 +20,20 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """The YAML files, one folder for each command, wherever the command is started from."""
 
 # How jsonargparse words the two ways of naming something it does not know.
-_UNKNOWN = re.compile(r"Unrecognized arguments: (?:--)?([^\s=]+)|does not accept (?:option|nested key) '([^']+)'")
+_UNKNOWN = re.compile(
+    r"Unrecognized arguments: (?:--)?([^\s=]+)|does not accept (?:option|nested key) '([^']+)'|Option '([^']+)' is not accepted"
+)
 _LITERAL = re.compile(r"typing\.Literal\[([^\]]+)\]")
 _KEY = re.compile(r'Parser key "([^"]+)": ?(.*)')
-_TYPE = re.compile(r"Expected a (?:<class ')?(.+?)(?:'>)?\. Got value: (.*)$")
+_TYPE = re.compile(r"Expected a (?:<class ')?(.+?)(?:'>)?\. Got value: ?(.*)$")
+# And how it hands on what pydantic says, and what each part of a union says.
+_PYDANTIC = re.compile(
+    r"1 validation error for (?:.*?(?:Input should be |Value error, )|\S+ )(.+?) \[type=.*?\] For further information visit "
+    r"https://\S+?(?=\.? Got value| Given value| - |$)"
+)
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*) Given value type: .*? Given value: (.*)$"
+)
 
 
 class CommandParser(ArgumentParser):
@@ -30,7 +41,20 @@ class CommandParser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # a shortened option would not be found again in the saved config
+        set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
         super().__init__(*args, **kwargs)
+
+    def validate(self, cfg: Namespace, *args: Any, **kwargs: Any) -> None:
+        super().validate(cfg, *args, **kwargs)
+        for action in self._actions:  # jsonargparse takes null for any setting, whatever its type
+            if action.default not in (None, SUPPRESS) and action.dest in cfg and cfg[action.dest] is None:
+                self._check_value_key(action, None, action.dest, cfg)
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_path(cfg_path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise InputError(str(cfg_path), error, "YAML in UTF-8") from None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -40,12 +64,39 @@ class CommandParser(ArgumentParser):
         if key := _KEY.fullmatch(message):
             message = f"{key[1]}: {key[2]}"
         message = _LITERAL.sub(lambda found: found[1].replace("'", "").replace(", ", " | "), message)
-        message = _TYPE.sub(r"found \2; accepted: \1", message)
+        message = _PYDANTIC.sub(r"Expected a \1", message)
+        if union := _UNION.search(message):
+            parts = [_TYPE.sub(r"\1", f"{part}. Got value: ") for part in union[1].split(" - ")]
+            message = f"{message[: union.start()]}found {union[2]}; accepted: {' | '.join(dict.fromkeys(parts))}"
+        message = _TYPE.sub(lambda part: f"found {part[2] or repr('')}; accepted: {part[1]}", message).replace(
+            "NoneType", "null"
+        )
         if unknown := _UNKNOWN.search(message):
-            message += f"; accepted: {_accepted(parser, unknown[1] or unknown[2])}"
+            message += f"; accepted: {_accepted(parser, unknown[1] or unknown[2] or unknown[3])}"
         prog = re.sub(r" \[options\]", "", parser.prog)
         sys.stderr.write(f"{prog}: {message} (see {prog} --help)\n")
         raise SystemExit(2)
+
+
+_jsonargparse_yaml = get_loader("yaml")
+
+
+def load_yaml(text: str) -> Any:
+    """YAML as jsonargparse reads it, without keys that are there twice: the last of them would win and say nothing."""
+    waiting = [yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"found {key!r} twice; accepted: each key once", problem_mark=node.start_mark
+                    )
+            waiting += [value for _, value in node.value]
+    return _jsonargparse_yaml(text)
 
 
 def _accepted(parser: ArgumentParser, unknown: str) -> str:
@@ -57,6 +108,8 @@ def _accepted(parser: ArgumentParser, unknown: str) -> str:
 
 def entry(main: Callable[[], object]) -> None:
     """Runs a command; bad input ends it with one line on stderr and status 2, Ctrl-C with one line and status 130.
+
+    A disk that is full, or a file that the system does not let it read or write, ends it with one line and status 74.
 
     Args:
         main: The command. A ``KeyboardInterrupt`` with a message replaces the line printed on Ctrl-C.
@@ -70,6 +123,12 @@ def entry(main: Callable[[], object]) -> None:
     except InputError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno is None:  # raised by a library, not by the system
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {where}{error.strerror}\n")
+        raise SystemExit(os.EX_IOERR) from None
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"\n{stop or 'interrupted'}\n")
         raise SystemExit(130) from None

@@ -3,14 +3,14 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import data
@@ -19,11 +19,13 @@ import models
 from data.prompt import Prompt
 from data.prompts import prompt_hash, tokenizer_hash
 from data.provenance import code_digest, environment, now
+from data.typed import Count, Length, Temperature, Text, check_fields
 from decoding.config import CacheRule, EotRule
 from decoding.decoder import Decoder, Generation
 from decoding.strategies import Strategy, make_strategy
 from eval.measure import measure
 from eval.memory import PeakMemory
+from models.checkpoint import writing
 from models.errors import InputError
 from models.predictor import MaskPredictor
 
@@ -48,21 +50,22 @@ class Run:
         label: Name in the table; made from the other fields by default.
     """
 
-    strategy: str
+    strategy: Text
     options: dict[str, Any] = field(default_factory=dict)
     eot: EotRule = "commit"
     cache: CacheRule = "none"
-    refresh: int | None = None
-    steps: int | None = None
-    temperature: float = 0.0
-    gen_length: int | None = None
-    block_length: int | None = None
-    batch_size: int | None = None
-    limit: int | None = None
-    dtype: str | None = None
+    refresh: Count | None = None
+    steps: Length | None = None
+    temperature: Temperature = 0.0
+    gen_length: Length | None = None
+    block_length: Length | None = None
+    batch_size: Length | None = None
+    limit: Count | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     label: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.label:
             return
         numbers = {name: value for name, value in self.options.items() if isinstance(value, int | float)}
@@ -352,19 +355,31 @@ def _save(file: Path, out: Generation, extra: dict[str, Any]) -> None:
     """Writes a decode: its tensors, and what is left of it as text in the file's metadata."""
     tensors = {"sequences": out.sequences, "nfe": out.nfe} | {f"count.{k}": v for k, v in out.counts.items()}
     kept = ("forward_calls", "seconds", "predictor_seconds", "helper_seconds", "settings")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.tmp")
-    metadata = {"generation": {name: getattr(out, name) for name in kept}, "extra": extra}
-    save_file(tensors, aside, {name: json.dumps(value) for name, value in metadata.items()})
-    aside.replace(file)
+    metadata = {
+        name: json.dumps(value)
+        for name, value in {"generation": {name: getattr(out, name) for name in kept}, "extra": extra}.items()
+    }
+    with writing(file) as aside:
+        aside.write_bytes(save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Checksum of a stored decode: safetensors have none, and a flipped bit would be another text."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _load(file: Path, decoder: Decoder) -> tuple[Generation, dict[str, Any]]:
     try:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
-            metadata = {name: json.loads(value) for name, value in stored.metadata().items()}
-    except (SafetensorError, ValueError) as error:
+            texts = dict(stored.metadata() or {})
+            if texts.pop("sha256", None) != _digest(tensors, texts):
+                raise ValueError("another checksum than it was written with")
+            metadata = {name: json.loads(value) for name, value in texts.items()}
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(str(file), error, "a decode as this command wrote it; delete the file") from error
     counts = {name.removeprefix("count."): value for name, value in tensors.items() if name.startswith("count.")}
     text, tokens = decoder.read(tensors["sequences"])

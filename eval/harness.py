@@ -15,13 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.disk import check_writable
 from data.provenance import write_aside, write_run_file
+from data.typed import Count, Length, Positive, Temperature, Whole
 from decoding.config import CacheRule, EotRule
 from eval.command import command, entry, wandb_mode
 from eval.lm import processes
 from eval.lm.presets import PRESETS, resolve
 from eval.tracking import USUAL, WandbSettings, evaluation_run
-from models.errors import InputError
+from models.errors import InputError, first_line
 
 if TYPE_CHECKING:  # an extra, imported when it is needed
     from lm_eval.tasks import TaskManager
@@ -48,28 +50,28 @@ def main(
     filter: str | None = None,
     helper: str | None = None,
     options: dict[str, Any] | None = None,
-    gen_length: int | None = None,
-    block_length: int | None = None,
-    steps: int | None = None,
-    temperature: float | None = None,
+    gen_length: Length | None = None,
+    block_length: Length | None = None,
+    steps: Length | None = None,
+    temperature: Temperature | None = None,
     eot: EotRule = "commit",
     cache: CacheRule = "none",
-    refresh: int | None = None,
-    seed: int = 0,
+    refresh: Count | None = None,
+    seed: Whole = 0,
     dtype: str | None = None,
     device: str | None = None,
-    devices: int = 1,
+    devices: Count = 1,
     compile: bool = False,
-    batch_size: int = 32,
-    mc_samples: int = 128,
+    batch_size: Length = 32,
+    mc_samples: Count = 128,
     greedy_check: bool | None = None,
     add_bos: bool = False,
     truncate: bool = False,
-    num_fewshot: int | None = None,
+    num_fewshot: Whole | None = None,
     apply_chat_template: bool | None = None,
     fewshot_as_multiturn: bool | None = None,
     system_instruction: str | None = None,
-    limit: float | None = None,
+    limit: Positive | None = None,
     include_path: Path | None = None,
     confirm_run_unsafe_code: bool = False,
     log_samples: bool = False,
@@ -128,6 +130,7 @@ def main(
     check_consent(manager, names, confirm_run_unsafe_code)
     folder = Path("runs/harness", f"{preset or '+'.join(names)}-{strategy}")
     settings |= {"tasks": names, "out": out or folder}
+    check_writable("out", settings["out"])
     processes.launch(devices, device)
     try:
         results = evaluate(settings, manager)
@@ -143,8 +146,6 @@ def main(
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raises an InputError for what would be misread later."""
-    if settings["limit"] is not None and not settings["limit"] > 0:
-        raise InputError("limit", settings["limit"], "a number above 0, or null")
     for name, value in (settings["options"] or {}).items():
         if name in MODEL_SETTINGS:
             raise InputError(f"options.{name}", value, f"--{name}, which is no setting of a strategy alone")
@@ -214,19 +215,21 @@ def _configs(manager: "TaskManager", item: str | dict[str, Any]) -> Iterator[dic
         yield from _configs(manager, inside)
 
 
-def load_tasks(manager: "TaskManager", names: list[str]) -> list[Any]:
+def load_tasks(manager: "TaskManager", names: list[str], num_fewshot: int | None = None) -> list[Any]:
     """The tasks and groups themselves, with their data.
 
     Raises:
-        InputError: Data or a metric that cannot be loaded.
+        InputError: Data or a metric that cannot be loaded, or examples asked of a task that is without, which lm-eval ignores.
     """
     try:
         loaded = manager.load(names)
     except Exception as error:  # the hub's, the data set's, the task's own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         accepted = "tasks whose data and metrics can be loaded"
-        raise InputError(f"tasks {', '.join(names)}", first, accepted) from error
+        raise InputError(f"tasks {', '.join(names)}", first_line(error), accepted) from error
     groups, tasks = loaded.get("groups", {}), loaded["tasks"]
+    without = [name for name, task in tasks.items() if task.get_config("num_fewshot") == 0]
+    if num_fewshot and without:
+        raise InputError("num_fewshot", num_fewshot, f"0 or null with {', '.join(without)}, which has no examples")
     inside = {name for children in loaded.get("group_map", {}).values() for name in children}
     return [item for name, item in (groups | tasks).items() if name not in inside]
 
@@ -250,7 +253,7 @@ def evaluate(settings: dict[str, Any], manager: "TaskManager") -> dict[str, Any]
     model["answers"] = settings["out"] if settings["resume"] else None
     task = {name: settings[name] for name in LM_EVAL_SETTINGS}
     with only_first_speaks():
-        task |= {"tasks": load_tasks(manager, settings["tasks"]), "task_manager": manager}
+        task |= {"tasks": load_tasks(manager, settings["tasks"], settings["num_fewshot"]), "task_manager": manager}
         evaluation: Any = lm_eval.simple_evaluate  # its wrapper hides the signature
         return evaluation(model=DiffusionLM(**model), **task)
 

@@ -6,9 +6,12 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from data.provenance import write_aside
+from data.typed import checked
 from eval.command import command
 from eval.headline import MARGIN, check_margin, headline
 from eval.intervals import paired
@@ -222,6 +225,40 @@ def draw(rows: Sequence[Row], target: Path, margin: float = MARGIN) -> None:
     plt.close(figure)
 
 
+class _Settings(BaseModel):
+    strategy: str
+    eot: str
+    gen_length: int
+
+
+class _Row(BaseModel):
+    label: str
+    reference: str
+    settings: _Settings
+    prompts: int
+    exact_match: float | None
+    nfe_mean: float
+    tokens_per_second: float
+    by_task: dict[str, Any]
+    by_length: dict[str, Any]
+
+
+class _Prompts(BaseModel):
+    hashes: list[str]
+    tasks: dict[str, int]
+
+
+class _Result(BaseModel):
+    """What tells a result of ``eval/bench.py`` from any other JSON, and what everything here reads."""
+
+    command: str
+    environment: dict[str, Any]
+    base: dict[str, str]
+    prompts: _Prompts
+    scorers: list[str]
+    rows: Annotated[list[_Row], Field(min_length=1)]
+
+
 def read(file: Path) -> dict[str, Any]:
     """Reads a result.
 
@@ -236,6 +273,7 @@ def read(file: Path) -> dict[str, Any]:
     if found not in (3, SCHEMA_VERSION):  # version 3 knew no prompts to pick on
         raise InputError(f"{file}: schema_version", found, f"3 | {SCHEMA_VERSION}")
     result |= {"schema_version": SCHEMA_VERSION, "picked_on": result.get("picked_on")}
+    checked(_Result, result, file)
     for row in result["rows"]:
         row["settings"]["eot"] = current_eot_rule(row["settings"]["eot"], f"{file}: eot")
     return result

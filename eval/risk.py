@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 from scipy.stats import beta
 
+from data.disk import check_writable
 from data.prompt import Prompt
 from data.prompts import PromptSource, Split, load_prompts, prompt_hash
 from data.provenance import environment, now
+from data.typed import Count, Length
 from decoding.config import CacheRule, EotRule
 from decoding.risk import DECODING, Calibration, plain, save_calibration
 from decoding.strategies import make_strategy
@@ -62,13 +64,13 @@ def main(
     confidence: float = CONFIDENCE,
     prompts: list[PromptSource] = VALIDATION,
     split: Split | None = "validation",
-    limit: int | None = None,
-    gen_length: int = 128,
-    block_length: int = 32,
+    limit: Count | None = None,
+    gen_length: Length = 128,
+    block_length: Length = 32,
     eot: EotRule = "commit",
     cache: CacheRule = "none",
-    refresh: int | None = None,
-    batch_size: int = 32,
+    refresh: Count | None = None,
+    batch_size: Length = 32,
     run: Path = Path("runs/risk"),
     out: Path | None = None,
 ) -> None:
@@ -104,6 +106,7 @@ def main(
     if varied is None or varied in options or not values:
         accepted = "a strategy with a setting that trades quality for forwards, and values of it"
         raise InputError("strategy, option, values", f"{strategy}, {varied}, {values}", accepted)
+    check_writable("run", run)
     if not 0 < confidence < 1:
         raise InputError("confidence", confidence, "a number between 0 and 1, such as 0.95")
     for value in values:  # refuses what the strategy does not take before anything is decoded

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from data.disk import check_writable
 from data.provenance import write_aside
+from data.typed import Length, Temperature, Whole
 from decoding.config import CacheRule, DecodeConfig, EotRule
 from decoding.decoder import Decoder
 from decoding.generate import BUNDLED
@@ -36,13 +38,13 @@ def main(
     filter: str = str(BUNDLED / "filter-llada-tiny"),
     helper: str = str(BUNDLED / "helper-llada-tiny"),
     options: dict[str, dict[str, Any]] | None = None,
-    gen_length: int = 128,
-    block_length: int = 32,
-    steps: int | None = None,
-    temperature: float = 0.0,
+    gen_length: Length = 128,
+    block_length: Length = 32,
+    steps: Length | None = None,
+    temperature: Temperature = 0.0,
     eot: EotRule = "commit",
     cache: CacheRule = "none",
-    seed: int = 0,
+    seed: Whole = 0,
     chat_template: bool = True,
     out: Path = Path("runs/trace/trace.html"),
 ) -> None:
@@ -67,6 +69,7 @@ def main(
         chat_template: Wrap the prompt in the chat template.
         out: The page.
     """
+    check_writable("out", out, folder=False)
     components = {"learn2pd": {"filter": filter}, "apd": {"helper": helper}}
     chosen = choose(strategies, components, options or {})
     config = DecodeConfig(gen_length, block_length, steps, temperature, eot, seed, cache)

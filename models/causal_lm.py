@@ -14,10 +14,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import disable_progress_bar
 
-from models.errors import InputError
-from models.predictor import MaskPredictor, check_tensors, checkpoint_folder
+from models.errors import InputError, first_line
+from models.predictor import MaskPredictor, check_tensors, checkpoint_folder, quiet_loading
+from models.rules import COUNT, POSITIVE, check
 
 
 def within(ids: Tensor, vocab_size: int, eot_id: int) -> Tensor:
@@ -145,7 +145,7 @@ def check_same_ids(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> N
     """
     if tokenizer is None or not (folder / "tokenizer.json").is_file():
         return
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_vocab()
     common = [(token, number) for token, number in tokenizer.get_vocab().items() if token in theirs]
     others = [(token, number) for token, number in common if theirs[token] != number]
     if len(others) > len(common) / 100 or not common:
@@ -160,16 +160,14 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str = "auto") -> PreTraine
     Raises:
         InputError: It cannot be read, is of an unknown architecture, or tensors are missing, unexpected or misshapen.
     """
-    disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True,
-            local_files_only=True, attn_implementation="sdpa", trust_remote_code=False,
-        )  # fmt: skip
+        with quiet_loading():
+            model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                folder, dtype=dtype, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True,
+                local_files_only=True, attn_implementation="sdpa", trust_remote_code=False,
+            )  # fmt: skip
     except Exception as error:  # transformers has no error of its own
-        raise InputError(
-            str(folder), str(error).splitlines()[0], "a causal LM in config.json and safetensors"
-        ) from error
+        raise InputError(str(folder), first_line(error), "a causal LM in config.json and safetensors") from error
     check_tensors(folder, info)
     return model
 
@@ -178,12 +176,11 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> Any:
     """Wraps a model in a trainable LoRA of all its linear layers but the head; the model itself is frozen.
 
     Raises:
-        InputError: A rank below 1.
+        InputError: A rank below 1, or an alpha that is not above 0.
     """
     from peft import LoraConfig, get_peft_model
 
-    if rank < 1:
-        raise InputError("lora_rank", rank, "a positive integer")
+    check({"lora_rank": rank, "lora_alpha": alpha}, {"lora_rank": COUNT, "lora_alpha": POSITIVE})
     lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")  # type: ignore[arg-type]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads what transformers has renamed

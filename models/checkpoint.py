@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import shutil
+import socket
+import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from models.errors import InputError
 
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
+_HOST = socket.gethostname()
 CALIBRATION, PICTURE = "risk.json", "reliability.png"
 """What a fit or a calibration leaves in the folder of the component it is about; it goes with the component."""
 
@@ -38,12 +42,12 @@ def save_component(folder: str | Path, config: Mapping[str, Any], tensors: Mappi
             written as JSON, or a tensor is not finite.
     """
     folder = Path(folder).absolute()
-    _check_replaceable(folder, config["kind"])
+    check_replaceable(folder, config["kind"])
     try:
         text = json.dumps(dict(config), indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"{folder / CONFIG}", error, "values that JSON can hold") from None
-    _check_finite(folder / TENSORS, tensors)
+    check_finite(folder / TENSORS, tensors)
     with replacing(folder) as aside:
         aside.mkdir(parents=True)
         (aside / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -78,6 +82,44 @@ def replacing(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[Path]:
+    """Lets a file appear in full or not at all: what the block writes into the path it is given replaces ``file``.
+
+    It is on the disk before it is renamed, and nothing is left beside it, whatever goes wrong; a kill may leave what
+    :func:`abandoned` then knows.
+
+    Args:
+        file: The file; its folder is made.
+
+    Yields:
+        A path beside it, of this process alone.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.{_HOST}-{os.getpid()}.part")
+    try:
+        yield aside
+        with aside.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def abandoned(aside: Path) -> bool:
+    """Whether nobody writes a path of :func:`writing` any more: its process is gone, or on another machine and a day old."""
+    ours = re.search(rf"\.{re.escape(_HOST)}-(\d+)\.part$", aside.name)
+    try:
+        if ours is None:
+            return time.time() - aside.stat().st_mtime > 86_400
+        os.kill(int(ours[1]), 0)
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def load_component(
@@ -168,7 +210,7 @@ def load_tensors(net: nn.Module, tensors: Mapping[str, Tensor], file: str | Path
                 f"{tensor.dtype} of shape {tuple(tensor.shape)}",
                 f"{wanted.dtype} of shape {tuple(wanted.shape)}",
             )
-    _check_finite(file, tensors)
+    check_finite(file, tensors)
     net.load_state_dict(dict(tensors))
 
 
@@ -181,15 +223,25 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise InputError(str(file), f"unreadable ({error})", "safetensors") from None
 
 
-def _check_finite(file: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    # A filter with a NaN would load, never fire and say nothing.
+def check_finite(where: str | Path, tensors: Mapping[str, Tensor], most: int | None = None) -> None:
+    """Raises an InputError for a tensor with a NaN or an infinity: it would load, decide nonsense and say nothing.
+
+    Args:
+        where: File or folder, for the message.
+        tensors: The tensors by name.
+        most: Looks at about so many values of each, evenly spread; ``None`` looks at all.
+    """
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{file}: {name}", "values that are not finite", "finite values")
+        values = tensor if most is None else tensor.flatten()[:: -(-tensor.numel() // most) or 1]
+        if not torch.isfinite(values).all():
+            raise InputError(f"{where}: {name}", "values that are not finite", "finite values")
 
 
-def _check_replaceable(folder: Path, kind: str) -> None:
-    """Replacing means deleting, so only what an earlier export of the same kind wrote may be there."""
+def check_replaceable(folder: Path, kind: str) -> None:
+    """Raises an InputError unless a component may take a folder's place.
+
+    Replacing means deleting, so only what an earlier export of the same kind wrote may be there.
+    """
     if not folder.exists():
         return
     accepted = f"a new folder, or one that an earlier export of a {kind} wrote"

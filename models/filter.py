@@ -1,7 +1,6 @@
 """Filters: small networks that tell which of the predictor's guesses are already final (Learn2PD, arXiv 2509.25188)."""
 
 import itertools
-import math
 import pickle
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -12,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checkpoint import CONFIG, TENSORS, current_eot_rule, load_component, load_tensors, save_component
-from models.errors import InputError
+from models.errors import InputError, first_line
 from models.features import FEATURES, Evidence, feature_columns, needs_of
+from models.rules import COUNT, FIGURES, FLAG, LENGTH, SHARE, TEXT, Rule, check, is_number, list_of, one_of, whole
 
 KIND = "filter"
 SCHEMA_VERSION = 1
@@ -41,6 +41,7 @@ class FilterConfig:
         vocab_size: Token ids of the base model.
         mask_id: Its MASK id.
         base_fingerprint: Its fingerprint.
+        base_family: Its ``model_type``; exports from before there was more than one family are LLaDA's.
         block_alignment: Where blocks are counted from; ``generation`` is the end of the prompt.
         confidence_dtype: What confidences were computed in.
         metrics: Figures measured before the export, by name; ``None`` where one is undefined.
@@ -61,6 +62,7 @@ class FilterConfig:
     vocab_size: int = 0
     mask_id: int = -1
     base_fingerprint: str = ""
+    base_family: str = ""
     block_alignment: str = "generation"
     confidence_dtype: str = "float32"
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -70,6 +72,11 @@ class FilterConfig:
     def needs(self) -> frozenset[str]:
         """What the network reads beyond token and confidence, as a strategy asks for it."""
         return needs_of(self.features) | (frozenset({"text"}) if self.embedding else frozenset())
+
+    @property
+    def logits_only(self) -> bool:
+        """True if logits and the block's tokens are all it reads: it then runs in engines that hand over no hidden states."""
+        return "hidden" not in self.needs
 
 
 class Filter(nn.Module):
@@ -160,57 +167,55 @@ class ConvFilter(Filter):
 _NETWORKS: dict[str, type[BlockMLP] | type[ConvFilter]] = {"block_mlp": BlockMLP, "conv": ConvFilter}
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_NETWORK_RULES: dict[str, tuple[Any, str]] = {
-    "architecture": (lambda v: isinstance(v, str) and v in _NETWORKS, " or ".join(_NETWORKS)),
-    "features": (
-        lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(isinstance(n, str) and n in FEATURES for n in v),
-        f"a list of {', '.join(FEATURES)}",
+_NETWORK_RULES: dict[str, Rule] = {
+    "architecture": one_of(_NETWORKS),
+    "features": Rule(
+        f"a list of some of {', '.join(FEATURES)}, each once",
+        lambda v: list_of(one_of(FEATURES), "").accepts(v) and len(set(v)) == len(v) > 0,
     ),
-    "block_length": (_is_count, "a positive integer"),
-    "channels": (_is_count, "a positive integer"),
-    "kernel": (lambda v: _is_count(v) and v % 2 == 1, "an odd positive integer"),
-    "layers": (_is_count, "a positive integer"),
-    "embedding": (lambda v: v == 0 or _is_count(v), "a whole number from 0"),
-    "needs_all_positions": (lambda v: isinstance(v, bool), "true or false"),
-}
-_EXPORT_RULES: dict[str, tuple[Any, str]] = _NETWORK_RULES | {
-    "threshold": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
-    "gen_length": (_is_count, "a positive integer"),
-    "eot_rule": (lambda v: isinstance(v, str), "a string"),
-    "vocab_size": (_is_count, "a positive integer"),
-    "mask_id": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0, "a token id"),
-    "base_fingerprint": (lambda v: isinstance(v, str) and v != "", "the base model's fingerprint, a string"),
+    "block_length": LENGTH,
+    "channels": COUNT,
+    "kernel": Rule("an odd whole number of at least 1", lambda v: COUNT.accepts(v) and v % 2 == 1),
+    "layers": whole(1, 256),
+    "embedding": whole(0),
+    "needs_all_positions": FLAG,
+}  # fmt: skip
+_EXPORT_RULES = _NETWORK_RULES | {
+    "threshold": SHARE,
+    "gen_length": LENGTH,
+    "eot_rule": TEXT,
+    "vocab_size": COUNT,
+    "mask_id": whole(0),
+    "base_fingerprint": Rule("the base model's fingerprint, a string", TEXT.accepts),
+    "base_family": Rule("the base model's model_type, a string", TEXT.accepts),
     # Engines that let the first block hold prompt tokens would show the network blocks it has never seen.
-    "block_alignment": (lambda v: v == "generation", "generation"),
-    "confidence_dtype": (lambda v: v == "float32", "float32"),
-    "metrics": (
-        lambda v: isinstance(v, dict) and all(n is None or _is_number(n) for n in v.values()),
-        "an object of finite numbers or nulls",
-    ),
-    "schema_version": (lambda v: v == SCHEMA_VERSION, str(SCHEMA_VERSION)),
+    "block_alignment": one_of(["generation"]),
+    "confidence_dtype": one_of(["float32"]),
+    "metrics": FIGURES,
+    "schema_version": Rule(str(SCHEMA_VERSION), lambda v: v == SCHEMA_VERSION),
 }
+_MOST_WEIGHTS = 1 << 28
+"""A filter of a gigabyte is a mistake in its sizes."""
 
 
-def _check(values: dict[str, Any], rules: dict[str, tuple[Any, str]], where: str) -> None:
-    for name, (accepts, accepted) in rules.items():
-        if not accepts(values[name]):
-            raise InputError(f"{where}: {name}", repr(values[name]), accepted)
+def _check(values: dict[str, Any], rules: dict[str, Rule], where: str) -> None:
+    check(values, rules, f"{where}: ")
     if values["architecture"] == "conv" and values["needs_all_positions"]:
         raise InputError(f"{where}: needs_all_positions", True, "false; conv reads masked positions only")
     if values["architecture"] == "block_mlp" and values["embedding"]:
         raise InputError(f"{where}: embedding", values["embedding"], "0; block_mlp reads confidences only")
-    if values["embedding"] and not _is_count(values["vocab_size"]):
+    if values["embedding"] and not COUNT.accepts(values["vocab_size"]):
         raise InputError(
             f"{where}: vocab_size", values["vocab_size"], "the base model's, for a filter that reads tokens"
         )
+    if values["architecture"] == "conv":
+        inputs, width = len(values["features"]) + values["embedding"], values["channels"]
+        weights = (inputs + width * values["layers"]) * width * values["kernel"]
+        weights += values["vocab_size"] * values["embedding"] if values["embedding"] else 0
+    else:
+        weights = 2 * values["block_length"] ** 2
+    if weights > _MOST_WEIGHTS:
+        raise InputError(f"{where}: sizes", f"{weights:,} weights", f"at most {_MOST_WEIGHTS:,}")
 
 
 def build_filter(config: FilterConfig) -> BlockMLP | ConvFilter:
@@ -230,17 +235,20 @@ def save_filter(folder: str | Path, net: Filter, config: FilterConfig, card: str
         folder: Where to; an earlier export there is replaced.
         net: The network that ``config`` describes.
         config: Its description, complete.
-        card: Text of the model card.
+        card: Text of the model card; where the filter runs is said at its end.
 
     Raises:
         InputError: A field is unset or impossible, ``folder`` holds something else, or weights are not finite.
     """
-    metrics = {name: value if _is_number(value) else None for name, value in config.metrics.items()}
+    metrics = {name: value if is_number(value) else None for name, value in config.metrics.items()}
     values = asdict(replace(config, metrics=metrics))
     _check(values, _EXPORT_RULES, KIND)
     # Into a fresh network first: what cannot be loaded again is not written.
     tensors = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
     load_tensors(build_filter(config), tensors, Path(folder) / TENSORS)
+    where = "in SGLang and dInfer, too" if config.logits_only else "in this project's own loop alone"
+    reads = "logits and the block's tokens alone" if config.logits_only else "hidden states, which other engines keep"
+    card = f"{card.rstrip()}\n\nReads {reads}: it runs {where} (docs/serving.md).\n"
     save_component(folder, {"kind": KIND} | values, tensors, card)
 
 
@@ -255,7 +263,11 @@ def load_filter(folder: str | Path) -> tuple[BlockMLP | ConvFilter, FilterConfig
     """
     folder = Path(folder)
     values, tensors = load_component(
-        folder, KIND, SCHEMA_VERSION, [f.name for f in fields(FilterConfig)], older={"embedding": 0}
+        folder,
+        KIND,
+        SCHEMA_VERSION,
+        [f.name for f in fields(FilterConfig)],
+        older={"embedding": 0, "base_family": "llada"},
     )
     _check(values, _EXPORT_RULES, str(folder / CONFIG))
     values["eot_rule"] = current_eot_rule(values["eot_rule"], f"{folder / CONFIG}: eot_rule")
@@ -263,6 +275,8 @@ def load_filter(folder: str | Path) -> tuple[BlockMLP | ConvFilter, FilterConfig
     config = FilterConfig(**values)
     net = build_filter(config)
     load_tensors(net, tensors, folder / TENSORS)
+    if isinstance(net, ConvFilter) and not (net.std > 0).all():
+        raise InputError(f"{folder / TENSORS}: std", net.std.tolist(), "standard deviations above 0")
     return net.eval(), config
 
 
@@ -274,6 +288,7 @@ def import_official(
     fingerprint: str,
     gen_length: int,
     threshold: float = 0.96,
+    family: str = "llada",
 ) -> tuple[BlockMLP, FilterConfig]:
     """Reads the ``.pth`` of the official Learn2PD code, which says nothing about itself: the caller says it.
 
@@ -284,6 +299,7 @@ def import_official(
         fingerprint: Its fingerprint.
         gen_length: Tokens generated in the training rollouts.
         threshold: The authors' value for LLaDA is 0.96, for Dream 0.9.
+        family: The base model's ``model_type``.
 
     Returns:
         The network in evaluation mode on the CPU, and its description, ready for :func:`save_filter`.
@@ -297,7 +313,7 @@ def import_official(
     except FileNotFoundError:
         raise InputError(str(path), "no such file", accepted) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(str(path), f"unreadable ({str(error).splitlines()[0]})", accepted) from None
+        raise InputError(str(path), f"unreadable ({first_line(error)})", accepted) from None
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise InputError(str(path), f"a {type(found).__name__} that is not a state dict", accepted)
     weight = found.get("linear1.weight")
@@ -307,7 +323,7 @@ def import_official(
     config = FilterConfig(
         architecture="block_mlp", features=("confidence",), block_length=weight.shape[0], needs_all_positions=True,
         threshold=threshold, gen_length=gen_length, vocab_size=vocab_size, mask_id=mask_id,
-        base_fingerprint=fingerprint,
+        base_fingerprint=fingerprint, base_family=family,
     )  # fmt: skip
     _check(asdict(config), _EXPORT_RULES, str(path))
     net = BlockMLP(config)
@@ -316,12 +332,14 @@ def import_official(
 
 
 def check_compatible(
-    config: FilterConfig, *, vocab_size: int, mask_id: int, fingerprint: str, gen_length: int, block_length: int
-) -> list[str]:
+    config: FilterConfig, *, family: str, vocab_size: int, mask_id: int, fingerprint: str, gen_length: int,
+    block_length: int,
+) -> list[str]:  # fmt: skip
     """Refuses a filter that was made for another base model or block; call it before decoding.
 
     Args:
-        config: The filter's description.
+        config: The filter's description. One that was never saved need not say its family.
+        family: ``model_type`` of the model that will be decoded.
         vocab_size: Token ids of the model that will be decoded.
         mask_id: Its MASK id.
         fingerprint: Its fingerprint.
@@ -332,10 +350,11 @@ def check_compatible(
         Warnings: differences under which the filter works, but its threshold was not picked.
 
     Raises:
-        InputError: Another vocabulary, MASK id, base model or schema, or a block that the network cannot take.
+        InputError: Another family, vocabulary, MASK id, base model or schema, or a block that the network cannot take.
     """
     for name, ours in (
         ("schema_version", SCHEMA_VERSION),
+        ("base_family", family if config.base_family else ""),
         ("vocab_size", vocab_size),
         ("mask_id", mask_id),
         ("base_fingerprint", fingerprint),

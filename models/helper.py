@@ -7,7 +7,6 @@ safetensors) with our own description beside it in ``helper.json``, which is the
 import json
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from models.causal_lm import load_causal_lm, pretrained_folder, within
-from models.checkpoint import CALIBRATION, current_eot_rule, replacing
-from models.errors import InputError
+from models.checkpoint import CALIBRATION, check_finite, current_eot_rule, replacing
+from models.errors import InputError, first_line
 from models.helper_cache import HelperCache
 from models.predictor import fingerprint
+from models.rules import COUNT, FIGURES, FLAG, LENGTH, TEXT, Rule, check, is_number, whole
 
 KIND = "helper"
 SCHEMA_VERSION = 1
@@ -44,6 +44,7 @@ class HelperConfig:
         source_fingerprint: Fingerprint of that model.
         adapter: The tensors are a peft adapter of ``source``, not a whole model.
         metrics: Figures of the validation.
+        base_family: The predictor's ``model_type``; exports from before there was more than one family are LLaDA's.
         schema_version: Version of ``helper.json``.
     """
 
@@ -57,39 +58,28 @@ class HelperConfig:
     source_fingerprint: str | None = None
     adapter: bool = False
     metrics: dict[str, float | None] = field(default_factory=dict)
+    base_family: str = ""
     schema_version: int = SCHEMA_VERSION
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "vocab_size": (_is_count, "a positive integer"),
-    "mask_id": (lambda v: _is_count(v, 0), "a token id"),
-    "eot_id": (lambda v: _is_count(v, 0), "a token id"),
-    "base_fingerprint": (lambda v: isinstance(v, str) and v != "", "the base model's fingerprint, a string"),
-    "gen_length": (_is_count, "a positive integer"),
-    "eot_rule": (lambda v: isinstance(v, str), "a string"),
-    "source": (lambda v: v is None or isinstance(v, str), "a folder, a hub id or null"),
-    "source_fingerprint": (lambda v: v is None or isinstance(v, str), "a fingerprint or null"),
-    "adapter": (lambda v: isinstance(v, bool), "true or false"),
-    "metrics": (
-        lambda v: isinstance(v, dict) and all(n is None or _is_number(n) for n in v.values()),
-        "an object of finite numbers or nulls",
-    ),
-    "schema_version": (lambda v: v == SCHEMA_VERSION, str(SCHEMA_VERSION)),
+_RULES: dict[str, Rule] = {
+    "vocab_size": COUNT,
+    "mask_id": whole(0),
+    "eot_id": whole(0),
+    "base_fingerprint": Rule("the base model's fingerprint, a string", TEXT.accepts),
+    "gen_length": LENGTH,
+    "eot_rule": TEXT,
+    "source": Rule("a folder or a hub id", TEXT.accepts).or_null(),
+    "source_fingerprint": Rule("a fingerprint", TEXT.accepts).or_null(),
+    "adapter": FLAG,
+    "metrics": FIGURES,
+    "base_family": Rule("the base model's model_type, a string", TEXT.accepts),
+    "schema_version": Rule(str(SCHEMA_VERSION), lambda v: v == SCHEMA_VERSION),
 }
 
 
 def _check(values: dict[str, Any], where: str) -> None:
-    for name, (accepts, accepted) in _RULES.items():
-        if not accepts(values[name]):
-            raise InputError(f"{where}: {name}", repr(values[name]), accepted)
+    check(values, _RULES, f"{where}: ")
     if values["adapter"] and None in (values["source"], values["source_fingerprint"]):
         raise InputError(f"{where}: source", None, "the model that the adapter belongs to, and its fingerprint")
 
@@ -213,19 +203,20 @@ def load_helper(
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
     model = _with_adapter(folder, config, dtype) if config.adapter else load_causal_lm(folder, dtype)
-    _check_finite(folder, model)
+    check_finite(folder, model.state_dict())
     helper = Helper(model, config).to(device)
     helper.probe(str(folder))
     return helper
 
 
 def check_helper(
-    config: HelperConfig, *, vocab_size: int, mask_id: int, eot_id: int, fingerprint: str, gen_length: int
+    config: HelperConfig, *, family: str, vocab_size: int, mask_id: int, eot_id: int, fingerprint: str, gen_length: int
 ) -> list[str]:
     """Refuses a helper that was made for another mask predictor; call it before decoding.
 
     Args:
-        config: The helper's description.
+        config: The helper's description. One that was never saved need not say its family.
+        family: ``model_type`` of the predictor that will be decoded.
         vocab_size: Token ids of the predictor that will be decoded.
         mask_id: Its MASK id.
         eot_id: Its EoT id.
@@ -236,10 +227,11 @@ def check_helper(
         Warnings: differences under which the helper works, but less well than it was measured to.
 
     Raises:
-        InputError: Another vocabulary, MASK or EoT id, base model or schema.
+        InputError: Another family, vocabulary, MASK or EoT id, base model or schema.
     """
     for name, ours in (
-        ("schema_version", SCHEMA_VERSION), ("vocab_size", vocab_size), ("mask_id", mask_id), ("eot_id", eot_id),
+        ("schema_version", SCHEMA_VERSION), ("base_family", family if config.base_family else ""),
+        ("vocab_size", vocab_size), ("mask_id", mask_id), ("eot_id", eot_id),
         ("base_fingerprint", fingerprint),
     ):  # fmt: skip
         if getattr(config, name) != ours:
@@ -262,11 +254,11 @@ def save_helper(folder: str | Path, model: Any, config: HelperConfig, card: str)
         InputError: A field is impossible, ``folder`` holds something else, or weights are not finite.
     """
     folder = Path(folder).absolute()
-    _check_replaceable(folder)
-    metrics = {name: value if _is_number(value) else None for name, value in config.metrics.items()}
+    check_replaceable(folder)
+    metrics = {name: value if is_number(value) else None for name, value in config.metrics.items()}
     values = asdict(replace(config, metrics=metrics))
     _check(values, KIND)
-    _check_finite(folder, model)
+    check_finite(folder, model.state_dict())
     disable_progress_bar()
     with replacing(folder) as aside:
         # peft would ask the hub about the vocabulary otherwise, and saves no embeddings of ours in any case.
@@ -292,6 +284,7 @@ def read_description(folder: str | Path) -> HelperConfig:
     names = {"kind", *(f.name for f in fields(HelperConfig))}
     if not isinstance(values, dict) or values.pop("kind", None) != KIND:
         raise InputError(f"{file}: kind", "something else", repr(KIND))
+    values.setdefault("base_family", "llada")
     for name in sorted(names - {"kind"} ^ values.keys()):
         found = "an unknown key" if name in values else "nothing"
         raise InputError(f"{file}: {name}", found, f"the keys {', '.join(sorted(names))}")
@@ -317,7 +310,7 @@ def _with_adapter(folder: Path, config: HelperConfig, dtype: torch.dtype | str) 
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(str(file), str(error).splitlines()[0], f"an adapter of {source}") from error
+        raise InputError(str(file), first_line(error), f"an adapter of {source}") from error
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if there != wanted:  # peft would only warn, and the adapter would do nothing
         raise InputError(
@@ -326,14 +319,8 @@ def _with_adapter(folder: Path, config: HelperConfig, dtype: torch.dtype | str) 
     return model.merge_and_unload()
 
 
-def _check_finite(folder: Path, model: torch.nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{folder}: {name}", "values that are not finite", "finite values")
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Replacing means deleting, so only what an earlier export of a helper wrote may be there."""
+def check_replaceable(folder: Path) -> None:
+    """Raises an InputError if a folder holds anything but what an earlier export of a helper wrote: it will be deleted."""
     if not folder.exists():
         return
     accepted = "a new folder, or one that an earlier export of a helper wrote"

@@ -3,8 +3,8 @@
 import copy
 import functools
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,45 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from models.errors import InputError
-from models.llada import Elementwise, KVCache
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one model family names its special tokens and its limit.
-
-    Attributes:
-        mask: Text of the mask token.
-        eot: Text of the token that ends and pads the generated text.
-        end_of_turn: Text of the token that may close a turn before ``eot``.
-        bos: Text of the token that opens a prompt.
-        max_length: Field of ``config.json`` with the longest sequence, in tokens.
-        embeddings: Name of the tensor of the token embeddings.
-    """
-
-    mask: str
-    eot: str
-    end_of_turn: str
-    bos: str
-    max_length: str
-    embeddings: str
-
-
-FAMILIES = {
-    "llada": Family(
-        mask="<|mdm_mask|>",
-        eot="<|endoftext|>",
-        end_of_turn="<|eot_id|>",
-        bos="<|startoftext|>",
-        max_length="max_sequence_length",
-        embeddings="model.transformer.wte.weight",
-    )
-}
-"""``model_type`` to its description."""
+from models.checkpoint import check_finite
+from models.errors import InputError, first_line
+from models.families import Family, described
+from models.layers import Elementwise, KVCache
+from models.rules import DTYPES, check, one_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +46,7 @@ class MaskPredictor:
     """A frozen mask predictor with everything a decoder must know about it.
 
     Args:
-        model: Module with the ``forward`` and the ``head`` of :class:`models.llada.LLaDAModelLM`.
+        model: Module with the ``forward`` and the ``head`` of :class:`models.layers.MaskedLM`.
         ids: Special token ids.
         vocab_size: Number of ids the logits cover.
         max_length: Longest sequence the model was trained for, in tokens.
@@ -95,6 +64,16 @@ class MaskPredictor:
         self.fingerprint, self.tokenizer = fingerprint, tokenizer
 
     @property
+    def family(self) -> str:
+        """Key of :data:`models.families.FAMILIES`; components trained for another are refused."""
+        return getattr(getattr(self.model, "config", None), "model_type", "unknown")
+
+    @property
+    def left_context(self) -> int:
+        """Columns left of a position that its prediction needs: a forward of a part of a row takes them along."""
+        return getattr(self.model, "left_context", 0)
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -108,10 +87,8 @@ class MaskPredictor:
         Raises:
             InputError: Not the name of a floating-point dtype.
         """
-        dtype = getattr(torch, name, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise InputError("dtype", repr(name), "float32 | bfloat16 | float16")
-        model = copy.deepcopy(self.model).to(dtype)
+        check({"dtype": name}, {"dtype": one_of(DTYPES)})
+        model = copy.deepcopy(self.model).to(getattr(torch, name))
         return MaskPredictor(model, self.ids, self.vocab_size, self.max_length, self.fingerprint, self.tokenizer)
 
     @torch.inference_mode()
@@ -125,8 +102,9 @@ class MaskPredictor:
             attention_mask: ``(B, S)`` bool, False where a key must not be attended to; ``S`` is ``T``, or the cache's
                 length with one. ``None`` attends everywhere.
             position_ids: ``(B, T)`` int64, counted from each row's first real token.
-            logits_at: ``(N,)`` int64 indices into the flattened ``(B * T)`` positions.
-            **cache: ``cache``, ``cache_index`` and ``cache_rows`` of :meth:`models.llada.LLaDAModelLM.forward`.
+            logits_at: ``(N,)`` int64 indices into the flattened ``(B * T)`` positions to be predicted, each with
+                :attr:`left_context` columns left of it in its row, or as many as the row's text has.
+            **cache: ``cache``, ``cache_index`` and ``cache_rows`` of :meth:`models.layers.MaskedLM.forward`.
 
         Returns:
             ``(N, D)`` hidden states in the weights' dtype, as the head reads them; row ``n`` is of position ``logits_at[n]``.
@@ -207,17 +185,17 @@ class MaskPredictor:
             InputError: Not a checkpoint, an unknown family, a tensor missing, unexpected or of another shape, a special
                 token missing, or logits that ignore the attention mask.
         """
+        if not isinstance(dtype, torch.dtype):
+            check({"dtype": dtype}, {"dtype": one_of([*DTYPES, "auto"]).or_null()})
         folder = checkpoint_folder(path)
-        raw, family = _described(folder)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        raw, family, known = described(folder / "config.json")
+        device = usable_device(device)
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else "auto"
-        model = _load_model(folder, dtype, device)
+        model = _load_model(folder, known, family, dtype, device)
         config: Any = model.config
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder}: tokenizer", str(error).splitlines()[0], "tokenizer.json") from error
+        tokenizer = _load_tokenizer(folder, family)
+        check_finite(folder, model.state_dict(), most=1 << 20)
         ids = _token_ids(folder, raw, family, tokenizer)
         predictor = cls(
             model,
@@ -240,6 +218,10 @@ class MaskPredictor:
         mask[1, :2] = False
         positions = torch.arange(4, device=self.device).expand(2, 4)
         first, second = self(ids, mask, positions, torch.tensor([3, 7], device=self.device)).float()
+        if not (first.isfinite().all() and second.isfinite().all()):
+            raise InputError(
+                f"{name}: logits", "values that are not finite", "weights and a dtype that give finite ones"
+            )
         if torch.equal(first, second):
             raise InputError(
                 f"{name}: attention_mask", "logits that ignore it", "a model that attends through the mask"
@@ -259,11 +241,11 @@ def checkpoint_folder(path: str | Path) -> Path:
         raise InputError("base checkpoint", repr(str(path)), "a folder with config.json and safetensors, or a hub id")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt"]
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise InputError(
             "base checkpoint", f"{path!r} ({first})", "an existing folder or a reachable hub id"
         ) from error
@@ -279,7 +261,7 @@ def token_embeddings(path: str | Path) -> Tensor:
         InputError: Not a checkpoint of a known family, or none of its files holds the tensor.
     """
     folder = checkpoint_folder(path)
-    raw, family = _described(folder)
+    raw, family, _ = described(folder / "config.json")
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as stream:
@@ -290,35 +272,66 @@ def token_embeddings(path: str | Path) -> Tensor:
     raise InputError(f"{folder}: safetensors", f"no tensor {family.embeddings}", "a checkpoint with token embeddings")
 
 
-def _described(folder: Path) -> tuple[dict[str, Any], Family]:
-    """A checkpoint's ``config.json`` and its family."""
-    config_file = folder / "config.json"
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """A device by name; a GPU where there is one by default.
+
+    Raises:
+        InputError: There is no such device here.
+    """
     try:
-        raw = json.loads(config_file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(str(config_file), str(error), "a readable config.json of a mask predictor") from error
-    family = FAMILIES.get(raw.get("model_type"))
-    if family is None:
-        raise InputError(f"{config_file}: model_type", repr(raw.get("model_type")), " | ".join(FAMILIES))
-    return raw, family
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except Exception as error:  # torch raises anything from RuntimeError to ImportError
+        raise InputError("device", repr(device), "cpu, or cuda where there is a GPU") from error
+    return found
 
 
-def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
-    disable_progress_bar()  # a command prints its own progress, and errors are one line
+def _load_tokenizer(folder: Path, family: Family) -> PreTrainedTokenizerBase:
+    try:
+        return (family.tokenizer or AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        raise InputError(f"{folder}: tokenizer", first_line(error), "tokenizer.json") from error
+
+
+def _load_model(
+    folder: Path, config: PreTrainedConfig, family: Family, dtype: torch.dtype | str, device: torch.device
+) -> nn.Module:
     # Straight to the device, tensor by tensor: eight ranks do not hold eight copies of the weights in the host's memory.
     there: dict[str, Any] = {"device_map": {"": device}} if find_spec("accelerate") else {}
     try:
-        model, info = AutoModel.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **there
-        )
+        family.model.check_names(config, _tensor_names(folder))
+        with quiet_loading():
+            # The family's own classes by name, not by what the checkpoint's auto_map says.
+            model, info = family.model.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True,
+                ignore_mismatched_sizes=True, **there,
+            )  # fmt: skip
     except InputError:
         raise
     except Exception as error:
-        raise InputError(
-            str(folder), str(error).splitlines()[0], "a config.json and safetensors that fit it"
-        ) from error
+        raise InputError(str(folder), first_line(error), "a config.json and safetensors that fit it") from error
     check_tensors(folder, info)
     return model.to(device)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keeps transformers from printing its progress and its report of tensors: a command has its own, and one line an error."""
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stream:
+            names += stream.keys()
+    return names
 
 
 def check_tensors(folder: Path, info: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Trains the bundled base model: ``python train/base.py fit``; ``export`` writes the official checkpoint format."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,10 +9,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.base_data import BaseDataModule
 from models import LLaDAConfig, LLaDAModelLM
-from models.errors import InputError
+from models.checkpoint import replacing
+from models.errors import InputError, first_line
+from models.predictor import described
 from train.base_module import BaseModule
 from train.cli import run
-from train.folder import load_checkpoint
+from train.folder import load_checkpoint, made_by
+
+FIELDS = ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "max_sequence_length", "vocab_size", "rope_theta")
+"""What a checkpoint says of the network, and the export needs."""
 
 
 def export(checkpoint: Path, tokenizer: Path, out: Path) -> None:
@@ -34,18 +38,21 @@ def export(checkpoint: Path, tokenizer: Path, out: Path) -> None:
     try:
         words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError("tokenizer", f"{tokenizer} ({str(error).splitlines()[0]})", "a tokenizer's folder") from error
-    settings = content["hyper_parameters"]
+        raise InputError("tokenizer", f"{tokenizer} ({first_line(error)})", "a tokenizer's folder") from error
+    settings = content.get("hyper_parameters", {})
+    if missing := [name for name in FIELDS if name not in settings]:
+        raise InputError(f"checkpoint {checkpoint}", f"no {missing[0]}", "one that `train/base.py fit` wrote")
     if len(words) != settings["vocab_size"]:
         raise InputError(
             f"tokenizer {tokenizer}", f"{len(words)} tokens", f"{settings['vocab_size']}, as in {checkpoint}"
         )
-    if out.exists() and not (out / "config.json").is_file():
-        raise InputError("out", f"{out}, which is no exported model", "a new folder or an earlier export")
-    fields = ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "max_sequence_length", "vocab_size", "rope_theta")
+    if out.exists():
+        if not (out / "config.json").is_file():
+            raise InputError("out", f"{out}, which is no exported model", "a new folder or an earlier export")
+        described(out / "config.json")  # replacing means deleting: a base model only
     model = LLaDAModelLM(
         LLaDAConfig(
-            **{name: settings[name] for name in fields},
+            **{name: settings[name] for name in FIELDS},
             n_kv_heads=settings["n_heads"],
             embedding_size=settings["vocab_size"],
             mask_token_id=words.mask_token_id,
@@ -54,15 +61,12 @@ def export(checkpoint: Path, tokenizer: Path, out: Path) -> None:
         )
     )
     prefix = "model."  # the attribute of BaseModule that holds the network
-    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in content["state_dict"].items()})
-    aside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    with made_by("train/base.py", checkpoint):
+        model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in content["state_dict"].items()})
     disable_progress_bar()
-    model.save_pretrained(aside)
-    words.save_pretrained(aside)
-    if out.exists():
-        shutil.rmtree(out)
-    aside.replace(out)
+    with replacing(out.absolute()) as aside:
+        model.save_pretrained(aside)
+        words.save_pretrained(aside)
     print(f"step {content['global_step']} of {checkpoint} is in {out}")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.base_data import BaseDataModule
 from data.prompts import encode_prompts
+from data.typed import Count, Length, NotNegative, Positive, Whole
 from decoding.config import DecodeConfig
 from decoding.loop import decode
 from decoding.strategies import FullStep
@@ -45,9 +46,9 @@ class BaseModule(LightningModule):
     """
 
     def __init__(
-        self, d_model: int, n_layers: int, n_heads: int, mlp_hidden_size: int, max_sequence_length: int,
-        vocab_size: int, rope_theta: float, learning_rate: float, weight_decay: float, warmup_steps: int,
-        decay_steps: int, compile: bool, start: Path | None = None, probes: int = 64, probe_length: int = 128,
+        self, d_model: Count, n_layers: Count, n_heads: Count, mlp_hidden_size: Count, max_sequence_length: Count,
+        vocab_size: Count, rope_theta: Positive, learning_rate: Positive, weight_decay: NotNegative, warmup_steps: Count,
+        decay_steps: Whole, compile: bool, start: Path | None = None, probes: Whole = 64, probe_length: Length = 128,
     ) -> None:  # fmt: skip
         super().__init__()
         self.save_hyperparameters()

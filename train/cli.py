@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,22 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from data.disk import check_writable, hold
+from data.typed import Seed, checked
 from eval.command import CONFIGS, CommandParser, command, entry, wandb_mode
 from eval.tracking import WandbSettings
 from models.errors import InputError
 from train.callbacks import checkpoints, progress
-from train.folder import CHECKPOINTS, RunFile, check_same_run, load_checkpoint, named_checkpoint
+from train.folder import (
+    CHECKPOINTS,
+    RunFile,
+    WholeFiles,
+    check_same_run,
+    flatten,
+    last_checkpoint,
+    load_checkpoint,
+    named_checkpoint,
+)  # fmt: skip
 
 JOB_TYPES = {"fit": "fit", "validate": "eval", "test": "eval", "predict": "rollout"}
 """W&B job type of each subcommand."""
@@ -58,10 +70,11 @@ class Command(LightningCLI):
     Attributes:
         folder: The run folder, ``runs/<name>`` unless ``--run`` says otherwise.
         settings: The resolved config of the subcommand as plain data.
+        held: What is let go when the command ends: the run folder.
     """
 
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
+    def __init__(self, spec: Spec, held: ExitStack) -> None:
+        self.spec, self.held = spec, held
         # LightningCLI calls before_<subcommand> and after_<subcommand> where they exist.
         for when in ("before", "after"):
             for subcommand, hook in getattr(spec, when).items():
@@ -104,6 +117,8 @@ class Command(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config["subcommand"]
         config = self.config[subcommand]
+        if not isinstance(config.seed_everything, bool):
+            checked(Seed | None, config.seed_everything, "seed_everything")
         self.folder: Path = config.run
         if config.ckpt_path is None and self.spec.checkpoint is not None and subcommand != "fit":
             config.ckpt_path = "trained"  # evaluating a module that is trained here is not about random weights
@@ -119,14 +134,25 @@ class Command(LightningCLI):
         dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml")
         self.settings: dict[str, Any] = yaml.safe_load(dump)[subcommand]
         config = self.config[subcommand]
-        last = self.folder / "checkpoints" / "last.ckpt"
-        if subcommand == "fit" and config.ckpt_path is None and config.resume and last.is_file():
+        self._check_outputs(subcommand)
+        last = last_checkpoint(self.folder) if subcommand == "fit" and config.resume else None
+        if config.ckpt_path is None and last is not None:
             step = check_same_run(self.folder, last, self.settings)
             rank_zero_only(print)(f"continuing {last} at step {step}; --resume false starts over", file=sys.stderr)
             config.ckpt_path = str(last)
 
+    def _check_outputs(self, subcommand: str) -> None:
+        """Whatever will be written can be: it would be found out after hours otherwise."""
+        flat = flatten(self.settings)
+        check_writable("run", self.folder)
+        for name in ("rollout.folder", *(["pipeline.out"] if subcommand == "fit" else [])):
+            if flat.get(name) is not None:
+                check_writable(name, Path(flat[name]))
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         subcommand = str(self.subcommand)
+        if subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
+            self.held.enter_context(hold(self.folder))  # now that the input is accepted
         # run.yaml is what fit or predict made this folder with; evaluating must not overwrite it.
         record = "run.yaml" if subcommand in ("fit", "predict") else f"{subcommand}.yaml"
         callbacks: list[Callback] = [RunFile(self.folder / record, self.settings)]
@@ -144,10 +170,14 @@ class Command(LightningCLI):
             kwargs["precision"] = self.spec.precision
         if configured["logger"] in (None, True):
             kwargs["logger"] = loggers(self.folder, JOB_TYPES[subcommand], self.settings)
+        given = configured["plugins"] or []
+        kwargs["plugins"] = [*(given if isinstance(given, list) else [given]), WholeFiles()]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
-            raise InputError("trainer", str(error), "settings that Lightning's Trainer takes") from error
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise InputError(
+                "trainer", " ".join(str(error).split()), "settings that Lightning's Trainer takes"
+            ) from error
 
 
 def run(
@@ -198,7 +228,8 @@ def run(
 
 def _lightning(spec: Spec) -> None:
     try:
-        Command(spec)
+        with ExitStack() as held:
+            Command(spec, held)
     except SIGTERMException:
         raise SystemExit(128 + signal.SIGTERM) from None  # its own status is 0, as if the run had been finished
     except SystemExit as stop:
@@ -218,10 +249,13 @@ def quiet() -> None:
         ".*does not have many workers",  # our batches are made or held in the main process: faster than handing over
         "Checkpoint directory .* exists and is not empty",  # it does when a run continues
         "Using ModelCheckpoint with manual optimization",  # says the checkpoint is taken after the step, as it should
+        "No seed found",  # a command that draws something has a seed among its settings
     ):
         warnings.filterwarnings("ignore", message=expected)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(("💡", "TPU available")))
+    for part in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{part}").addFilter(
+            lambda record: not record.getMessage().startswith(("💡", "TPU available", "Seed set to"))
+        )
 
 
 def loggers(folder: Path, job_type: str, settings: Mapping[str, Any]) -> list[Logger]:

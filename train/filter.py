@@ -17,11 +17,12 @@ from data.manifest import open_rollouts
 from data.prompt import Prompt
 from data.prompts import Split, split_of
 from data.rollout_data import RolloutSettings
+from data.typed import Count, Part, Share, Whole, check_fields
 from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, pick, print_table, share
 from eval.risk import CHOSEN, calibrate, keep, promises
-from models.checkpoint import PICTURE
+from models.checkpoint import PICTURE, check_replaceable
 from models.errors import InputError
 from models.filter import FilterConfig, save_filter
 from models.predictor import MaskPredictor, fingerprint
@@ -29,7 +30,7 @@ from train.callbacks import checkpoints, progress
 from train.cards import metadata
 from train.cli import Command, log_export, run
 from train.filter_module import FilterModule
-from train.folder import load_checkpoint
+from train.folder import load_checkpoint, made_by
 from train.reliability import draw
 from train.rollout_module import roll_out
 
@@ -51,24 +52,23 @@ class Pipeline:
     """
 
     out: Path
-    pick_prompts: int | None
-    test_prompts: int | None
-    pick_from: list[float]
-    baselines: list[float]
-    rounds: int
-    loss: float
+    pick_prompts: Count | None
+    test_prompts: Count | None
+    pick_from: list[Share]
+    baselines: list[Share]
+    rounds: Whole
+    loss: Part
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("pick_from", "baselines"):
+            if not getattr(self, name):
+                raise InputError(f"pipeline.{name}", "none", "at least one threshold from 0 to 1")
 
 
 def prepare(command: Command) -> None:
     """Before ``fit``: the rollouts that are missing, on the trainer's devices, and those of every round's filter."""
     pipeline: Pipeline = command.setting("pipeline")
-    for name, values in (("pick_from", pipeline.pick_from), ("baselines", pipeline.baselines)):
-        if not values or not all(0 <= value <= 1 for value in values):
-            raise InputError(f"pipeline.{name}", values, "at least one threshold from 0 to 1")
-    if not 0 <= pipeline.loss < 1:
-        raise InputError("pipeline.loss", pipeline.loss, "a share from 0 to 1, 0.01 for one point")
-    if pipeline.rounds < 0:
-        raise InputError("pipeline.rounds", pipeline.rounds, "a whole number from 0")
     rollouts: RolloutSettings = command.setting("rollout")
     if pipeline.rounds and "filter" in rollouts.passes:
         raise InputError(
@@ -79,6 +79,7 @@ def prepare(command: Command) -> None:
         raise InputError(
             "data.passes", ", ".join(data.passes or []), "null, or filter among them, with pipeline.rounds"
         )
+    check_replaceable(pipeline.out.absolute(), "filter")
     roll_out(command)
     for number in range(1, pipeline.rounds + 1):
         learner = command.folder / "rounds" / str(number)
@@ -166,7 +167,8 @@ def describe(config: FilterConfig, predictor: MaskPredictor, rollouts: Path, met
     settings = open_rollouts(rollouts, fingerprint=predictor.fingerprint).manifest["settings"]
     return replace(
         config, gen_length=settings["gen_length"], eot_rule=settings["eot"], vocab_size=predictor.vocab_size,
-        mask_id=predictor.ids.mask, base_fingerprint=predictor.fingerprint, metrics=metrics,
+        mask_id=predictor.ids.mask, base_fingerprint=predictor.fingerprint, base_family=predictor.family,
+        metrics=metrics,
     )  # fmt: skip
 
 
@@ -253,7 +255,7 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: float) -> None:
+def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: Share) -> None:
     """Exports a training checkpoint with a threshold of your own.
 
     Args:
@@ -267,10 +269,11 @@ def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: fl
         InputError: The checkpoint, rollouts and base model cannot be read or do not belong together.
     """
     content = load_checkpoint(checkpoint)
-    settings = {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
-    module = FilterModule(**settings)
-    module.on_load_checkpoint(content)
-    module.load_state_dict(content["state_dict"])
+    with made_by("train/filter.py", checkpoint):
+        settings = {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
+        module = FilterModule(**settings)
+        module.on_load_checkpoint(content)
+        module.load_state_dict(content["state_dict"])
     predictor = MaskPredictor.from_pretrained(base)
     config = replace(describe(module.config, predictor, rollouts, {}), threshold=threshold)
     save_filter(

@@ -16,6 +16,7 @@ from torchmetrics.classification import (
 )
 
 from data.filter_data import FilterBatch, FilterDataModule
+from data.typed import Count, Length, NotNegative, Part, Positive, Share, Whole
 from models.errors import InputError
 from models.features import FEATURES
 from models.filter import ConvFilter, FilterConfig, build_filter
@@ -54,18 +55,18 @@ class FilterModule(LightningModule):
     def __init__(
         self,
         architecture: Literal["conv", "block_mlp"] = "conv",
-        block_length: int = 32,
+        block_length: Length = 32,
         features: list[str] | None = None,
-        channels: int = 32,
-        kernel: int = 5,
-        layers: int = 2,
-        embedding: int = 0,
-        dropout: float = 0.3,
+        channels: Count = 32,
+        kernel: Count = 5,
+        layers: Count = 2,
+        embedding: Whole = 0,
+        dropout: Part = 0.3,
         base: str | None = None,
-        learning_rate: float = 3e-3,
-        weight_decay: float = 0.01,
+        learning_rate: Positive = 3e-3,
+        weight_decay: NotNegative = 0.01,
         schedule: Literal["cosine", "constant"] = "cosine",
-        threshold: float = 0.9,
+        threshold: Share = 0.9,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()

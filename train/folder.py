@@ -1,16 +1,20 @@
 """The folder of a run: what it was started with, and the checkpoints that it or a later command continues from."""
 
+import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data.provenance import write_run_file
-from models.errors import InputError
+from models.checkpoint import writing
+from models.errors import InputError, first_line
 
 CHECKPOINTS = {"best": ["best"], "last": ["last"], "trained": ["best", "last"]}
 """Names a user may give instead of a checkpoint's path: the files that are looked for, in order."""
@@ -41,9 +45,51 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         if not {"state_dict", "global_step"} <= checkpoint.keys():
             raise ValueError("no Lightning checkpoint")
     except Exception as error:  # torch raises anything from OSError to UnpicklingError
-        found = "no such file" if not file.is_file() else str(error).splitlines()[0].split(". ")[0]
+        found = "no such file" if not file.is_file() else first_line(error).split(". ")[0]
         raise InputError(f"checkpoint {file}", found, "a checkpoint that `fit` wrote") from error
     return checkpoint
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that a run goes on from, if there is one: the last, or the best where the last is damaged.
+
+    Raises:
+        InputError: The last is damaged, and there is no best one.
+    """
+    last, best = (folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
+    if not last.is_file():
+        return None
+    try:
+        load_checkpoint(last)
+    except InputError as error:
+        if not best.is_file():
+            raise
+        print(f"{error}; going back to {best}", file=sys.stderr)
+        return best
+    return last
+
+
+@contextmanager
+def made_by(command: str, checkpoint: Path) -> Iterator[None]:
+    """Names the file where a module cannot be made of a checkpoint: most likely it is another command's.
+
+    Raises:
+        InputError: The block failed as it does then.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"checkpoint {checkpoint}", first_line(error), f"one that `{command} fit` wrote") from error
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints beside their place and renames them; Lightning's come from the temporary folder, in parts."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        stream = io.BytesIO()  # so that a full disk is the system's error, not the archive writer's
+        torch.save(checkpoint, stream)
+        with writing(Path(path)) as aside:
+            aside.write_bytes(stream.getbuffer())
 
 
 def check_same_run(folder: Path, checkpoint: Path, settings: Mapping[str, Any]) -> int:

@@ -16,16 +16,17 @@ from lightning.pytorch.callbacks import EarlyStopping
 from data.helper_data import HelperDataModule
 from data.manifest import open_rollouts
 from data.rollout_data import RolloutSettings
+from data.typed import Count, Length, Share, check_fields
 from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, print_table, share
 from eval.risk import CHOSEN, calibrate, keep, promises
 from models.errors import InputError
-from models.helper import Helper, HelperConfig, save_helper
+from models.helper import Helper, HelperConfig, check_replaceable, save_helper
 from models.predictor import MaskPredictor
 from train.cards import metadata
 from train.cli import Command, log_export, run
-from train.folder import load_checkpoint
+from train.folder import load_checkpoint, made_by
 from train.helper_module import HelperModule
 from train.rollout_module import roll_out
 
@@ -45,18 +46,18 @@ class Pipeline:
     """
 
     out: Path
-    measure_prompts: int
-    mixture_weights: list[float]
-    kv_window: int | None
-    max_lookahead: int | None
+    measure_prompts: Count
+    mixture_weights: list[Share]
+    kv_window: Length | None
+    max_lookahead: Length | None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def prepare(command: Command) -> None:
     """Before ``fit``: the rollouts that are missing, on the trainer's devices."""
-    pipeline: Pipeline = command.setting("pipeline")
-    for weight in pipeline.mixture_weights:
-        if not 0 <= weight <= 1:
-            raise InputError("pipeline.mixture_weights", weight, "numbers from 0 to 1")
+    check_replaceable(command.setting("pipeline").out.absolute())
     roll_out(command)
 
 
@@ -108,7 +109,7 @@ def describe(
         vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask, eot_id=predictor.ids.eot,
         base_fingerprint=predictor.fingerprint, gen_length=settings["gen_length"], eot_rule=settings["eot"],
         source=source, source_fingerprint=module.source_fingerprint, adapter=module.lora_rank is not None,
-        metrics=dict(metrics),
+        metrics=dict(metrics), base_family=predictor.family,
     )  # fmt: skip
 
 
@@ -205,14 +206,16 @@ def export(checkpoint: Path, rollouts: Path, out: Path, base: str | None = None,
         InputError: The checkpoint, rollouts and base model cannot be read or do not belong together.
     """
     content = load_checkpoint(checkpoint)
-    settings = {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
-    module = HelperModule(**settings)
+    with made_by("train/helper.py", checkpoint):
+        settings = {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
+        module = HelperModule(**settings)
     if merge and module.lora_rank is None:
         raise InputError("merge", "true", "false: the checkpoint is of a whole model, there is nothing to merge")
     predictor = MaskPredictor.from_pretrained(base or settings["base"])
-    module.build(predictor)
-    module.on_load_checkpoint(content)
-    module.load_state_dict(content["state_dict"], strict=module.strict_loading)
+    with made_by("train/helper.py", checkpoint):
+        module.build(predictor)
+        module.on_load_checkpoint(content)
+        module.load_state_dict(content["state_dict"], strict=module.strict_loading)
     config = describe(module, predictor, rollouts, {})
     net = module.net
     if merge:

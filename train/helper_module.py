@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from data.helper_data import HelperDataModule, TextBatch
+from data.typed import Count, NotNegative, Positive, Whole
 from models.causal_lm import (
     add_lora,
     check_same_ids,
@@ -57,22 +58,22 @@ class HelperModule(LightningModule):
     def __init__(
         self,
         base: str = "models/bundled/llada-tiny",
-        d_model: int = 192,
-        n_layers: int = 3,
-        n_heads: int = 4,
-        n_kv_heads: int = 4,
-        mlp_hidden_size: int = 512,
+        d_model: Count = 192,
+        n_layers: Count = 3,
+        n_heads: Count = 4,
+        n_kv_heads: Count = 4,
+        mlp_hidden_size: Count = 512,
         tie_embeddings: bool = False,
         init: Literal["none", "embeddings", "blocks"] = "blocks",
         pretrained: str | None = None,
-        lora_rank: int | None = None,
-        lora_alpha: float = 16.0,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.1,
-        warmup_steps: int = 20,
+        lora_rank: Count | None = None,
+        lora_alpha: Positive = 16.0,
+        learning_rate: Positive = 1e-3,
+        weight_decay: NotNegative = 0.1,
+        warmup_steps: Whole = 20,
         schedule: Literal["cosine", "constant"] = "cosine",
-        kl_weight: float = 0.0,
-        kl_top_k: int = 16,
+        kl_weight: NotNegative = 0.0,
+        kl_top_k: Count = 16,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()

@@ -14,6 +14,7 @@ from decoding.strategies.learn2pd import Learn2PD
 from decoding.strategies.oracle import Oracle
 from decoding.strategies.threshold import Threshold
 from models.errors import InputError
+from models.rules import check, one_of
 
 STRATEGIES: dict[str, type[Strategy]] = {
     cls.name: cls for cls in (FullStep, Threshold, Factor, EntropyBound, Klass, DiCo, Oracle, Learn2PD, APD)
@@ -31,8 +32,7 @@ def make_strategy(name: str, **options: Any) -> Strategy:
     Raises:
         InputError: Unknown name, unknown option, or an option out of range.
     """
-    if name not in STRATEGIES:
-        raise InputError("strategy", repr(name), " | ".join(STRATEGIES))
+    check({"strategy": name}, {"strategy": one_of(STRATEGIES)})
     accepted = [key for key in inspect.signature(STRATEGIES[name]).parameters if key not in ("args", "kwargs")]
     for key in options:
         if key not in accepted:

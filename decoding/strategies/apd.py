@@ -17,11 +17,13 @@ from decoding.read import in_chunks, read_block
 from decoding.run import Request, Run
 from decoding.scheduler import Slot
 from decoding.step import Decision
-from decoding.strategies.base import Strategy, require_range
+from decoding.strategies.base import Strategy
 from models.errors import InputError
 from models.features import EVIDENCE, Evidence
-from models.helper import Helper, check_helper, load_helper, read_description
+from models.helper import Helper, check_helper
 from models.predictor import MaskPredictor, fingerprint, fingerprint_in_memory
+from models.rules import FOLDER, LENGTH, SHARE, check, instance
+from models.stock import helper_folder, load_any_helper
 
 
 @dataclass
@@ -33,7 +35,8 @@ class APD(Strategy):
     position is always accepted. Source: arXiv 2506.00413.
 
     Args:
-        helper: Folder of an exported helper.
+        helper: Folder of an exported helper; or folder or hub id of a causal language model over the predictor's token ids, as
+            it was published.
         mixture_weight: R: 1 accepts every draft, 0 only what the helper itself would say.
         kv_window: W: the predictor's keys and values are computed anew for the last so many committed tokens, beside those
             accepted since; older ones are kept. ``None`` keeps none, which is exact.
@@ -50,34 +53,32 @@ class APD(Strategy):
     component = "helper_commits"
 
     def __post_init__(self) -> None:
-        weight = self.mixture_weight
-        require_range(self.name, "mixture_weight", weight, "a number from 0 to 1", lambda value: 0 <= value <= 1)
-        for name in ("kv_window", "max_lookahead"):
-            if (value := getattr(self, name)) is not None:
-                accepted = "a whole number of at least 1, or null"
-                require_range(self.name, name, value, accepted, lambda value: value >= 1 and value == value // 1)
+        window = LENGTH.or_null()
+        rules = {"helper": FOLDER.or_null(), "mixture_weight": SHARE, "kv_window": window, "max_lookahead": window}
+        rules["network"] = instance(Helper).or_null()
+        check(vars(self), rules, f"{self.name}.")
         if self.network is None:
             if self.helper is None:
                 raise InputError("helper", None, "the folder of an exported helper")
-            read_description(self.helper)
+            helper_folder(self.helper)
 
     def fingerprints(self) -> dict[str, str]:
         if self.helper:
-            return {"helper": fingerprint(Path(self.helper))}
+            return {"helper": fingerprint(helper_folder(self.helper))}
         assert self.network is not None
         return {"helper": fingerprint_in_memory(self.network.model)}
 
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
         if self.network is None:
             assert self.helper is not None
-            self.network = load_helper(self.helper, device=predictor.device)
+            self.network = load_any_helper(helper_folder(self.helper), predictor)
         if config.eot == "published":
             raise InputError("eot", "'published' with apd, which decodes left to right", "off | commit")
         if config.cache != "none":
             raise InputError("cache", f"{config.cache!r} with apd, which has its own", "none, and apd.kv_window")
         differences = check_helper(
-            self.network.config, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask, eot_id=predictor.ids.eot,
-            fingerprint=predictor.fingerprint, gen_length=config.gen_length,
+            self.network.config, family=predictor.family, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
+            eot_id=predictor.ids.eot, fingerprint=predictor.fingerprint, gen_length=config.gen_length,
         )  # fmt: skip
         for difference in differences:
             warnings.warn(difference, stacklevel=2)
@@ -205,6 +206,7 @@ class ApdRun(Run):
         if window is None or not draft.slots[0].steps:
             plan, length, first = ForwardPlan(draft.numbers, rows, stop=stop, end=end), stop - low, low
         else:
+            window = max(window, self.predictor.left_context)  # the lookahead begins right of what is committed
             starts = [base + max(slot.last_committed - window, -slot.width) for slot in draft.slots]
             length = max(end - start for start, end in zip(starts, ends, strict=True))
             begins = torch.tensor(starts).to(state.device)

@@ -1,7 +1,6 @@
 """What a strategy is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,6 @@ from decoding.blocks import BlockRun
 from decoding.config import DecodeConfig
 from decoding.run import Request, Run
 from decoding.step import Decision, Step
-from models.errors import InputError
 from models.predictor import MaskPredictor
 
 
@@ -37,6 +35,11 @@ class Strategy(ABC):
         """Identity of the weights of its learned components: name of the setting to 16 hex digits."""
         return {}
 
+    @property
+    def beyond_block(self) -> str:
+        """What it reads beyond the logits and ids of its block; where nothing, other engines can run it."""
+        return "the whole sequence"
+
     @abstractmethod
     def start(self, request: Request) -> Run:
         """The decode of a request, ready for its first step."""
@@ -57,6 +60,10 @@ class BlockStrategy(Strategy):
 
     needs: frozenset[str] = frozenset()
     all_positions: bool = False
+
+    @property
+    def beyond_block(self) -> str:
+        return "hidden states" if "hidden" in self.needs else ""
 
     def start(self, request: Request) -> Run:
         return BlockRun(request, self)
@@ -92,9 +99,3 @@ def top_1(score: Tensor, masked: Tensor) -> Tensor:
     """The best masked position of each row, ``(b, K)`` bool; the leftmost of equals."""
     best = score.masked_fill(~masked, -torch.inf).argmax(dim=1, keepdim=True)
     return torch.zeros_like(masked).scatter_(1, best, True) & masked
-
-
-def require_range(strategy: str, name: str, value: float, accepted: str, fits: Callable[[float], bool]) -> None:
-    """Raises an InputError for a setting out of range."""
-    if not fits(value):
-        raise InputError(f"{strategy}.{name}", value, accepted)

@@ -1,7 +1,6 @@
 """DiCo: divide a block into clusters, conquer them in parallel, finalize the rest."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from decoding.config import DecodeConfig
-from decoding.strategies.base import Decision, Step, require_range
+from decoding.strategies.base import Decision, Step
 from decoding.strategies.learn2pd import FilterStrategy
 from models.filter import FilterConfig
 from models.predictor import MaskPredictor
+from models.rules import COUNT, LONGEST, NOT_NEGATIVE, POSITIVE, SHARE, check, number, whole
 
 DIVIDE, CONQUER, FINALIZE = 0, 1, 2
 
-_Rule = tuple[str, Callable[[Any], bool]]
-_COUNT: _Rule = ("a whole number of at least 1", lambda value: value >= 1 and value == value // 1)
-_CUT: _Rule = ("a number above 0 and at most 1", lambda value: 0 < value <= 1)
-_ABOVE: _Rule = ("a number above 0", lambda value: value > 0)
-_LEAST: _Rule = ("a number of at least 0", lambda value: value >= 0)
+_CUT = number("a number above 0 and at most 1", lambda value: 0 < value <= 1)
 # The cuts that a cluster grows over exclude 0: a decoded position, whose confidence counts as 0, never passes them.
-_RULES: dict[str, _Rule] = {
-    "divide_steps": _COUNT, "seeds": _COUNT, "seed_threshold": _CUT, "grow_threshold": _CUT, "alpha": _LEAST,
-    "tolerance": ("a whole number of at least 0", lambda value: value >= 0 and value == value // 1),
-    "beta": _CUT, "sigma": _ABOVE, "divide_exit": _LEAST, "patience": _COUNT, "growth": _ABOVE, "sure": _LEAST,
-    "factor": _LEAST, "top_threshold": _LEAST, "spread_threshold": _LEAST, "conquer_exit": _LEAST,
-    "finalize_share": ("a share from 0 to 1", lambda value: 0 <= value <= 1), "margin": _LEAST,
+_RULES = {
+    "divide_steps": COUNT, "seeds": whole(1, 4096), "seed_threshold": _CUT, "grow_threshold": _CUT, "alpha": NOT_NEGATIVE,
+    "tolerance": whole(0, LONGEST), "beta": _CUT, "sigma": POSITIVE, "divide_exit": NOT_NEGATIVE, "patience": COUNT,
+    "growth": POSITIVE, "sure": NOT_NEGATIVE, "factor": NOT_NEGATIVE, "top_threshold": NOT_NEGATIVE,
+    "spread_threshold": NOT_NEGATIVE, "conquer_exit": NOT_NEGATIVE, "finalize_share": SHARE, "margin": NOT_NEGATIVE,
 }  # fmt: skip
 
 
@@ -102,12 +97,15 @@ class DiCo(FilterStrategy):
     needs = frozenset({"margin"})
 
     def __post_init__(self) -> None:
-        for name, (accepted, fits) in _RULES.items():
-            require_range(self.name, name, getattr(self, name), accepted, fits)
-        if self.filter is not None or self.network is not None:
+        check(vars(self), _RULES, f"{self.name}.")
+        if (self.filter, self.network, self.config) != (None, None, None):
             self.take_filter()
             self.needs = self.needs | {"margin"}
             self.component = "filter_commits"
+
+    @property
+    def beyond_block(self) -> str:
+        return "how much of the whole text is decoded (alpha 0 does without)" if self.alpha else super().beyond_block
 
     def prepare(self, predictor: MaskPredictor, config: DecodeConfig) -> None:
         if self.network is not None:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from decoding.strategies.base import BlockStrategy, Decision, Step, require_range
+from decoding.strategies.base import BlockStrategy, Decision, Step
+from models.rules import NOT_NEGATIVE, check
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class EntropyBound(BlockStrategy):
     needs = frozenset({"entropy"})
 
     def __post_init__(self) -> None:
-        require_range(self.name, "gamma", self.gamma, "a number of at least 0", lambda value: value >= 0)
+        check(vars(self), {"gamma": NOT_NEGATIVE}, f"{self.name}.")
 
     def decide(self, step: Step) -> Decision:
         masked = step.evidence.masked

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from decoding.strategies.base import BlockStrategy, Decision, Step, require_range
+from decoding.strategies.base import BlockStrategy, Decision, Step
+from models.rules import POSITIVE, check
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Factor(BlockStrategy):
     name = "factor"
 
     def __post_init__(self) -> None:
-        require_range(self.name, "factor", self.factor, "a number above 0", lambda value: value > 0)
+        check(vars(self), {"factor": POSITIVE}, f"{self.name}.")
 
     def decide(self, step: Step) -> Decision:
         masked = step.evidence.masked

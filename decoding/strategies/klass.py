@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoding.strategies.base import BlockStrategy, Decision, Step, require_range, top_k
+from decoding.strategies.base import BlockStrategy, Decision, Step, top_k
+from models.rules import COUNT, NOT_NEGATIVE, POSITIVE, check
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,8 @@ class Klass(BlockStrategy):
     needs = frozenset({"divergence"})
 
     def __post_init__(self) -> None:
-        require_range(self.name, "threshold", self.threshold, "a number of at least 0", lambda value: value >= 0)
-        require_range(self.name, "divergence", self.divergence, "a number above 0", lambda value: value > 0)
-        require_range(
-            self.name,
-            "history",
-            self.history,
-            "a whole number of at least 1",
-            lambda value: value >= 1 and value == value // 1,
-        )
+        rules = {"threshold": NOT_NEGATIVE, "divergence": POSITIVE, "history": COUNT}
+        check(vars(self), rules, f"{self.name}.")
 
     def memory(self, batch: int, block_length: int) -> dict[str, Tensor]:
         """``stable``: ``(batch, block_length)`` int64, for how many steps in a row the divergence has been small."""

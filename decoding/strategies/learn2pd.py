@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from decoding.config import DecodeConfig
-from decoding.strategies.base import BlockStrategy, Decision, Step, require_range, top_1
+from decoding.strategies.base import BlockStrategy, Decision, Step, top_1
 from models.errors import InputError
 from models.filter import FilterConfig, check_compatible, load_filter
 from models.predictor import MaskPredictor, fingerprint, fingerprint_in_memory
+from models.rules import FOLDER, POSITIVE, SHARE, check, instance
 
 
 class FilterStrategy(BlockStrategy):
@@ -34,6 +35,8 @@ class FilterStrategy(BlockStrategy):
         Raises:
             InputError: There is no filter, or nothing that describes it.
         """
+        rules = {"network": instance(nn.Module).or_null(), "config": instance(FilterConfig).or_null()}
+        check(vars(self), rules | {"filter": FOLDER.or_null()}, f"{self.name}.")
         if self.network is None:
             if self.filter is None:
                 raise InputError("filter", None, "the folder of an exported filter")
@@ -54,6 +57,7 @@ class FilterStrategy(BlockStrategy):
         assert self.config is not None
         differences = check_compatible(
             self.config,
+            family=predictor.family,
             vocab_size=predictor.vocab_size,
             mask_id=predictor.ids.mask,
             fingerprint=predictor.fingerprint,
@@ -90,17 +94,12 @@ class Learn2PD(FilterStrategy):
     component = "filter_commits"
 
     def __post_init__(self) -> None:
+        check(vars(self), {"threshold": SHARE.or_null(), "budget": POSITIVE.or_null()}, f"{self.name}.")
+        if self.budget is not None and self.threshold is not None:
+            raise InputError("learn2pd.budget", f"{self.budget} and threshold {self.threshold}", "one of them")
         config = self.take_filter()
-        if self.budget is not None:
-            if self.threshold is not None:
-                raise InputError("learn2pd.budget", f"{self.budget} and threshold {self.threshold}", "one of them")
-            require_range(self.name, "budget", self.budget, "a number above 0", lambda value: value > 0)
-            return
-        if self.threshold is None:
+        if self.budget is None and self.threshold is None:
             self.threshold = config.threshold
-        require_range(
-            self.name, "threshold", self.threshold, "a probability from 0 to 1", lambda value: 0 <= value <= 1
-        )
 
     def decide(self, step: Step) -> Decision:
         assert self.network is not None

@@ -17,6 +17,10 @@ class Oracle(BlockStrategy):
 
     name = "oracle"
 
+    @property
+    def beyond_block(self) -> str:
+        return "a reference decode"
+
     def decide(self, step: Step) -> Decision:
         evidence = step.evidence
         if step.reference is None:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from decoding.strategies.base import BlockStrategy, Decision, Step, require_range, top_1
+from decoding.strategies.base import BlockStrategy, Decision, Step, top_1
+from models.rules import NOT_NEGATIVE, check
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Threshold(BlockStrategy):
     name = "threshold"
 
     def __post_init__(self) -> None:
-        require_range(self.name, "threshold", self.threshold, "a number of at least 0", lambda value: value >= 0)
+        check(vars(self), {"threshold": NOT_NEGATIVE}, f"{self.name}.")
 
     def decide(self, step: Step) -> Decision:
         evidence = step.evidence

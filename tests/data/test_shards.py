@@ -299,6 +299,75 @@ def test_another_model_or_setting_is_refused_by_name(folder: Path, key) -> None:
     assert open_rollouts(folder, key.fingerprint, key.settings).manifest["counts"]["prompts"] == 8
 
 
+@pytest.mark.parametrize("other", [{"fingerprint": "0" * 16}, {"settings": {"gen_length": 8}}])
+def test_shards_without_a_manifest_keep_their_key(folder: Path, key, batches, other) -> None:
+    # Another base, or other lengths, would adopt the shards and relabel them as its own.
+    changed = replace(key, **other | ({"settings": key.settings | other["settings"]} if "settings" in other else {}))
+    (folder / MANIFEST).unlink()
+    with pytest.raises(InputError, match=r"parquet: (model_fingerprint|settings\.gen_length)"):
+        ShardWriter(folder, changed)
+    before = contents_without_manifest(folder)
+    write_all(folder, key, batches)
+    assert contents_without_manifest(folder) == before
+    assert load_records(folder).prompt_ids == [f"p{n}" for n in range(8)]
+
+
+def contents_without_manifest(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != MANIFEST}
+
+
+def test_a_shard_of_another_set_is_refused_by_reader_and_merge(folder: Path, key) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"model_fingerprint": "0" * 16}))
+    with pytest.raises(InputError, match=r"parquet: model_fingerprint"):
+        load_records(folder)
+    with pytest.raises(InputError, match=r"parquet: model_fingerprint"):
+        ShardWriter.begun(folder).finish([])
+
+
+def test_shards_of_unknown_origin_are_refused(folder: Path, key) -> None:
+    # What older versions wrote says nothing of itself; only its manifest does.
+    for file in folder.glob("*.parquet"):
+        pq.write_table(pq.read_table(file).replace_schema_metadata(None), file)
+        record = folder / f"shard-{file.stem.split('-', 1)[1]}.json"
+        content = json.loads(record.read_text())
+        kind = file.name.split("-")[0]
+        record.write_text(json.dumps(content | {kind: describe(file, content[kind]["rows"])}))
+    assert len(ShardWriter(folder, key).written()) == 3
+    (folder / MANIFEST).unlink()
+    with pytest.raises(InputError, match="unknown origin"):
+        ShardWriter(folder, key)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"name": "a"}', '{"steps": {"file": "../../x"}}'])
+def test_a_damaged_record_is_decoded_again(folder: Path, key, batches, damage: str) -> None:
+    before = contents(folder)
+    sorted(folder.glob("shard-*.json"))[1].write_text(damage)
+    write_all(folder, key, batches)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": None}, "settings: found None; accepted: a valid dictionary$"),
+        ({"settings": {"block_length": "4"}}, r"settings\.block_length: found '4'; accepted: .*integer"),
+        ({"complete": "yes"}, "complete: found 'yes'; accepted: .*boolean"),
+        ({"shards": {}}, "shards: found {}; accepted: .*list"),
+        ({"shards": [{"name": "a"}]}, r"shards\.0\.prompts: found nothing; accepted: Field required"),
+        (
+            {"counts": {"prompts": -1, "steps": {}}},
+            r"counts\.prompts: found -1; accepted: .*greater than or equal to 0",
+        ),
+    ],
+)
+def test_a_damaged_manifest_names_file_and_field(folder: Path, change: dict, message: str) -> None:
+    path = folder / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=rf"manifest\.json: {message}"):
+        open_rollouts(folder)
+
+
 def test_another_schema_is_refused(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))

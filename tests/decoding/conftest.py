@@ -1,13 +1,13 @@
-"""Predictors for the decode tests: a scripted one, and a small random LLaDA."""
+"""Predictors for the decode tests: a scripted one, and small random models of every family."""
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from models import LLaDAConfig, LLaDAModelLM
 from models.predictor import MaskPredictor, TokenIds
 
 VOCAB, MASK, EOT = 64, 63, 62
@@ -15,6 +15,8 @@ VOCAB, MASK, EOT = 64, 63, 62
 
 class ScriptedModel(nn.Module):
     """Logits from a function of ``(ids, attention, positions)``; counts its calls."""
+
+    config = SimpleNamespace(model_type="llada")
 
     def __init__(self, script: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -57,22 +59,24 @@ def table() -> Callable[..., MaskPredictor]:
     return make
 
 
+@pytest.fixture(scope="session", params=["llada", "Dream"])
+def family(request: pytest.FixtureRequest) -> str:
+    """The families that a decode can tell apart. To it LLaDA-MoE is LLaDA: one test of :mod:`test_cache` takes it."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def random_llada() -> MaskPredictor:
+def random_base(family, make_model) -> MaskPredictor:
     """Two random layers whose guesses depend on the context, sharp enough to be confident now and then."""
-    torch.manual_seed(0)
-    config = LLaDAConfig(
-        d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, mlp_hidden_size=64, vocab_size=VOCAB, mask_token_id=MASK,
-        eos_token_id=EOT, pad_token_id=EOT, max_sequence_length=512, init_std=0.3,
-    )  # fmt: skip
-    return wrap(LLaDAModelLM(config))
+    return wrap(make_model(family, VOCAB, MASK, EOT))
 
 
 @pytest.fixture(scope="session")
-def ending_llada(random_llada) -> MaskPredictor:
+def ending_base(random_base) -> MaskPredictor:
     """The same, but it says EoT now and then, also with text left of it still to come."""
-    model = copy.deepcopy(random_llada.model)
-    model.model.transformer["ff_out"].weight[EOT] *= 2
+    model = copy.deepcopy(random_base.model)
+    weight = model.model.transformer["ff_out"].weight if random_base.family == "llada" else model.lm_head.weight
+    weight[EOT] *= 3.5 if random_base.family == "Dream" else 2
     return wrap(model)
 
 

@@ -127,22 +127,22 @@ def test_committed_tokens_have_the_distribution_of_the_coupling(scripted, weight
 
 @pytest.mark.parametrize(("window", "lookahead"), [(None, None), (None, 5), (4, 5), (2, 3), (100, 7)])
 @pytest.mark.parametrize(("eot", "temperature"), [("off", 0.0), ("commit", 0.7)])
-def test_a_row_decodes_as_it_does_alone(random_llada, random_helper, prompts, window, lookahead, eot, temperature):
+def test_a_row_decodes_as_it_does_alone(random_base, random_helper, prompts, window, lookahead, eot, temperature):
     config = DecodeConfig(24, 24, eot=eot, temperature=temperature)
     strategy = apd(random_helper, 0.5, kv_window=window, max_lookahead=lookahead)
-    together = decode(random_llada, prompts, config, strategy, seeds=range(5), batch_size=3)
+    together = decode(random_base, prompts, config, strategy, seeds=range(5), batch_size=3)
     for row, prompt in enumerate(prompts):
-        alone = decode(random_llada, [prompt], config, strategy, seeds=[row])
+        alone = decode(random_base, [prompt], config, strategy, seeds=[row])
         assert torch.equal(together.sequences[row], alone.sequences[0])
         assert together.nfe[row] == alone.nfe[0]
     assert (together.nfe < 24).any()
 
 
 @pytest.mark.parametrize("lookahead", [None, 6])
-def test_a_window_over_everything_is_exact(random_llada, random_helper, prompts, lookahead):
+def test_a_window_over_everything_is_exact(random_base, random_helper, prompts, lookahead):
     outs = [
         decode(
-            random_llada,
+            random_base,
             prompts,
             CONFIG,
             apd(random_helper, 0.5, kv_window=window, max_lookahead=lookahead),
@@ -155,17 +155,17 @@ def test_a_window_over_everything_is_exact(random_llada, random_helper, prompts,
         torch.testing.assert_close(exact.evidence.confidence, cached.evidence.confidence, atol=1e-5, rtol=1e-4)
 
 
-def test_a_window_runs_on_its_own_columns_only(random_llada, random_helper, monkeypatch):
+def test_a_window_runs_on_its_own_columns_only(random_base, random_helper, monkeypatch):
     widths = []
-    forward = type(random_llada.model).forward
+    forward = type(random_base.model).forward
 
     def watched(self, input_ids, *args, **kwargs):
         widths.append(input_ids.shape[1])
         return forward(self, input_ids, *args, **kwargs)
 
-    monkeypatch.setattr(type(random_llada.model), "forward", watched)
+    monkeypatch.setattr(type(random_base.model), "forward", watched)
     strategy = apd(random_helper, 0.0, kv_window=3, max_lookahead=5)
-    out = decode(random_llada, [[1, 2, 3, 4]], CONFIG, strategy, record=True)
+    out = decode(random_base, [[1, 2, 3, 4]], CONFIG, strategy, record=True)
     counts = [int(step.transfer.sum()) for step in out.trace]
     done = [0, *itertools.accumulate(counts)]
     expected = [4 + 5]  # prompt and lookahead

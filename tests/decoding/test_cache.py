@@ -16,50 +16,7 @@ from models.predictor import MaskPredictor
 MASK, EOT = 63, 62
 
 
-def plain_forward(model, ids, seen, frozen, fresh):
-    """One row in float64; keys and values of positions that are not ``fresh`` are taken from ``frozen``.
-
-    Returns the logits of all positions (those that are not fresh mean nothing) and each layer's keys and values.
-    """
-    w = {name.removeprefix("model.transformer."): value.double() for name, value in model.state_dict().items()}
-    c = model.config
-    width, repeat = c.d_model // c.n_heads, c.n_heads // c.n_kv_heads
-    exponent = torch.arange(0, width, 2).double() / width
-    angle = torch.arange(len(ids)).double()[:, None] / c.rope_theta**exponent
-
-    def norm(x, weight):
-        return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weight
-
-    def heads(x):
-        return x.view(len(ids), -1, width)
-
-    def rope(x):
-        a, b = x[..., : width // 2], x[..., width // 2 :]
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-    x, kept = w["wte.weight"][ids], []
-    for layer in range(c.n_layers):
-        name = f"blocks.{layer}."
-        n = norm(x, w[name + "attn_norm.weight"])
-        q = rope(heads(n @ w[name + "q_proj.weight"].T))
-        k = rope(heads(n @ w[name + "k_proj.weight"].T))
-        v = heads(n @ w[name + "v_proj.weight"].T)
-        if frozen is not None:
-            k = torch.where(fresh[:, None, None], k, frozen[layer][0])
-            v = torch.where(fresh[:, None, None], v, frozen[layer][1])
-        kept.append((k, v))
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        score = torch.einsum("qhd,khd->hqk", q, k) / width**0.5
-        mixed = score.masked_fill(~seen, -torch.inf).softmax(-1)
-        x = x + torch.einsum("hqk,khd->qhd", mixed, v).flatten(1) @ w[name + "attn_out.weight"].T
-        n = norm(x, w[name + "ff_norm.weight"])
-        gate = n @ w[name + "ff_proj.weight"].T
-        x = x + (gate * gate.sigmoid() * (n @ w[name + "up_proj.weight"].T)) @ w[name + "ff_out.weight"].T
-    return norm(x, w["ln_f.weight"]) @ w["ff_out.weight"].T, kept
-
-
-def plain_decode(model, prompt, config, threshold):
+def plain_decode(plain_forward, model, prompt, config, threshold):
     """Decodes one prompt block by block with the threshold rule; returns the text and the confidences of every step."""
     start, size = len(prompt), config.block_length
     ids = torch.tensor(prompt + [MASK] * config.gen_length)
@@ -74,6 +31,8 @@ def plain_decode(model, prompt, config, threshold):
             fresh = torch.ones_like(masked) if whole else inside.clone()
             if config.cache == "prefix" and not whole:
                 fresh[start + block * size :] = True
+            if model.left_context:  # the output that predicts the block's first position
+                fresh[start + block * size - 1] = True
             logits, kept = plain_forward(model, ids, seen, None if whole else frozen, fresh)
             frozen = kept if whole else frozen
             probability = logits.softmax(-1)
@@ -105,15 +64,15 @@ def plain_decode(model, prompt, config, threshold):
     ("cache", "refresh"), [("none", None), ("prefix", None), ("dual", None), ("prefix", 3), ("dual", 2)]
 )
 @pytest.mark.parametrize("ends", [False, True])
-def test_every_row_equals_the_plain_decode(random_llada, ending_llada, prompts, cache, refresh, eot, ends):
+def test_every_row_equals_the_plain_decode(plain_forward, random_base, ending_base, prompts, cache, refresh, eot, ends):
     config = DecodeConfig(32, 8, eot=eot, cache=cache, refresh=refresh)
-    random_llada = ending_llada if ends else random_llada
+    random_base = ending_base if ends else random_base
     left = 0  # steps after a row's end was accepted, with positions left of it still masked
     for threshold in (0.5, 2.0):
         strategy = make_strategy("threshold", threshold=threshold)
-        out = decode(random_llada, prompts, config, strategy, record=True, batch_size=3)
+        out = decode(random_base, prompts, config, strategy, record=True, batch_size=3)
         for row, prompt in enumerate(prompts):
-            text, confidences = plain_decode(random_llada.model, prompt, config, threshold)
+            text, confidences = plain_decode(plain_forward, random_base.model, prompt, config, threshold)
             assert torch.equal(out.sequences[row], text)
             steps = [s.evidence.confidence * s.evidence.masked for s in out.trace if (s.rows == row).any()]
             which = [(s.rows == row).nonzero().item() for s in out.trace if (s.rows == row).any()]
@@ -128,11 +87,22 @@ def test_every_row_equals_the_plain_decode(random_llada, ending_llada, prompts, 
     assert not ends or eot == "off" or left  # otherwise the comparison would be hollow
 
 
+@pytest.mark.parametrize("family", ["llada_moe"], indirect=True)
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_model_of_experts_decodes_as_plainly(plain_forward, random_base, prompts, cache):
+    config = DecodeConfig(16, 8, eot="off", cache=cache)
+    out = decode(random_base, prompts[:3], config, make_strategy("threshold", threshold=0.5))
+    for row, prompt in enumerate(prompts[:3]):
+        text, confidences = plain_decode(plain_forward, random_base.model, prompt, config, 0.5)
+        assert torch.equal(out.sequences[row], text)
+        assert out.nfe[row] == len(confidences)
+
+
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
-def test_refreshing_every_step_is_no_cache(random_llada, prompts, cache):
+def test_refreshing_every_step_is_no_cache(random_base, prompts, cache):
     strategy = make_strategy("threshold", threshold=0.5)
-    exact = decode(random_llada, prompts, DecodeConfig(32, 8), strategy)
-    fresh = decode(random_llada, prompts, DecodeConfig(32, 8, cache=cache, refresh=1), strategy)
+    exact = decode(random_base, prompts, DecodeConfig(32, 8), strategy)
+    fresh = decode(random_base, prompts, DecodeConfig(32, 8, cache=cache, refresh=1), strategy)
     assert torch.equal(exact.sequences, fresh.sequences)
     assert torch.equal(exact.nfe, fresh.nfe)
 
@@ -140,28 +110,29 @@ def test_refreshing_every_step_is_no_cache(random_llada, prompts, cache):
 @pytest.mark.parametrize(
     ("cache", "columns"), [("prefix", [43, 32, 32, 43, 24, 24, 43, 16, 16, 43, 8, 8]), ("dual", [43, 8, 8] * 4)]
 )
-def test_a_cached_forward_runs_on_no_more_than_it_must(random_llada, prompts, cache, columns, monkeypatch):
+def test_a_cached_forward_runs_on_no_more_than_it_must(random_base, prompts, cache, columns, monkeypatch):
     widths = []
-    forward = type(random_llada.model).forward
+    forward = type(random_base.model).forward
 
     def watched(self, input_ids, *args, **kwargs):
         widths.append(input_ids.shape[1])
         return forward(self, input_ids, *args, **kwargs)
 
-    monkeypatch.setattr(type(random_llada.model), "forward", watched)
+    monkeypatch.setattr(type(random_base.model), "forward", watched)
     config = DecodeConfig(32, 8, steps=12, cache=cache, eot="off")
-    decode(random_llada, [prompts[1]], config, make_strategy("full_step"))
-    assert widths == columns
+    decode(random_base, [prompts[1]], config, make_strategy("full_step"))
+    context = random_base.left_context
+    assert widths == [width if width == 43 else width + context for width in columns]
 
 
-def test_cache_storage_is_allocated_once_a_call(random_llada, prompts, monkeypatch):
+def test_cache_storage_is_allocated_once_a_call(random_base, prompts, monkeypatch):
     made = []
-    allocate = random_llada.allocate_cache
-    monkeypatch.setattr(random_llada, "allocate_cache", lambda *shape: made.append(shape) or allocate(*shape))
-    decode(random_llada, prompts, DecodeConfig(32, 8, cache="dual"), make_strategy("full_step"), batch_size=2)
+    allocate = random_base.allocate_cache
+    monkeypatch.setattr(random_base, "allocate_cache", lambda *shape: made.append(shape) or allocate(*shape))
+    decode(random_base, prompts, DecodeConfig(32, 8, cache="dual"), make_strategy("full_step"), batch_size=2)
     assert made == [(2, 11 + 32)]
     made.clear()
-    decode(random_llada, prompts, DecodeConfig(32, 8), make_strategy("full_step"))
+    decode(random_base, prompts, DecodeConfig(32, 8), make_strategy("full_step"))
     assert made == []
 
 
@@ -183,10 +154,11 @@ def test_settings_are_refused_by_name(settings, message):
         DecodeConfig(**settings)
 
 
-def test_a_compiled_model_serves_any_batch_length_and_cache_with_few_graphs(random_llada, prompts, monkeypatch):
+@pytest.mark.parametrize("family", ["llada"], indirect=True)  # what is compiled is the same for all
+def test_a_compiled_model_serves_any_batch_length_and_cache_with_few_graphs(random_base, prompts, monkeypatch):
     # With one graph for each shape, compiling takes longer than decoding, and past a limit PyTorch gives up in silence.
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    compiled = MaskPredictor(copy.deepcopy(random_llada.model), random_llada.ids, 64, 512)
+    compiled = MaskPredictor(copy.deepcopy(random_base.model), random_base.ids, 64, 512)
     torch._dynamo.reset()
     counters.clear()
     compiled.compile(backend="eager")  # traced as by any backend, run by the usual kernels
@@ -194,7 +166,7 @@ def test_a_compiled_model_serves_any_batch_length_and_cache_with_few_graphs(rand
     for cache, eot in itertools.product(("none", "prefix", "dual"), ("off", "commit")):
         for length, size, rows in ((32, 8, 3), (64, 16, 1), (32, 32, 5)):
             config = DecodeConfig(length, size, cache=cache, eot=eot)
-            eager, ours = (decode(p, prompts, config, strategy, batch_size=rows) for p in (random_llada, compiled))
+            eager, ours = (decode(p, prompts, config, strategy, batch_size=rows) for p in (random_base, compiled))
             assert torch.equal(eager.sequences, ours.sequences)
             assert torch.equal(eager.nfe, ours.nfe)
     assert 0 < counters["stats"]["unique_graphs"] <= 8

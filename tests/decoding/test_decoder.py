@@ -105,6 +105,15 @@ def test_generate_command_prints_text_and_forwards(tiny_checkpoint):
     assert "the same text" in done.stdout.replace("\n", " ")
 
 
+def test_an_interactive_session_answers_every_line_and_outlives_one_that_is_too_long(tiny_checkpoint):
+    command = [sys.executable, "decoding/generate.py", "--interactive", "--base", str(tiny_checkpoint)]
+    command += ["--strategy", "threshold", "--compare", "false"]
+    lines = "the cat\n\n" + "a " * 300 + "\non 12 mats\n"
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
+    assert done.stdout.count("forwards (threshold)") == 2
+    assert done.stdout.count("prompt 0: found") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -20,17 +20,17 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def on_gpu(random_llada):
-    model = copy.deepcopy(random_llada.model).cuda()
-    return MaskPredictor(model, random_llada.ids, random_llada.vocab_size, random_llada.max_length)
+def on_gpu(random_base):
+    model = copy.deepcopy(random_base.model).cuda()
+    return MaskPredictor(model, random_base.ids, random_base.vocab_size, random_base.max_length)
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("eot", ["off", "commit", "published"])
 @pytest.mark.parametrize("name", ["full_step", "threshold", "factor", "entropy_bound", "klass", "dico"])
-def test_the_text_is_that_of_the_cpu(random_llada, on_gpu, prompts, name, eot, cache):
+def test_the_text_is_that_of_the_cpu(random_base, on_gpu, prompts, name, eot, cache):
     config, strategy = DecodeConfig(32, 8, eot=eot, cache=cache), make_strategy(name)
-    there, here = (decode(p, prompts, config, strategy, batch_size=3) for p in (on_gpu, random_llada))
+    there, here = (decode(p, prompts, config, strategy, batch_size=3) for p in (on_gpu, random_base))
     assert torch.equal(there.sequences, here.sequences)
     assert torch.equal(there.nfe, here.nfe)
     assert 0 < there.predictor_seconds < there.seconds

@@ -38,8 +38,9 @@ def test_a_filter_that_knows_one_decode_by_heart_repeats_it_in_the_oracles_forwa
 
     records = records_of({"oracle": oracle.trace}, full.sequences, ["a"], ["train"], EOT)
     config = FilterConfig(
-        block_length=8, gen_length=32, threshold=0.5, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved"
-    )
+        block_length=8, gen_length=32, threshold=0.5, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved",
+        base_family="llada",
+    )  # fmt: skip
     torch.manual_seed(0)
     net = build_filter(config)
     net.fit_normalisation(records.evidence)
@@ -88,19 +89,25 @@ def official_decode(predictor, net, prompt, gen_length, threshold):
     return ids[len(prompt) :], steps, short
 
 
-def test_an_imported_filter_decodes_as_its_authors_code_also_in_a_block_that_was_cut(ending_llada, prompts, tmp_path):
+def test_an_imported_filter_decodes_as_its_authors_code_also_in_a_block_that_was_cut(ending_base, prompts, tmp_path):
     torch.manual_seed(1)
     tensors = {"linear1.weight": torch.randn(8, 8), "linear1.bias": torch.randn(8)}
     tensors |= {"linear2.weight": torch.randn(8, 8), "linear2.bias": torch.randn(8)}
     torch.save(tensors, tmp_path / "official.pth")
     net, config = import_official(
-        tmp_path / "official.pth", vocab_size=64, mask_id=MASK, fingerprint="unsaved", gen_length=32, threshold=0.6
+        tmp_path / "official.pth",
+        vocab_size=64,
+        mask_id=MASK,
+        fingerprint="unsaved",
+        gen_length=32,
+        threshold=0.6,
+        family=ending_base.family,
     )
     strategy, cut = make_strategy("learn2pd", network=net, config=config), 0
     prompts = [[(token * factor) % 60 for token in prompt] for prompt in prompts for factor in (1, 7, 11, 13)]
-    out = decode(ending_llada, prompts, DecodeConfig(32, 8, eot="published"), strategy)
+    out = decode(ending_base, prompts, DecodeConfig(32, 8, eot="published"), strategy)
     for row, prompt in enumerate(prompts):
-        text, steps, short = official_decode(ending_llada, net, prompt, 32, 0.6)
+        text, steps, short = official_decode(ending_base, net, prompt, 32, 0.6)
         assert out.sequences[row].tolist() == text + [EOT] * (32 - len(text))
         assert out.nfe[row] == steps
         cut += short
@@ -134,19 +141,19 @@ def test_a_budget_is_spent_on_the_surest_positions_of_each_row():
         make_strategy("learn2pd", network=Network(), config=config, budget=0.1, threshold=0.9)
 
 
-def test_a_filter_that_never_fires_is_reported(random_llada, prompts):
+def test_a_filter_that_never_fires_is_reported(random_base, prompts):
     config = FilterConfig(
         block_length=8, gen_length=32, threshold=1.0, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved"
     )
     strategy = make_strategy("learn2pd", network=build_filter(config).eval(), config=config)
     with pytest.warns(UserWarning, match="learn2pd: its component never fired"):
-        Decoder(random_llada, strategy).generate(prompts, gen_length=32, block_length=8)
+        Decoder(random_base, strategy).generate(prompts, gen_length=32, block_length=8)
 
 
-def test_another_block_length_than_the_filter_was_made_for_is_reported(random_llada, prompts):
+def test_another_block_length_than_the_filter_was_made_for_is_reported(random_base, prompts):
     config = FilterConfig(
         block_length=16, gen_length=32, threshold=0.0, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved"
     )
     strategy = make_strategy("learn2pd", network=build_filter(config).eval(), config=config)
     with pytest.warns(UserWarning, match="trained with block_length 16, used with 8"):
-        decode(random_llada, prompts, DecodeConfig(32, 8), strategy)
+        decode(random_base, prompts, DecodeConfig(32, 8), strategy)

@@ -11,7 +11,7 @@ from decoding.memory_plan import plan_memory
 from decoding.output import empty_output
 from decoding.run import Request
 from decoding.strategies import make_strategy
-from models import LLaDAConfig, LLaDAModelLM
+from models import LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig
 from models.errors import InputError
 from models.filter import FilterConfig, build_filter
 from models.predictor import MaskPredictor, TokenIds
@@ -113,9 +113,9 @@ def test_a_step_reads_the_device_once(random_helper, name, cache, record):
             reads.append(known)
             # Rows at different steps of different blocks.
             return (
-                [[60, 30, 62], [28, 30, 30], [0, 1, 0], [64, 64, 64]]
+                [[60, 30, 62], [28, 30, 30], [0, 1, 0], [64, 64, 64], [0] * 3]
                 if name != "apd"
-                else [[50] * 3] * 2 + [[0] * 3, [64] * 3]
+                else [[50] * 3] * 2 + [[0] * 3, [64] * 3, [0] * 3]
             )
 
         run.state.read = told
@@ -124,7 +124,7 @@ def test_a_step_reads_the_device_once(random_helper, name, cache, record):
     assert len(reads) == steps
 
 
-def test_hidden_states_come_where_they_are_asked_for(random_llada, prompts):
+def test_hidden_states_come_where_they_are_asked_for(random_base, prompts):
     class Asking(type(make_strategy("threshold", threshold=2.0))):
         needs = frozenset({"hidden"})
 
@@ -134,10 +134,10 @@ def test_hidden_states_come_where_they_are_asked_for(random_llada, prompts):
 
     for cache in ("none", "dual"):
         seen = []
-        decode(random_llada, prompts, DecodeConfig(32, 8, cache=cache), Asking(threshold=2.0), batch_size=3)
+        decode(random_base, prompts, DecodeConfig(32, 8, cache=cache), Asking(threshold=2.0), batch_size=3)
         for evidence in seen:
             assert evidence.hidden.shape == (*evidence.masked.shape, 32)
-            token = random_llada.logits(evidence.hidden).index_fill(2, torch.tensor([63]), -torch.inf).argmax(-1)
+            token = random_base.logits(evidence.hidden).index_fill(2, torch.tensor([63]), -torch.inf).argmax(-1)
             assert torch.equal(token[evidence.masked], evidence.token[evidence.masked])
             assert evidence.entropy is None  # nobody asked
 
@@ -155,3 +155,10 @@ def test_what_cannot_be_planned_is_refused(folder, random_helper, change, field)
     arguments["strategy"] = strategy_of(arguments["strategy"], random_helper)
     with pytest.raises(InputError, match=f"^{field}"):
         plan_memory(**arguments)
+
+
+def test_views_of_weights_take_nothing(tmp_path):
+    # An expert's matrix is a part of one tensor; each look at it would count as all of them.
+    LLaDAMoEConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    plan = plan_memory(tmp_path, DecodeConfig(128, 32), make_strategy("threshold"))
+    assert plan.activations < plan.weights / 10

@@ -72,7 +72,6 @@ def test_forwards_saved_by_the_end_of_text(predictor):
             [Run("full_step", limit=1), Run("oracle")],
             "limit of 'oracle': found None; accepted: at most the reference's 1",
         ),
-        ([Run("full_step"), Run("full_step", dtype="int8")], "dtype: found 'int8'"),
         (
             [Run("full_step"), Run("full_step")],
             "runs: found 2 named 'full_step'; accepted: a label of its own for each",
@@ -82,6 +81,15 @@ def test_forwards_saved_by_the_end_of_text(predictor):
 def test_runs_are_refused_by_name(predictor, runs, message):
     with pytest.raises(InputError, match=message):
         compare(predictor, PROMPTS, runs, **LENGTHS)
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": "int8"}, {"limit": -1}, {"limit": 0}, {"batch_size": "8"}, {"temperature": -1.0}, {"eot": "x"}]
+)
+def test_a_run_is_refused_by_field(change):
+    # A limit of -1 would leave out the last prompt.
+    with pytest.raises(InputError, match=f"^{next(iter(change))}: found"):
+        Run("full_step", **change)
 
 
 RUNS = [Run("full_step"), Run("oracle"), Run("threshold")]
@@ -172,10 +180,17 @@ def test_another_machine_code_or_chat_template_is_decoded_anew(predictor, tmp_pa
     assert decoded() == 0
 
 
-def test_a_damaged_decode_is_named(predictor, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_decode_is_named(predictor, tmp_path, damage):
+    # A flipped bit would be another token, and nobody would know.
     finish(Comparison(predictor, PROMPTS, RUNS, folder=tmp_path, **LENGTHS))
     file = next(tmp_path.glob("threshold-*"))
-    file.write_bytes(file.read_bytes()[:-20])
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        del content[-20:]
+    else:
+        content[-20] ^= 1
+    file.write_bytes(content)
     with pytest.raises(InputError, match=f"{file.name}: .*delete the file"):
         finish(Comparison(predictor, PROMPTS, RUNS, folder=tmp_path, **LENGTHS))
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from decoding.decoder import Decoder
 from decoding.strategies import STRATEGIES
 from decoding.text import encode, render, token_ids
 from eval.command import command
-from eval.harness import lm_eval_command, main
+from eval.harness import lm_eval_command, load_tasks, main
 from eval.lm import processes
 from eval.lm.answers import Answers
 from eval.lm.likelihood import Pair, draw_masks, greedy_matches, log_likelihoods, mask_counts, pair_ids
@@ -52,6 +53,7 @@ def components(tmp_path_factory: pytest.TempPathFactory, predictor: MaskPredicto
     folder, ids = tmp_path_factory.mktemp("components"), predictor.ids
     torch.manual_seed(0)
     made_for = {"vocab_size": predictor.vocab_size, "mask_id": ids.mask, "base_fingerprint": predictor.fingerprint}
+    made_for["base_family"] = predictor.family
     config = FilterConfig(block_length=8, gen_length=32, threshold=0.4, eot_rule="commit", **made_for)
     save_filter(folder / "filter", build_filter(config), config, "# random\n")
     model = scratch_model(
@@ -667,3 +669,12 @@ def test_two_processes_find_what_one_finds(words, alone, tmp_path):
     for name in ("answers", "nfe_mean", "tokens"):
         assert two["generation"][0][name] == one["generation"][0][name]
     assert two["likelihood"][0]["answers"] == 20
+
+
+def test_examples_that_a_task_does_not_take_are_refused():
+    # lm-eval ignores them, and the result would say another number than was asked for.
+    task = SimpleNamespace(get_config={"num_fewshot": 0}.get)
+    manager = SimpleNamespace(load=lambda names: {"tasks": {"sums": task}})
+    assert load_tasks(manager, ["sums"]) == load_tasks(manager, ["sums"], 0) == [task]
+    with pytest.raises(InputError, match="num_fewshot: found 2; accepted: 0 or null with sums"):
+        load_tasks(manager, ["sums"], 2)

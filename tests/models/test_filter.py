@@ -17,7 +17,7 @@ from models.filter import (
 )
 
 BASE = {"vocab_size": 1024, "mask_id": 5, "gen_length": 128}
-CONV = FilterConfig(**BASE, base_fingerprint="abc", metrics={"auroc": 0.9})
+CONV = FilterConfig(**BASE, base_fingerprint="abc", base_family="llada", metrics={"auroc": 0.9})
 TEXT = replace(CONV, embedding=4)
 MLP = replace(CONV, architecture="block_mlp", features=("confidence",))
 OFFICIAL = {"linear1.weight": (32, 32), "linear1.bias": (32,), "linear2.weight": (32, 32), "linear2.bias": (32,)}
@@ -123,7 +123,7 @@ def test_an_undefined_metric_is_exported_as_null(tmp_path: Path):
     assert load_filter(tmp_path / "out")[1].metrics == {"auroc": None}
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "mask_id", "gen_length", "base_fingerprint"])
+@pytest.mark.parametrize("name", ["vocab_size", "mask_id", "gen_length", "base_fingerprint", "base_family"])
 def test_a_filter_that_does_not_know_its_base_is_not_exported(tmp_path: Path, name: str):
     unset = replace(CONV, **{name: getattr(FilterConfig(), name)})
     with pytest.raises(InputError, match=name):
@@ -237,7 +237,14 @@ def test_normalisation_is_fitted_and_a_constant_column_stays_finite():
     assert torch.isfinite(net(some)).all()
 
 
-COMPATIBLE = {"vocab_size": 1024, "mask_id": 5, "fingerprint": "abc", "gen_length": 128, "block_length": 32}
+COMPATIBLE = {
+    "family": "llada",
+    "vocab_size": 1024,
+    "mask_id": 5,
+    "fingerprint": "abc",
+    "gen_length": 128,
+    "block_length": 32,
+}
 
 
 @pytest.mark.parametrize(
@@ -246,6 +253,7 @@ COMPATIBLE = {"vocab_size": 1024, "mask_id": 5, "fingerprint": "abc", "gen_lengt
         ({"vocab_size": 126464}, "filter: vocab_size"),
         ({"mask_id": 6}, "filter: mask_id"),
         ({"fingerprint": "xyz"}, "filter: base_fingerprint"),
+        ({"family": "Dream", "vocab_size": 9}, "filter: base_family"),
     ],
 )
 def test_another_base_model_is_refused_by_name(changes: dict, field: str):

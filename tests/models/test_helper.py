@@ -14,7 +14,9 @@ from models.helper import Helper, HelperConfig, check_helper, load_helper, save_
 from models.predictor import fingerprint
 
 VOCAB = 64
-CONFIG = HelperConfig(VOCAB, mask_id=63, eot_id=62, base_fingerprint="f" * 16, gen_length=16, eot_rule="commit")
+CONFIG = HelperConfig(
+    VOCAB, mask_id=63, eot_id=62, base_fingerprint="f" * 16, gen_length=16, eot_rule="commit", base_family="llada"
+)
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -200,10 +202,11 @@ def test_an_adapter_is_refused_over_other_weights_or_incomplete(lora, tmp_path: 
         ({"mask_id": 1}, "helper: mask_id"),
         ({"eot_id": 1}, "helper: eot_id"),
         ({"base_fingerprint": "0" * 16}, "helper: base_fingerprint"),
+        ({"base_family": "Dream", "vocab_size": 65}, "helper: base_family: found 'Dream'; accepted: 'llada'"),
     ],
 )
 def test_a_helper_of_another_vocabulary_or_model_is_refused_by_name(change, message):
-    ours = {"vocab_size": VOCAB, "mask_id": 63, "eot_id": 62, "fingerprint": "f" * 16}
+    ours = {"family": "llada", "vocab_size": VOCAB, "mask_id": 63, "eot_id": 62, "fingerprint": "f" * 16}
     assert check_helper(CONFIG, **ours, gen_length=16) == []
     assert "gen_length 16, used with 32" in check_helper(CONFIG, **ours, gen_length=32)[0]
     with pytest.raises(InputError, match=message):

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from models import LLaDAConfig, LLaDAModelLM
-from models.llada import KVCache
 
 
 def config(**changes):
@@ -105,7 +104,7 @@ def test_a_block_over_cached_keys_equals_the_whole_forward():
     model = build()
     ids = torch.randint(0, 50, (2, 8))
     positions = torch.arange(8).expand(2, 8)
-    cache = KVCache.allocate(model.config, 2, 8, dtype=torch.float32, device="cpu")
+    cache = model.allocate_cache(2, 8)
     with torch.no_grad():
         whole = model(ids, position_ids=positions, cache=cache, cache_index=positions).logits
         torch.testing.assert_close(whole, model(ids).logits)
@@ -119,7 +118,7 @@ def test_some_rows_of_a_cache_window_are_written_and_no_others():
     model = build()
     ids = torch.randint(0, 50, (3, 8))
     positions = torch.arange(8).expand(3, 8)
-    store = KVCache.allocate(model.config, 4, 10, dtype=torch.float32, device="cpu")
+    store = model.allocate_cache(4, 10)
     cache, rows = store.window(0, 3, 1, 9), torch.tensor([2, 0])
     with torch.no_grad():
         whole = model(ids[rows], position_ids=positions[rows], cache=cache, cache_rows=rows).logits
@@ -138,7 +137,7 @@ def test_some_rows_of_a_cache_window_are_written_and_no_others():
 
 def test_cache_arguments_go_together():
     model = build()
-    cache = KVCache.allocate(model.config, 1, 4, dtype=torch.float32, device="cpu")
+    cache = model.allocate_cache(1, 4)
     with pytest.raises(ValueError, match="position_ids"):
         model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
 

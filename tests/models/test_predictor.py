@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from models import LLaDAConfig, LLaDAModelLM
 from models.errors import InputError
 from models.filter import load_filter
-from models.llada import Elementwise
+from models.layers import Elementwise
 from models.predictor import MaskPredictor, fingerprint
 from models.tokenizer import train_tokenizer
 

@@ -1,0 +1,57 @@
+"""Helpers that nobody trained for the predictor: causal language models as published that share its token ids."""
+
+from pathlib import Path
+
+import torch
+
+from models.causal_lm import check_same_ids, load_causal_lm
+from models.errors import InputError
+from models.helper import DESCRIPTION, Helper, HelperConfig, load_helper, read_description
+from models.predictor import MaskPredictor, checkpoint_folder
+
+ACCEPTED = (
+    "the folder of an exported helper, or a causal LM over the predictor's ids: its folder, or a reachable hub id"
+)
+
+
+def helper_folder(path: str | Path) -> Path:
+    """The folder of a helper, an export or a published model; a hub id's files are downloaded first.
+
+    Raises:
+        InputError: Neither, or an export whose description is not right.
+    """
+    try:
+        folder = checkpoint_folder(path)
+    except InputError as error:
+        raise InputError("helper folder", repr(str(path)), ACCEPTED) from error
+    if (folder / DESCRIPTION).is_file():
+        read_description(folder)
+    elif not (folder / "config.json").is_file():
+        raise InputError("helper folder", f"{folder} without {DESCRIPTION} or config.json", ACCEPTED)
+    return folder
+
+
+def load_any_helper(folder: Path, predictor: MaskPredictor) -> Helper:
+    """Reads a helper to the predictor's device.
+
+    Args:
+        folder: From :func:`helper_folder`.
+        predictor: The mask predictor. A published model may have fewer ids than it, or more.
+
+    Raises:
+        InputError: It cannot be read, or a published model has other ids, or none that could be compared.
+    """
+    if (folder / DESCRIPTION).is_file():
+        return load_helper(folder, device=predictor.device)
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{folder}: tokenizer.json", "no such file", "the tokenizer, to compare with the predictor's")
+    check_same_ids(folder, predictor.tokenizer)
+    config = HelperConfig(
+        vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask, eot_id=predictor.ids.eot,
+        base_fingerprint=predictor.fingerprint, gen_length=predictor.max_length, eot_rule="off", source=str(folder),
+        base_family=predictor.family,
+    )  # fmt: skip
+    model = load_causal_lm(folder, torch.float32 if predictor.device.type == "cpu" else "auto")
+    helper = Helper(model, config).to(predictor.device)
+    helper.probe(str(folder))
+    return helper

@@ -1,0 +1,176 @@
+"""Hostile command lines and YAML files: one line that names the setting, status 2, and nothing done."""
+
+import re
+import runpy
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from data.typed import Count, NotNegative, Part, Positive, Seed, Share, Text
+from eval.command import command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Group:
+    """Some settings.
+
+    Args:
+        share: A share.
+        seed: A seed.
+        rates: Some rates.
+    """
+
+    share: Share = 0.5
+    seed: Seed = 0
+    rates: list[Positive] = field(default_factory=lambda: [0.1])
+
+
+def some(
+    count: Count = 1, limit: Count | None = None, part: Part = 0.1, weight: NotNegative = 0.0, name: Text = "a",
+    rule: Literal["a", "b"] | None = None, plain: int | None = None, group: Group | None = None, deep: dict | None = None,
+) -> None:  # fmt: skip
+    """Takes settings of every kind.
+
+    Args:
+        count: A count.
+        limit: A limit.
+        part: A part.
+        weight: A weight.
+        name: A name.
+        rule: A rule.
+        plain: A number.
+        group: A group.
+        deep: A mapping.
+    """
+    raise AssertionError("accepted")
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert not re.search(r"Traceback|pydantic|validator|<class|typing\.", err), err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("count", v) for v in ("0", "-1", "1.5", "abc", "", "true", "null", ".nan", "[1]", "{}", "99999999999999999999")),
+        *(("limit", v) for v in ("0", "-1", "1.5", "abc", "true", "[1]")),
+        *(("part", v) for v in ("1", "-0.1", ".nan", ".inf", "abc", "null", "true", "[0.1]")),
+        *(("weight", v) for v in ("-1", ".nan", ".inf", "abc", "null")),
+        *(("rule", v) for v in ("c", "1", "[a]")), *(("plain", v) for v in ("abc", "1.5", "[1]")),
+        *(("group.share", v) for v in ("2", "-1", ".nan", "abc")), *(("group.seed", v) for v in ("-1", "1.5", "4294967296")),
+        *(("group.rates", v) for v in ("[0]", "[-1]", "[.nan]", "abc", "[abc]")), ("name", ""), ("colour", "red"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["words", "yaml"])
+def test_types(name: str, value: str, way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [f"--{name}", value]
+    if way == "yaml":
+        *groups, last = name.split(".")
+        file = tmp_path / "config.yaml"
+        text = f"{last}: {value or repr(value)}"
+        file.write_text(f"{groups[0]}: {{{text}}}" if groups else text)
+        args = ["--config", str(file)]
+    with pytest.raises(SystemExit) as stop:
+        command(some, args=args)
+    assert stop.value.code == 2
+    line = refused(capsys)
+    assert name.split(".")[-1] in line
+    assert "accepted: " in line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"count: 2\ncount: 3\n", "found 'count' twice; accepted: each key once"),
+        (b"group: {share: 0.1, share: 0.2}\n", "found 'share' twice"),
+        (b"deep: {a: [{b: 1, b: 2}]}\n", "found 'b' twice"),
+        (b"\xff\xfe\x00count: 2", "accepted: YAML in UTF-8"),
+        (b"count: [1", "flow sequence"),
+        (b"- 1\n- 2\n", "config"),
+        (b"count", "config"),
+        (b"count: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
+    ],
+)
+def test_files(content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Of two equal keys the last would win.
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        command(some, args=["--config", str(file)])
+    assert stop.value.code == 2
+    assert message in refused(capsys)
+
+
+COMMANDS = [
+    ("train/rollout.py predict", "--rollout.sources []", "sources: found none"),
+    ("train/rollout.py predict", "--rollout.batch_size 0", "rollout.batch_size: found 0"),
+    ("train/rollout.py predict", "--rollout.gen_length 99999999999999", "rollout.gen_length: found 99999999999999"),
+    ("train/rollout.py predict", "--rollout.limit -1", "rollout.limit"),
+    ("train/rollout.py predict", "--rollout.passes []", "passes: found none"),
+    ("train/rollout.py predict", "--seed_everything -1", "seed_everything: found -1"),
+    ("train/rollout.py predict", "--seed_everything 99999999999", "seed_everything: found 99999999999"),
+    ("train/rollout.py predict", "--trainer.devices -5", "trainer"),
+    ("train/rollout.py predict", "--trainer.devices 0", "trainer"),
+    ("train/rollout.py predict", "--trainer.accelerator nope", "trainer"),
+    ("train/filter.py fit", "--model.threshold 2", "model.threshold: found 2; accepted: less than or equal to 1"),
+    ("train/filter.py fit", "--model.layers 1000000", "layers: found 1000000"),
+    ("train/filter.py fit", "--model.learning_rate -1", "model.learning_rate: found -1"),
+    ("train/filter.py fit", "--model.learning_rate .nan", "model.learning_rate: found .nan"),
+    ("train/filter.py fit", "--pipeline.pick_from []", "pipeline.pick_from: found none"),
+    ("train/filter.py fit", "--pipeline.pick_from [2]", "pipeline.pick_from"),
+    ("train/filter.py fit", "--pipeline.pick_prompts 0", "pipeline.pick_prompts: found 0"),
+    ("train/filter.py fit", "--pipeline.baselines []", "pipeline.baselines: found none"),
+    ("train/filter.py fit", "--data.batch_size 0", "data.batch_size: found 0"),
+    ("train/helper.py fit", "--pipeline.kv_window 0", "pipeline.kv_window: found 0"),
+    ("train/helper.py fit", "--pipeline.mixture_weights [2]", "pipeline.mixture_weights"),
+    ("train/helper.py fit", "--model.lora_alpha -1", "model.lora_alpha: found -1"),
+    ("train/helper.py fit", "--model.n_heads 0", "model.n_heads: found 0"),
+    ("train/base.py fit", "--model.warmup_steps 0", "model.warmup_steps: found 0"),
+    ("train/base.py fit", "--data.seed -2", "data.seed: found -2"),
+    ("eval/bench.py", "--limit -1", "limit: found -1"),
+    ("eval/bench.py", "--repeats 0", "repeats: found 0"),
+    ("eval/bench.py", "--margin 1", "margin: found 1"),
+    ("eval/bench.py", "--runs [{strategy:\u00a0full_step}]", "runs"),
+    ("eval/bench.py", '--runs [{"strategy":"full_step","limit":-1}]', 'limit": found -1'),
+    ("eval/bench.py", '--runs [{"strategy":"full_step","temperature":-1}]', "temperature"),
+    ("eval/harness.py", "--limit 0", "limit: found 0"),
+    ("eval/harness.py", "--num_fewshot -1", "num_fewshot: found -1"),
+    ("eval/harness.py", "--temperature .inf", "temperature: found .inf"),
+    ("eval/trace.py", "--prompt a --strategies [threshold] --seed -1", "seed: found -1"),
+    ("eval/risk.py", "--strategy threshold --values [.nan]", "threshold.threshold: found nan"),
+    ("eval/trace.py", "--prompt a --strategies [threshold] --out /dev/null/x.html", "out: found /dev/null, no folder"),
+    ("eval/bench.py", "--out /dev/null/x", "out: found /dev/null, no folder"),
+    ("eval/risk.py", "--strategy threshold --values [0.9] --run /dev/null/x", "run: found /dev/null, no folder"),
+    ("train/filter.py fit", "--run /dev/null/x", "run: found /dev/null, no folder"),
+    ("train/filter.py fit", "--pipeline.out /dev/null/x", "pipeline.out: found /dev/null, no folder"),
+    ("train/rollout.py predict", "--rollout.folder /dev/null/x", "rollout.folder: found /dev/null, no folder"),
+    ("decoding/generate.py", "--prompt a --seed -1", "seed: found -1"),
+    ("decoding/generate.py", "--prompt a --pause -1", "pause: found -1"),
+    ("decoding/generate.py", "--prompt a --gen_length 99999999999999", "gen_length: found 99999999999999"),
+    ("decoding/generate.py", "--prompt a --strategy threshold --options {\"threshold\":\"abc\"}", "threshold.threshold: found"),
+    ("decoding/generate.py", "--prompt a --filter 5", "filter"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "words", "message"), COMMANDS, ids=lambda value: str(value)[:60])
+def test_commands(
+    script: str, words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    name, *verb = script.split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / name), *verb, *words.split(" ")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    assert stop.value.code == 2
+    assert message in refused(capsys)
+    assert not list(tmp_path.rglob("*"))

@@ -1,0 +1,181 @@
+"""Disks that are full or cannot be written, kills, and two runs at once: whatever was there stays, and nothing lies beside it."""
+
+import os
+import resource
+import shutil
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data.disk import check_writable, hold
+from data.provenance import write_aside
+from eval.command import entry
+from models.checkpoint import abandoned, writing
+from models.errors import InputError
+from train.folder import WholeFiles, last_checkpoint, made_by
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch):
+    """Lets no file grow beyond 4 KiB, which the system reports as it reports a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, full: None) -> None:
+    file = tmp_path / "result.json"
+    write_aside(file, "old")
+    with pytest.raises(OSError, match="too large"):
+        write_aside(file, "new" * 10_000)
+    assert file.read_text() == "old"
+    assert names(tmp_path) == ["result.json"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, full: None) -> None:
+    # Lightning's own come from the temporary folder: on another file system a kill left half of one.
+    file = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"step": 1}, file)
+    with pytest.raises(OSError, match="too large"):
+        WholeFiles().save_checkpoint({"step": 2, "weights": torch.zeros(10_000)}, file)
+    assert torch.load(file, weights_only=True) == {"step": 1}
+    assert names(tmp_path) == ["last.ckpt"]
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
+    with writing(tmp_path / "a") as one:
+        child = os.fork()
+        if not child:
+            with writing(tmp_path / "a") as other:
+                other.write_text("child")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        one.write_text("parent")
+    assert (tmp_path / "a").read_text() == "parent"
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_a_kill_leaves_is_known(tmp_path: Path) -> None:
+    child = os.fork()
+    if not child:
+        with writing(tmp_path / "a") as aside:
+            aside.write_text("half")
+            os._exit(9)
+    os.waitpid(child, 0)
+    (left,) = tmp_path.iterdir()
+    assert abandoned(left)
+    mine = tmp_path / f".a.{socket.gethostname()}-{os.getpid()}.part"
+    other = tmp_path / ".a.elsewhere-1.part"
+    for file in (mine, other):
+        file.touch()
+        assert not abandoned(file)
+    os.utime(other, (0, 0))
+    assert abandoned(other)
+
+
+@pytest.mark.parametrize(
+    ("path", "folder", "found"),
+    [
+        ("file/under/it", True, "no folder"),
+        ("file", True, "no folder"),
+        ("folder", False, "a folder"),
+        ("a" * 300, True, "name"),
+    ],
+)
+def test_outputs_are_checked_before_anything_runs(tmp_path: Path, path: str, folder: bool, found: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=f"out: found .*{found}.*; accepted: a path that can be written"):
+        check_writable("out", tmp_path / path, folder)
+
+
+def test_room_is_checked_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_writable("out", tmp_path / "new" / "result")
+    check_writable("out", tmp_path / "page.html", folder=False)
+    assert not names(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 << 20))
+    with pytest.raises(InputError, match="out: found .* with 3 MiB free"):
+        check_writable("out", tmp_path)
+
+
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    with hold(tmp_path / "run"):
+        owner = f"in use by process {os.getpid()} on {socket.gethostname()}"
+        with pytest.raises(InputError, match=owner):
+            hold(tmp_path / "run")
+    hold(tmp_path / "run").close()
+
+
+def test_a_run_that_was_killed_holds_nothing(tmp_path: Path) -> None:
+    child = os.fork()
+    if not child:
+        hold(tmp_path)
+        os._exit(9)
+    os.waitpid(child, 0)
+    hold(tmp_path).close()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("/dev/null/x", "Not a directory"), ("/nowhere/x", "No such file or directory"), ("/", "Is a directory")],
+)
+def test_a_refusal_of_the_system_is_one_line(
+    path: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
+    with pytest.raises(SystemExit) as stop:
+        entry(lambda: Path(path).write_text("a"))
+    assert stop.value.code == os.EX_IOERR
+    assert capsys.readouterr().err == f"bench.py: {path}: {message}\n"
+
+
+def checkpoint(file: Path, **content: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {}, "global_step": 1, **content}, file)
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK", b"nonsense"])
+def test_a_damaged_last_checkpoint_falls_back(
+    tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The same command stopped for ever.
+    assert last_checkpoint(tmp_path) is None
+    last, best = (tmp_path / "checkpoints" / name for name in ("last.ckpt", "best.ckpt"))
+    checkpoint(last)
+    assert last_checkpoint(tmp_path) == last
+    last.write_bytes(damage)
+    with pytest.raises(InputError, match=r"last\.ckpt"):
+        last_checkpoint(tmp_path)
+    checkpoint(best)
+    assert last_checkpoint(tmp_path) == best
+    assert "last.ckpt: found" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_command_is_named(tmp_path: Path) -> None:
+    from train.base import export as export_base
+    from train.filter import export
+    from train.helper import export as export_helper
+
+    file = tmp_path / "other.ckpt"
+    for content in ({"hyper_parameters": {"colour": 1}}, {}):
+        checkpoint(file, **content)
+        with pytest.raises(InputError, match=r"other\.ckpt: found .*; accepted: one that `train/filter.py fit` wrote"):
+            export(file, tmp_path, "nowhere", tmp_path / "out", 0.5)
+        with pytest.raises(InputError, match=r"other\.ckpt: found .*; accepted: one that `train/helper.py fit` wrote"):
+            export_helper(file, tmp_path, tmp_path / "out")
+    checkpoint(file, hyper_parameters={"channels": 4})
+    with pytest.raises(InputError, match=r"other\.ckpt: found .*; accepted: one that"):
+        export(file, tmp_path, "nowhere", tmp_path / "out", 0.5)
+    with pytest.raises(InputError, match=r"tokenizer|other\.ckpt"):
+        export_base(file, tmp_path, tmp_path / "out")
+    with pytest.raises(InputError, match="accepted: one that"), made_by("train/filter.py", file):
+        raise RuntimeError("size mismatch")

@@ -1,0 +1,103 @@
+"""Hostile files: prompts, filters and results that are no such thing, each named with the row or the field."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file, save_file
+
+from data.prompts import PromptSource, load_prompts
+from eval.report import read
+from models.errors import InputError
+from models.filter import FilterConfig, build_filter, load_filter, save_filter
+
+BAD_PROMPTS = ["{}", "[]", '["a"]', '{"a": 1}', "true", '""', '" "', "null", '"\\ue000"', '"\\ud800"', "NaN"]
+
+
+@pytest.mark.parametrize("value", [value for value in BAD_PROMPTS if value not in ("true", "NaN")])
+def test_prompt_columns(tmp_path: Path, value: str) -> None:
+    # A list or a mapping would become a prompt that reads like Python.
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "fine"}}\n{{"prompt": {value}}}\n')
+    with pytest.raises(InputError, match=r"prompts\.jsonl: row 1: .*found .*; accepted: ."):
+        load_prompts([PromptSource(str(file))])
+
+
+@pytest.mark.parametrize("column", ["response_column", "answer_column", "task_column"])
+@pytest.mark.parametrize("value", [{"a": 1}, ["a"], b"bytes"], ids=str)
+def test_other_columns(tmp_path: Path, column: str, value: object) -> None:
+    file = tmp_path / "prompts.parquet"
+    pq.write_table(pa.table({"prompt": ["fine"], "other": [value]}), file)
+    with pytest.raises(InputError, match=r"row 0: column 'other': found .*; accepted: text or a number"):
+        load_prompts([PromptSource(str(file), **{column: "other"})])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.csv", "prompt\nfine\n"), ("a.jsonl", '{"prompt": "fine"}\n'), ("a.json", '[{"prompt": "fine"}]')],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> None:
+    # Excel writes one.
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert [prompt.prompt for prompt in load_prompts([PromptSource(str(tmp_path / name))])] == ["fine"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"{", b"5", b"\x00" * 10, b'[{"prompt": "a"}, 5]'])
+def test_prompt_files(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}.*: found .*; accepted: ."):
+        load_prompts([PromptSource(str(tmp_path / name))])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"size": 0}, {"size": "5"}, {"size": True}, {"path": ""}, {"path": 5}, {"seed": -1}, {"options": []}, {"task": 5}],
+)
+def test_prompt_sources(change: dict) -> None:
+    with pytest.raises(InputError, match=f"^{next(iter(change))}: found .*; accepted: ."):
+        PromptSource(**change)
+
+
+def test_no_sources() -> None:
+    with pytest.raises(InputError, match="sources: found none"):
+        load_prompts([])
+
+
+@pytest.fixture
+def filter_folder(tmp_path: Path) -> Path:
+    config = FilterConfig(gen_length=32, vocab_size=64, mask_id=63, base_fingerprint="f")
+    save_filter(tmp_path / "filter", build_filter(config), config, "card")
+    return tmp_path / "filter"
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0])
+def test_a_filter_that_divides_by_nothing(filter_folder: Path, std: float) -> None:
+    file = filter_folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["std"][2] = std
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=r"model\.safetensors: std: found"):
+        load_filter(filter_folder)
+
+
+def test_a_filter_that_reads_a_column_twice(filter_folder: Path) -> None:
+    file = filter_folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"features": ["confidence"] * len(config["features"])}))
+    with pytest.raises(InputError, match=r"config\.json: features: found .*each once"):
+        load_filter(filter_folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "5", "{}", '{"schema_version": 4}', '{"schema_version": 4, "rows": []}', '{"schema_version": 4, "rows": [{}]}',
+     '{"schema_version": 4, "rows": [5]}', '{"schema_version": "4"}', '{"schema_version": [4]}'],
+)  # fmt: skip
+def test_results(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "bench.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=r"bench\.json.*: found .*; accepted: ."):
+        read(file)

@@ -1,0 +1,132 @@
+"""Hostile values of every setting: each is refused by name, at once, whatever its type."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from decoding import Decoder
+from decoding.config import DecodeConfig
+from decoding.strategies import STRATEGIES, make_strategy
+from models.errors import InputError
+from models.filter import FilterConfig, build_filter
+from models.predictor import MaskPredictor, TokenIds
+
+WRONG = ["abc", "", math.nan, math.inf, -math.inf, -1, [], {}, [1], True, b"1", object(), 10**30, 1j]
+"""Wrong for any number or folder that a setting may be; ``True`` is no number."""
+FREE = {("threshold", "threshold"), ("factor", "factor"), ("entropy_bound", "gamma"), ("klass", "threshold")}
+"""Settings without an upper end, which 10**30 is not too large for."""
+WORDS = {"filter", "helper"}
+
+
+def settings_of(name: str) -> list[str]:
+    strategy = STRATEGIES[name]
+    return [field.name for field in dataclasses.fields(strategy)] if dataclasses.is_dataclass(strategy) else []
+
+
+def has_end(name: str, setting: str) -> bool:
+    dico = {"alpha", "sigma", "divide_exit", "growth", "sure", "factor", "top_threshold", "spread_threshold"}
+    dico |= {"conquer_exit", "margin", "divide_steps", "patience"}
+    klass = {"threshold", "divergence", "history"}
+    free = {"dico": dico, "klass": klass, "learn2pd": {"budget"}}.get(name, set())
+    return setting not in free and (name, setting) not in FREE
+
+
+STRATEGY_CASES = [
+    pytest.param(name, setting, value, id=f"{name}.{setting}={value!r:.20}")
+    for name in STRATEGIES
+    for setting in settings_of(name)
+    for value in WRONG
+    if (setting not in WORDS or value != "abc") and (value != 10**30 or has_end(name, setting))
+]
+
+
+@pytest.mark.parametrize(("name", "setting", "value"), STRATEGY_CASES)
+def test_strategy_settings(name: str, setting: str, value: object) -> None:
+    # A comparison with text or a list is a traceback, one with NaN a setting that never commits anything.
+    with pytest.raises(InputError, match=rf"^{name}\.{setting}: found .*; accepted: ."):
+        make_strategy(name, **{setting: value})
+
+
+NUMBERS = ("gen_length", "block_length", "steps", "temperature", "seed", "refresh")
+
+
+@pytest.mark.parametrize("setting", [*NUMBERS, "eot", "cache"])
+@pytest.mark.parametrize("value", [*WRONG, 10**14, "32", 32.5], ids=lambda value: f"{value!r:.20}")
+def test_decode_settings(setting: str, value: object) -> None:
+    if (setting, value) in [("seed", 10**14), ("refresh", 10**14), ("refresh", 10**30), ("temperature", 32.5)]:
+        pytest.skip("accepted")
+    with pytest.raises(InputError, match=f"^{setting}: found "):
+        DecodeConfig(**{"cache": "dual"} | {setting: value})  # type: ignore[arg-type]
+
+
+def test_lengths_are_whole_numbers() -> None:
+    with pytest.raises(InputError, match=r"gen_length: found 32\.0; accepted: a whole number from 1 to 1048576"):
+        DecodeConfig(gen_length=32.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("setting", ["block_length", "channels", "kernel", "layers", "embedding", "features"])
+@pytest.mark.parametrize("value", [*WRONG, 10**6 + 1, "32", 32.5, None], ids=lambda value: f"{value!r:.20}")
+def test_filter_sizes(setting: str, value: object) -> None:
+    if (setting, value) == ("block_length", 10**6 + 1):
+        pytest.skip("a convolution serves any block")
+    # A million layers would be built for ever.
+    with pytest.raises(InputError, match=rf"^filter: ({setting}|sizes): found "):
+        build_filter(FilterConfig(**{"vocab_size": 1000} | {setting: value}))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_checkpoint) -> Decoder:
+    return Decoder.from_pretrained(tiny_checkpoint, "full_step", device="cpu")
+
+
+CALLS = [
+    ({"prompts": 5}, "prompts"), ({"prompts": None}, "prompts"), ({"prompts": []}, "prompts"), ({"prompts": "hi"}, "prompts"),
+    ({"prompts": {"a": 1}}, "prompts"), ({"prompts": b"hi"}, "prompts"), ({"prompts": [None]}, "prompt"),
+    ({"prompts": [5]}, "prompt"), ({"prompts": [b"x"]}, "prompt"), ({"prompts": [""]}, "prompt"),
+    ({"prompts": ["\ue000"]}, "prompt"), ({"prompts": [" \n"]}, "prompt"), ({"prompts": ["\ud800"]}, "prompt"),
+    ({"prompts": [[]]}, "prompt 0"), ({"prompts": [[-1]]}, "prompt 0"), ({"prompts": [[1], [99999]]}, "prompt 1"),
+    ({"prompts": [[1, None]]}, "message 0"), ({"prompts": [[1.0]]}, "message 0"), ({"prompts": [[{}]]}, "message 0"),
+    ({"prompts": [[{"role": "user", "content": None}]]}, "message 0"),
+    ({"prompts": [[{"role": 1, "content": "a"}]]}, "message 0"),
+    ({"prompts": [[{"role": "user", "content": ["a"]}]]}, "message 0"),
+    ({"stop": "abc"}, "stop"), ({"stop": [""]}, "stop"), ({"stop": [1]}, "stop"), ({"stop": 1}, "stop"),
+    ({"batch_size": 0}, "batch_size"), ({"batch_size": "8"}, "batch_size"), ({"batch_size": 8.0}, "batch_size"),
+    ({"seeds": [-1]}, "seeds"), ({"seeds": ["a"]}, "seeds"), ({"seeds": 1}, "seeds"), ({"seeds": [1, 2]}, "seeds"),
+    ({"references": [[1] * 8]}, "references"), ({"references": torch.zeros(1, 7).long()}, "references"),
+    ({"references": torch.zeros(1, 8)}, "references"), ({"references": torch.full((1, 8), 99999)}, "references"),
+    ({"references": torch.full((1, 8), -1)}, "references"),
+    ({"gen_length": "8"}, "gen_length"), ({"gen_length": 10**14}, "gen_length"), ({"gen_length": 1000}, "gen_length"),
+    ({"temperature": math.inf}, "temperature"), ({"seed": -1}, "seed"), ({"colour": 1}, "colour"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "field"), CALLS, ids=lambda value: f"{value!r:.50}")
+def test_generate(decoder: Decoder, call: dict, field: str) -> None:
+    given = {"prompts": ["hi"], "gen_length": 8, "block_length": 4} | call
+    with pytest.raises(InputError, match=f"^{field}.*: found .*; accepted: ."):
+        decoder.generate(**given)
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        ({"device": "nope"}, "device"), ({"device": "cuda:99"}, "device"), ({"device": 5.5}, "device"),
+        ({"dtype": "nope"}, "dtype"), ({"dtype": 5}, "dtype"), ({"dtype": "int8"}, "dtype"),
+        ({"strategy": "nope"}, "strategy"), ({"strategy": ["threshold"]}, "strategy"), ({"strategy": None}, "strategy"),
+        ({"strategy": "threshold", "risk": "low", "calibration": "/nowhere"}, "/nowhere"), ({"risk": math.nan}, "calibration"),
+    ],
+)  # fmt: skip
+def test_loading(tiny_checkpoint, call: dict, field: str) -> None:
+    with pytest.raises(InputError, match=f"^{field}: found .*; accepted: ."):
+        Decoder.from_pretrained(tiny_checkpoint, **{"device": "cpu"} | call)
+
+
+def test_a_decode_of_nonsense_stops(tiny_llada) -> None:
+    # NaN compares as neither larger nor smaller: something would be committed, with status 0.
+    ids = TokenIds(mask=63, eot=62, end_of_turn=61, pad=62, bos=60)
+    predictor = MaskPredictor(tiny_llada, ids, 64, 256)
+    tiny_llada.model.transformer["ln_f"].weight[0] = math.nan
+    with pytest.raises(InputError, match="confidence: found not finite"):
+        Decoder(predictor, make_strategy("threshold")).generate([[1, 2]], gen_length=8, block_length=4)
