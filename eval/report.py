@@ -31,7 +31,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{' and '.join(result['scorers'])}. Base model {result['base']['fingerprint']}, `{result['base']['name']}`."
     )
     lines += ["", *_headline_lines(result["headline"])]
-    lines += ["## All runs", "", *_table(rows, _ALL), "", *_NOTES]
+    lines += ["## All runs", "", *table(rows, ALL), "", *_NOTES]
     for title, key in (("task", "by_task"), ("length of full_step's answer, in tokens", "by_length")):
         lines += ["", f"## By {title}", "", *_parts(rows, key)]
     where = result["environment"]
@@ -77,22 +77,25 @@ def _headline_row(entry: dict[str, Any], title: str) -> str:
     if pick is None:
         cells += [f"none of {entry['settings_tried']} is as good", *["–"] * 6]
     else:
-        cells += [pick["label"], _percent(pick["exact_match"]), _difference(pick), f"{pick[cost]:.{digits}f}"]
-        cells += [_times(pick, name) for name in ("full_step", "threshold", "oracle")]
-    cells += ["–"] * 3 if sure is None else [sure["label"], f"{sure[cost]:.{digits}f}", _times(sure, "full_step")]
+        cells += [pick["label"], percent(pick["exact_match"]), difference(pick), f"{pick[cost]:.{digits}f}"]
+        cells += [times(pick, name) for name in ("full_step", "threshold", "oracle")]
+    cells += ["–"] * 3 if sure is None else [sure["label"], f"{sure[cost]:.{digits}f}", times(sure, "full_step")]
     return f"| {' | '.join(cells)} |"
 
 
-def _times(pick: dict[str, Any], name: str) -> str:
+def times(pick: dict[str, Any], name: str) -> str:
+    """How many times better than another's a headline's pick is, as a cell."""
     value = pick["times"][name]
     return "–" if value is None else f"{value:.2f}×"
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share as a cell."""
     return f"{100 * value:.1f} %"
 
 
-def _difference(row: Row) -> str:
+def difference(row: Row) -> str:
+    """A row's paired difference to its reference in points, with its interval, as a cell."""
     if row.get("label") == row.get("reference", ""):
         return "the reference"
     low, high = row["paired_difference"]["interval"]
@@ -107,17 +110,17 @@ def _memory(row: Row) -> str:
     return f"{row['memory']['peak'] / 2**20:.0f}" if row["memory"] else "–"
 
 
-_ALL = {
+ALL = {
     "decode": lambda row: row["label"],
     "prompts": lambda row: str(row["prompts"]),
     "exact match (95 %)": lambda row: (
-        f"{_percent(row['exact_match'])} "
+        f"{percent(row['exact_match'])} "
         f"({100 * row['exact_match_interval'][0]:.1f} to {100 * row['exact_match_interval'][1]:.1f})"
     ),
-    "difference (95 %)": _difference,
-    "valid": lambda row: "–" if row.get("valid") is None else _percent(row["valid"]),
-    "same text": lambda row: _percent(row["sequence_agreement"]),
-    "same tokens": lambda row: _percent(row["token_agreement"]),
+    "difference (95 %)": difference,
+    "valid": lambda row: "–" if row.get("valid") is None else percent(row["valid"]),
+    "same text": lambda row: percent(row["sequence_agreement"]),
+    "same tokens": lambda row: percent(row["token_agreement"]),
     "NFE mean / median / p95": lambda row: f"{row['nfe_mean']:.2f} / {row['nfe_median']:.0f} / {row['nfe_p95']:.0f}",
     "tokens/forward": lambda row: f"{row['tokens_per_forward']:.2f}",
     "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
@@ -125,8 +128,8 @@ _ALL = {
         f"{100 * row[name] / row['seconds']:.0f} %" for name in ("predictor_seconds", "helper_seconds", "loop_seconds")
     ),
     "component commits/forward": _component,
-    "empty": lambda row: _percent(row["empty_answers"]),
-    "cut": lambda row: _percent(row["truncated_correct_answers"]),
+    "empty": lambda row: percent(row["empty_answers"]),
+    "cut": lambda row: percent(row["truncated_correct_answers"]),
     "saved by EoT": lambda row: "–" if (saved := row["forwards_saved_by_eot"]) is None else f"{saved:.1f}",
     "peak MiB": _memory,
 }
@@ -138,7 +141,8 @@ _NOTES = [
 ]
 
 
-def _table(rows: Sequence[Row], columns: dict[str, Any]) -> list[str]:
+def table(rows: Sequence[Row], columns: dict[str, Any]) -> list[str]:
+    """The lines of a Markdown table; ``columns`` says how each cell is made of a row."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return lines + [f"| {' | '.join(value(row) for value in columns.values())} |" for row in rows]
 
@@ -156,7 +160,7 @@ def _parts(rows: Sequence[Row], key: str) -> list[str]:
             if (part := row[key].get(name))
             else "–"
         )
-    return _table(rows, columns)
+    return table(rows, columns)
 
 
 def _listed(tasks: dict[str, int]) -> str:
@@ -304,11 +308,11 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> str:
         speeds = [_speed(old, before["rows"][0]), _speed(new, after["rows"][0])]
         cells = [
             label,
-            f"{_percent(old['exact_match'])} → {_percent(new['exact_match'])}",
+            f"{percent(old['exact_match'])} → {percent(new['exact_match'])}",
             _paired_change(old["right"], new["right"])
             if same and old["prompts"] == new["prompts"]
             else "other prompts",
-            f"{_percent(old['sequence_agreement'])} → {_percent(new['sequence_agreement'])}",
+            f"{percent(old['sequence_agreement'])} → {percent(new['sequence_agreement'])}",
             f"{old['nfe_mean']:.2f} → {new['nfe_mean']:.2f}",
             f"{new['nfe_mean'] / old['nfe_mean']:.2f}",
             " → ".join(speeds),
@@ -339,7 +343,7 @@ def _paired_change(old: str, new: str) -> str:
     won = sum(a + b == "01" for a, b in zip(old, new, strict=True))
     lost = sum(a + b == "10" for a, b in zip(old, new, strict=True))
     interval = paired(won, lost, len(old))
-    return _difference({"paired_difference": {"mean": (won - lost) / len(old), "interval": interval}})
+    return difference({"paired_difference": {"mean": (won - lost) / len(old), "interval": interval}})
 
 
 def compare(before: Path, after: Path, out: Path | None = None) -> None:
@@ -368,86 +372,6 @@ def render(result: Path, margin: float = MARGIN) -> None:
     print(f"wrote {result.stem}.json, {result.stem}.md and {result.stem}.png to {result.parent}")
 
 
-def readme(result: Path, section: str = "headline", target: Path = Path("README.md")) -> None:
-    """Writes the figures of a result between the comments ``<!-- section -->`` and ``<!-- /section -->`` of a text.
-
-    Args:
-        result: A JSON file written by ``eval/bench.py``.
-        section: ``headline``, ``cost`` or ``apd``.
-        target: The text.
-    """
-    if section not in _SECTIONS:
-        raise InputError("section", section, " | ".join(_SECTIONS))
-    begin, end = f"<!-- {section} -->\n", f"<!-- /{section} -->"
-    text = target.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or end not in text.split(begin)[1]:
-        raise InputError(str(target), f"no lines {begin.strip()} and {end}", "both, in this order")
-    before, rest = text.split(begin)
-    lines = _SECTIONS[section](read(result))
-    write_aside(target, "".join([before, begin, *(f"{line}\n" for line in lines), end, rest.split(end, 1)[1]]))
-
-
-def _short_headline(result: dict[str, Any]) -> list[str]:
-    """The cheapest setting of each strategy at equal quality, in forwards, of the first group of rows."""
-    columns = ["strategy", "cheapest setting as good", "exact match", "difference (95 %)", "same text", "NFE"]
-    columns += [f"× fewer than {name}" for name in ("full_step", "best threshold", "oracle")] + ["tokens/s"]
-    rows = {row["label"]: row for row in result["rows"]}
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for entry in result["headline"][0]["strategies"]:
-        cells, pick = [entry["strategy"]], entry["forwards"]
-        if pick is None:
-            cells += [f"none of {entry['settings_tried']}", *["–"] * 8]
-        else:
-            mark = " ✓" if pick["confirmed"] and pick["label"] != pick["reference"] else ""
-            cells += [pick["label"], _percent(pick["exact_match"]), _difference(pick) + mark]
-            cells += [_percent(rows[pick["label"]]["sequence_agreement"]), f"{pick['nfe_mean']:.1f}"]
-            cells += [_times(pick, name) for name in ("full_step", "threshold", "oracle")]
-            cells += [f"{pick['tokens_per_second']:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-_COST = {
-    "decode": _ALL["decode"],
-    "prompts": _ALL["prompts"],
-    "batch": lambda row: str(row["settings"]["batch_size"]),
-    "dtype": lambda row: row["settings"]["dtype"].replace("float32", "fp32").replace("bfloat16", "bf16"),
-    "exact match": lambda row: _percent(row["exact_match"]),
-    "same text": _ALL["same text"],
-    "NFE": lambda row: f"{row['nfe_mean']:.1f}",
-    "tokens/s": _ALL["tokens/s"],
-    "loop's share of the wall": lambda row: _percent(row["loop_share"]),
-}
-_APD = {
-    "decode": _ALL["decode"],
-    "exact match": _COST["exact match"],
-    "difference (95 %)": _difference,
-    "same text": _ALL["same text"],
-    "NFE": _COST["NFE"],
-    "tokens/forward": _ALL["tokens/forward"],
-    "tokens/s": _ALL["tokens/s"],
-    "without the helper's time": lambda row: f"{row['tokens_per_second_without_helper']:.0f}",
-}
-
-
-def _beside_apd(row: Row) -> bool:
-    """APD's rows, and what the reader compares them with."""
-    return row["settings"]["strategy"] == "apd" or row["label"] in ("full_step", "threshold 0.9", "oracle")
-
-
-def _cost_shown(row: Row, first: Row) -> bool:
-    """Rows of the first one's lengths, of four strategies that stand for the others."""
-    same = all(row["settings"][name] == first["settings"][name] for name in ("gen_length", "block_length"))
-    return same and row["settings"]["strategy"] in ("full_step", "threshold", "dico", "learn2pd")
-
-
-_SECTIONS = {
-    "headline": _short_headline,
-    "cost": lambda result: _table([row for row in result["rows"] if _cost_shown(row, result["rows"][0])], _COST),
-    "apd": lambda result: _table([row for row in result["rows"] if _beside_apd(row)], _APD),
-}
-
-
 def write(result: dict[str, Any], folder: Path, margin: float, name: str = "bench") -> None:
     """Writes a result as JSON, Markdown and a picture, with its headline.
 
@@ -465,4 +389,4 @@ def write(result: dict[str, Any], folder: Path, margin: float, name: str = "benc
 
 
 if __name__ == "__main__":
-    command({"compare": compare, "render": render, "readme": readme})
+    command({"compare": compare, "render": render})

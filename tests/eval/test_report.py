@@ -1,13 +1,15 @@
 """The equal-quality headline, and what two results say about each other."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from eval.command import command
 from eval.headline import confirmed, headline, summary
 from eval.intervals import paired, wilson
-from eval.report import changes, compare, draw, markdown, read, readme, render, variant, write
+from eval.pages import main as write_pages
+from eval.report import changes, compare, draw, markdown, read, render, variant, write
 from models.errors import InputError
 
 PROMPTS = 1000
@@ -214,31 +216,48 @@ def test_two_files_are_compared(tmp_path, capsys):
     assert (tmp_path / "changes.md").read_text() in capsys.readouterr().out
 
 
-def test_a_text_takes_its_figures_from_a_result(tmp_path, capsys):
+def placed(*names):
+    return "".join(f"<!-- {name} -->\nstale\n<!-- /{name} -->\nB\n" for name in names)
+
+
+def test_pages_take_their_figures_from_results(tmp_path, capsys):
     write(result([*ROWS, row("apd", "apd R 0", 0, 3.0, 50)]), tmp_path, 0.01)
-    text = tmp_path / "README.md"
-    text.write_text("A\n<!-- headline -->\nstale\n<!-- /headline -->\nB\n<!-- apd -->\n<!-- /apd -->\nC\n")
-    for section in ("headline", "apd", "headline"):  # writing twice changes nothing
-        words = ["--result", str(tmp_path / "bench.json"), "--target", str(text), "--section", section]
-        command({"readme": readme}, args=["readme", *words])
-    found = text.read_text()
-    assert "stale" not in found
-    assert found.startswith("A\n<!-- headline -->\n| strategy |")
-    assert "| threshold | threshold 0.9 | 99.0 % | -1.0" in found
-    assert "| dico | none of 1 | – |" in found
-    apd = found.split("<!-- apd -->")[1].split("<!-- /apd -->")[0]
-    assert [line.split(" | ")[0] for line in apd.strip().splitlines()[2:]] == [
+    costs = [one | {"settings": one["settings"] | {"block_length": 32}} for one in ROWS]
+    (tmp_path / "cost.json").write_text(json.dumps(result(costs)))
+    (tmp_path / "docs").mkdir()
+    pages = {"README.md": ["front"], "docs/decoders.md": ["headline", "cost"], "docs/apd.md": ["apd"]}
+    for page, names in pages.items():
+        (tmp_path / page).write_text("A\n" + placed(*names))
+    for _ in range(2):  # writing twice changes nothing
+        command(write_pages, args=["--results", str(tmp_path), "--root", str(tmp_path)])
+    found = {page: (tmp_path / page).read_text() for page in pages}
+    assert not any("stale" in text for text in found.values())
+    assert all(text.startswith("A\n<!-- ") and text.endswith(" -->\nB\n") for text in found.values())
+    assert "| threshold 0.9 | 99.0 % | 4.0 | 5.00× | 500 |" in found["README.md"]
+    assert "| dico |" not in found["README.md"]
+    assert "| threshold | threshold 0.9 | 99.0 % | -1.0" in found["docs/decoders.md"]
+    assert "| dico | none of 1 | – |" in found["docs/decoders.md"]
+    assert "| learn2pd | 1000 | 32 | fp32 |" in found["docs/decoders.md"]
+    assert [line.split(" | ")[0] for line in found["docs/apd.md"].splitlines() if " | " in line][1:] == [
         "| full_step", "| threshold 0.9", "| oracle", "| apd R 0"
     ]  # fmt: skip
-    assert found.endswith("<!-- /apd -->\nC\n")
 
 
-def test_a_text_without_the_place_for_figures_is_named(tmp_path):
+def test_a_page_without_the_place_for_figures_is_named(tmp_path):
     write(result(), tmp_path, 0.01)
-    text = tmp_path / "README.md"
-    text.write_text("<!-- /cost -->\n<!-- cost -->\n")
-    with pytest.raises(InputError, match=r"README.md: found no lines <!-- cost --> and <!-- /cost -->"):
-        readme(tmp_path / "bench.json", "cost", text)
-    with pytest.raises(InputError, match=r"section: found tables; accepted: headline \| cost \| apd"):
-        readme(tmp_path / "bench.json", "tables", text)
-    assert text.read_text() == "<!-- /cost -->\n<!-- cost -->\n"
+    page = tmp_path / "README.md"
+    page.write_text("<!-- /front -->\n<!-- front -->\n")
+    with pytest.raises(InputError, match=r"README.md: found no lines <!-- front --> and <!-- /front -->"):
+        write_pages(tmp_path, tmp_path)
+    assert page.read_text() == "<!-- /front -->\n<!-- front -->\n"
+
+
+def test_the_pages_that_are_committed_have_the_figures_of_the_results_beside_them(tmp_path):
+    root = Path(__file__).parents[2]
+    (tmp_path / "docs").mkdir()
+    pages = ["README.md", "docs/decoders.md", "docs/apd.md"]
+    for page in pages:
+        (tmp_path / page).write_text((root / page).read_text())
+    write_pages(root / "eval/results", tmp_path)
+    for page in pages:
+        assert (tmp_path / page).read_text() == (root / page).read_text(), f"python eval/pages.py writes {page} anew"

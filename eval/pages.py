@@ -1,0 +1,123 @@
+"""Writes the figures of README and docs from the committed results: ``python eval/pages.py``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.provenance import write_aside
+from eval.command import command
+from eval.report import ALL, Row, difference, percent, read, table, times
+from models.errors import InputError
+
+
+def main(results: Path = Path("eval/results"), root: Path = Path()) -> None:
+    """Writes the figures of README and docs anew, each table between the comments ``<!-- name -->`` and ``<!-- /name -->``.
+
+    Args:
+        results: Folder of ``bench.json`` and ``cost.json``, as ``eval/bench.py`` writes them.
+        root: Folder of README and docs.
+
+    Raises:
+        InputError: A result is missing, or a page lacks the comments.
+    """
+    for name, (result, page, made) in _TABLES.items():
+        _fill(root / page, name, made(read(results / result)))
+        print(f"wrote {name} to {root / page}")
+
+
+def _fill(page: Path, name: str, lines: Sequence[str]) -> None:
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    text = page.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or end not in text.split(begin)[1]:
+        raise InputError(str(page), f"no lines {begin.strip()} and {end}", "both, in this order")
+    before, rest = text.split(begin)
+    write_aside(page, "".join([before, begin, *(f"{line}\n" for line in lines), end, rest.split(end, 1)[1]]))
+
+
+def _front(result: dict[str, Any]) -> list[str]:
+    """The first look: the cheapest setting as good as full_step of a few strategies."""
+    kept = ("full_step", "threshold", "factor", "learn2pd", "apd", "oracle")
+    entries = {entry["strategy"]: entry["forwards"] for entry in result["headline"][0]["strategies"]}
+    columns = ["decode", "exact match", "NFE", "× fewer than full_step", "tokens/s"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in kept:
+        if (pick := entries.get(name)) is not None:
+            cells = [pick["label"], percent(pick["exact_match"]), f"{pick['nfe_mean']:.1f}", times(pick, "full_step")]
+            cells.append(f"{pick['tokens_per_second']:.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _short_headline(result: dict[str, Any]) -> list[str]:
+    """The cheapest setting of each strategy at equal quality, in forwards, of the first group of rows."""
+    columns = ["strategy", "cheapest setting as good", "exact match", "difference (95 %)", "same text", "NFE"]
+    columns += [f"× fewer than {name}" for name in ("full_step", "best threshold", "oracle")] + ["tokens/s"]
+    rows = {row["label"]: row for row in result["rows"]}
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for entry in result["headline"][0]["strategies"]:
+        cells, pick = [entry["strategy"]], entry["forwards"]
+        if pick is None:
+            cells += [f"none of {entry['settings_tried']}", *["–"] * 8]
+        else:
+            mark = " ✓" if pick["confirmed"] and pick["label"] != pick["reference"] else ""
+            cells += [pick["label"], percent(pick["exact_match"]), difference(pick) + mark]
+            cells += [percent(rows[pick["label"]]["sequence_agreement"]), f"{pick['nfe_mean']:.1f}"]
+            cells += [times(pick, name) for name in ("full_step", "threshold", "oracle")]
+            cells += [f"{pick['tokens_per_second']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+_COST = {
+    "decode": ALL["decode"],
+    "prompts": ALL["prompts"],
+    "batch": lambda row: str(row["settings"]["batch_size"]),
+    "dtype": lambda row: row["settings"]["dtype"].replace("float32", "fp32").replace("bfloat16", "bf16"),
+    "exact match": lambda row: percent(row["exact_match"]),
+    "same text": ALL["same text"],
+    "NFE": lambda row: f"{row['nfe_mean']:.1f}",
+    "tokens/s": ALL["tokens/s"],
+    "loop's share of the wall": lambda row: percent(row["loop_share"]),
+}
+_APD = {
+    "decode": ALL["decode"],
+    "exact match": _COST["exact match"],
+    "difference (95 %)": difference,
+    "same text": ALL["same text"],
+    "NFE": _COST["NFE"],
+    "tokens/forward": ALL["tokens/forward"],
+    "tokens/s": ALL["tokens/s"],
+    "without the helper's time": lambda row: f"{row['tokens_per_second_without_helper']:.0f}",
+}
+
+
+def _beside_apd(row: Row) -> bool:
+    """APD's rows, and what the reader compares them with."""
+    return row["settings"]["strategy"] == "apd" or row["label"] in ("full_step", "threshold 0.9", "oracle")
+
+
+def _cost_shown(row: Row, first: Row) -> bool:
+    """Rows of the first one's lengths, of four strategies that stand for the others."""
+    same = all(row["settings"][name] == first["settings"][name] for name in ("gen_length", "block_length"))
+    return same and row["settings"]["strategy"] in ("full_step", "threshold", "dico", "learn2pd")
+
+
+def _costs(result: dict[str, Any]) -> list[str]:
+    return table([row for row in result["rows"] if _cost_shown(row, result["rows"][0])], _COST)
+
+
+def _apd(result: dict[str, Any]) -> list[str]:
+    return table([row for row in result["rows"] if _beside_apd(row)], _APD)
+
+
+_TABLES = {
+    "front": ("bench.json", "README.md", _front),
+    "headline": ("bench.json", "docs/decoders.md", _short_headline),
+    "cost": ("cost.json", "docs/decoders.md", _costs),
+    "apd": ("bench.json", "docs/apd.md", _apd),
+}
+"""Every table of README and docs: its result, the page it stands on, and how it is made."""
+
+
+if __name__ == "__main__":
+    command(main)
