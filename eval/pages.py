@@ -38,30 +38,31 @@ def _front(result: dict[str, Any]) -> list[str]:
     """The first look: the cheapest setting as good as full_step of a few strategies."""
     kept = ("full_step", "threshold", "factor", "learn2pd", "apd", "oracle")
     entries = {entry["strategy"]: entry["forwards"] for entry in result["headline"][0]["strategies"]}
-    columns = ["decode", "exact match", "NFE", "× fewer than full_step", "tokens/s"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = {row["label"]: row for row in result["rows"]}
+    lines = table([], dict.fromkeys(("decode", "exact match", "valid", "NFE", "× fewer than full_step")))
     for name in kept:
         if (pick := entries.get(name)) is not None:
-            cells = [pick["label"], percent(pick["exact_match"]), f"{pick['nfe_mean']:.1f}", times(pick, "full_step")]
-            cells.append(f"{pick['tokens_per_second']:.0f}")
+            cells = [pick["label"], percent(pick["exact_match"]), ALL["valid"](rows[pick["label"]])]
+            cells += [f"{pick['nfe_mean']:.1f}", times(pick, "full_step")]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def _short_headline(result: dict[str, Any]) -> list[str]:
     """The cheapest setting of each strategy at equal quality, in forwards, of the first group of rows."""
-    columns = ["strategy", "cheapest setting as good", "exact match", "difference (95 %)", "same text", "NFE"]
+    columns = ["strategy", "cheapest setting as good", "exact match", "difference (95 %)", "valid", "same text", "NFE"]
     columns += [f"× fewer than {name}" for name in ("full_step", "best threshold", "oracle")] + ["tokens/s"]
     rows = {row["label"]: row for row in result["rows"]}
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for entry in result["headline"][0]["strategies"]:
         cells, pick = [entry["strategy"]], entry["forwards"]
         if pick is None:
-            cells += [f"none of {entry['settings_tried']}", *["–"] * 8]
+            cells += [f"none of {entry['settings_tried']}", *["–"] * 9]
         else:
             mark = " ✓" if pick["confirmed"] and pick["label"] != pick["reference"] else ""
             cells += [pick["label"], percent(pick["exact_match"]), difference(pick) + mark]
-            cells += [percent(rows[pick["label"]]["sequence_agreement"]), f"{pick['nfe_mean']:.1f}"]
+            row = rows[pick["label"]]
+            cells += [ALL["valid"](row), percent(row["sequence_agreement"]), f"{pick['nfe_mean']:.1f}"]
             cells += [times(pick, name) for name in ("full_step", "threshold", "oracle")]
             cells += [f"{pick['tokens_per_second']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -68,7 +68,7 @@ def test_no_sources() -> None:
 
 @pytest.fixture
 def filter_folder(tmp_path: Path) -> Path:
-    config = FilterConfig(gen_length=32, vocab_size=64, mask_id=63, base_fingerprint="f")
+    config = FilterConfig(gen_length=32, vocab_size=64, mask_id=63, base_fingerprint="f", base_family="llada")
     save_filter(tmp_path / "filter", build_filter(config), config, "card")
     return tmp_path / "filter"
 
