@@ -452,7 +452,7 @@ def test_the_bundled_model_knows_its_tasks(tmp_path, monkeypatch, capsys):
     (row,) = info["generation"]
     assert row["settings"]["strategy"] == "learn2pd"
     assert set(row["settings"]["fingerprints"]) == {"base", "filter"}
-    assert row["answers"] == 16
+    assert row["answers"] == 12
     assert 1 <= row["nfe_mean"] < 20
     assert row["seconds"] > 0
     assert info["environment"]["torch"] == torch.__version__
