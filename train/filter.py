@@ -106,7 +106,7 @@ def learn(command: Command, out: Path) -> None:
     made_of = {"rollouts": digest, **{name: settings[name] for name in ("model", "data", "seed_everything")}}
     record = out / "README.md"
     text = f"# Learn2PD filter of a round\n\n```json\n{json.dumps(made_of, indent=1)}\n```\n"
-    if record.is_file() and record.read_text() == text:
+    if record.is_file() and record.read_text().startswith(text):  # the export adds a line of its own
         return
     trainer, rollouts = command.trainer, command.setting("rollout")
     seed_everything(settings["seed_everything"], verbose=False)

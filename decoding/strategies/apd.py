@@ -20,9 +20,9 @@ from decoding.step import Decision
 from decoding.strategies.base import Strategy
 from models.errors import InputError
 from models.features import EVIDENCE, Evidence
-from models.helper import Helper, check_helper
+from models.helper import Helper, HelperConfig, check_helper
 from models.predictor import MaskPredictor, fingerprint, fingerprint_in_memory
-from models.rules import FOLDER, LENGTH, SHARE, check, instance
+from models.rules import FOLDER, LENGTH, SHARE, Rule, check
 from models.stock import helper_folder, load_any_helper
 
 
@@ -55,7 +55,9 @@ class APD(Strategy):
     def __post_init__(self) -> None:
         window = LENGTH.or_null()
         rules = {"helper": FOLDER.or_null(), "mixture_weight": SHARE, "kv_window": window, "max_lookahead": window}
-        rules["network"] = instance(Helper).or_null()
+        rules["network"] = Rule(
+            "a Helper", lambda value: isinstance(getattr(value, "config", None), HelperConfig)
+        ).or_null()
         check(vars(self), rules, f"{self.name}.")
         if self.network is None:
             if self.helper is None:

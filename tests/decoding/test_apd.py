@@ -229,7 +229,7 @@ def test_steps_stream_and_mask_never_leaves(scripted, tables):
     ("options", "message"),
     [
         ({"mixture_weight": 1.5}, "apd.mixture_weight: found 1.5; accepted: a number from 0 to 1"),
-        ({"kv_window": 0}, "apd.kv_window: found 0; accepted: a whole number of at least 1, or null"),
+        ({"kv_window": 0}, "apd.kv_window: found 0; accepted: a whole number from 1 to 1048576, or null"),
         ({"max_lookahead": -1}, "apd.max_lookahead: found -1"),
         ({"network": None}, "helper: found None; accepted: the folder of an exported helper"),
     ],

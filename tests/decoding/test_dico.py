@@ -391,7 +391,9 @@ def test_confidences_of_decoded_positions_are_not_read():
 
 
 def test_a_filter_decides_in_conquer_and_its_commits_are_counted(tmp_path):
-    config = FilterConfig(block_length=4, gen_length=4, vocab_size=64, mask_id=63, base_fingerprint="x")
+    config = FilterConfig(
+        block_length=4, gen_length=4, vocab_size=64, mask_id=63, base_fingerprint="x", base_family="llada"
+    )
     save_filter(tmp_path / "filter", build_filter(config), config, "# any\n")
     loaded = make_strategy("dico", filter=tmp_path / "filter")
     assert loaded.component == "filter_commits"
