@@ -18,6 +18,12 @@ MASK, EOT = 63, 62
 CONFIG = DecodeConfig(gen_length=32, block_length=8, eot="off")
 
 
+@pytest.fixture(scope="session", params=["llada", pytest.param("Dream", marks=pytest.mark.slow)])
+def family(request: pytest.FixtureRequest) -> str:
+    """The loop knows of a family by the columns of its partial forwards alone; ``test_cache.py`` takes both at once."""
+    return request.param
+
+
 def filter_strategy(architecture: str = "conv", name: str = "learn2pd"):
     torch.manual_seed(3)
     config = FilterConfig(
