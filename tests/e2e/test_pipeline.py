@@ -132,7 +132,7 @@ def test_states_of_a_filter_are_recorded_and_fitted(fitted, tmp_path):
     more = ["--rollout.passes", "[full_step, filter]", "--rollout.filter", folder / "exports/filter"]
     done = run(*words, *more, "--trainer.max_epochs", 1, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "passes full_step, filter;" in (tmp_path / "exports/filter/README.md").read_text()
+    assert "passes full_step, filter, 0 rounds" in (tmp_path / "exports/filter/README.md").read_text()
 
 
 def test_rounds_train_on_the_filters_own_states_and_are_kept(fitted, tmp_path):
