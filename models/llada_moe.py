@@ -6,20 +6,20 @@ Model", arXiv 2509.24389. The experts of a layer are kept as one tensor; on disk
 """
 
 import itertools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from models.errors import InputError
 from models.layers import Elementwise, only
-from models.rules import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, Rule, check, list_of, number, whole
-from models.stack import Attention, Layer, StackLM
+from models.rules import COUNT, Rule
+from models.stack import Attention, Layer, StackConfig, StackLM
 
 _ONLY = {
     "hidden_act": "silu",
@@ -34,100 +34,38 @@ _WITHOUT = (
     "router_num_group", "router_topk_group", "shared_expert_intermediate_size",
 )  # fmt: skip
 
-_RULES = {
-    **dict.fromkeys(("vocab_size", "hidden_size", "expert_intermediate_size", "num_attention_heads"), COUNT),
-    **dict.fromkeys(("num_experts", "num_experts_per_tok", "max_position_embeddings"), COUNT),
-    **dict.fromkeys(("mask_token_id", "eos_token_id", "pad_token_id"), whole(0).or_null()),
-    "num_key_value_heads": COUNT.or_null(), "num_hidden_layers": whole(1, 1024), "initializer_range": NOT_NEGATIVE,
-    "rope_theta": POSITIVE, "tie_word_embeddings": FLAG,
-    "rms_norm_eps": number("a number above 0 and at most 1", lambda value: 0 < value <= 1),
-    "moe_layer_freq": Rule("1", lambda value: isinstance(value, int) or list_of(COUNT, "").accepts(value)),
-}  # fmt: skip
 
+class LLaDAMoEConfig(StackConfig):
+    """The official ``config.json``, see :class:`models.stack.StackConfig`, and ``_ONLY`` and ``_WITHOUT`` for what is checked.
 
-class LLaDAMoEConfig(PreTrainedConfig):
-    """The official ``config.json`` fields; unknown ones are kept and written back unchanged.
-
-    Args:
-        vocab_size: Number of token ids.
-        hidden_size: Width of the residual stream.
-        expert_intermediate_size: Width of an expert's gated hidden layer.
-        num_experts: Experts of a layer.
-        num_experts_per_tok: Experts that a token goes through.
-        num_hidden_layers: Number of layers.
-        num_attention_heads: Number of query heads; ``hidden_size`` must be a multiple.
-        num_key_value_heads: Number of key/value heads; ``None``: as many.
-        max_position_embeddings: Longest sequence, in tokens.
-        initializer_range: Standard deviation of fresh weights.
-        rms_norm_eps: Epsilon of the RMS normalisation.
-        rope_theta: Base of the rotary embedding.
-        tie_word_embeddings: Use the embedding as the head; the checkpoint then has no ``lm_head`` tensor.
-        moe_layer_freq: 1 for each layer that has experts: for all of them.
-        mask_token_id: Id of ``<|mask|>``.
-        eos_token_id: Id of ``<|endoftext|>``, which also pads.
-        pad_token_id: The same.
-        use_cache: Kept as it is found.
-        **kwargs: Further fields; see ``_ONLY`` and ``_WITHOUT`` for those whose value is checked.
-
-    Raises:
-        InputError: A field asks for a computation this implementation does not do, or sizes do not fit.
+    The family's own fields: ``expert_intermediate_size``, the width of an expert's gated hidden layer; ``num_experts`` of a
+    layer, of which a token goes through ``num_experts_per_tok``; ``moe_layer_freq``, 1 for each layer that has experts.
     """
 
     model_type = "llada_moe"
+    usual: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 157184, "hidden_size": 2048, "expert_intermediate_size": 1024, "num_experts": 64,
+        "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": None,
+        "max_position_embeddings": 8192, "initializer_range": 0.02, "rms_norm_eps": 1e-5, "rope_theta": 50000.0,
+        "tie_word_embeddings": False, "moe_layer_freq": 1, "mask_token_id": 156895, "eos_token_id": 156892,
+        "pad_token_id": 156892, "use_cache": False,
+    }  # fmt: skip
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **dict.fromkeys(("expert_intermediate_size", "num_experts", "num_experts_per_tok"), COUNT),
+        "moe_layer_freq": Rule(
+            "1, for every layer; nothing else is implemented",
+            lambda value: value == 1 or (isinstance(value, list) and all(each == 1 for each in value)),
+        ),
+    }
 
-    def __init__(
-        self,
-        vocab_size: int = 157184,
-        hidden_size: int = 2048,
-        expert_intermediate_size: int = 1024,
-        num_experts: int = 64,
-        num_experts_per_tok: int = 8,
-        num_hidden_layers: int = 16,
-        num_attention_heads: int = 16,
-        num_key_value_heads: int | None = None,
-        max_position_embeddings: int = 8192,
-        initializer_range: float = 0.02,
-        rms_norm_eps: float = 1e-5,
-        rope_theta: float = 50000.0,
-        tie_word_embeddings: bool = False,
-        moe_layer_freq: int | list[int] = 1,
-        mask_token_id: int | None = 156895,
-        eos_token_id: int | None = 156892,
-        pad_token_id: int | None = 156892,
-        use_cache: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        check(locals(), _RULES)
-        only(kwargs, _ONLY)
+    def __init__(self, **fields: Any) -> None:
+        only(fields, _ONLY)
         for name in _WITHOUT:
-            if found := kwargs.pop(name, None):
+            if found := fields.pop(name, None):
                 raise InputError(name, repr(found), "null; nothing else is implemented")
-        if set([moe_layer_freq] if isinstance(moe_layer_freq, int) else moe_layer_freq) != {1}:
-            raise InputError("moe_layer_freq", moe_layer_freq, "1; nothing else is implemented")
-        heads = num_key_value_heads or num_attention_heads
-        if hidden_size % num_attention_heads:
-            raise InputError("hidden_size", hidden_size, f"a multiple of num_attention_heads {num_attention_heads}")
-        if num_attention_heads % heads:
-            raise InputError("num_key_value_heads", heads, f"a divisor of num_attention_heads {num_attention_heads}")
-        if num_experts_per_tok > num_experts:
-            raise InputError("num_experts_per_tok", num_experts_per_tok, f"at most num_experts {num_experts}")
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.expert_intermediate_size = expert_intermediate_size
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = heads
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.moe_layer_freq = moe_layer_freq
-        self.mask_token_id = mask_token_id
-        self.use_cache = use_cache
-        ours: dict[str, Any] = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-        super().__init__(**ours, tie_word_embeddings=tie_word_embeddings, **kwargs)  # pyright: ignore[reportCallIssue]
+        super().__init__(**fields)
+        if self.num_experts_per_tok > self.num_experts:
+            raise InputError("num_experts_per_tok", self.num_experts_per_tok, f"at most num_experts {self.num_experts}")
 
 
 def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

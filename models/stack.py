@@ -1,12 +1,64 @@
-"""The tensors that most families name as ``transformers`` does: ``embed_tokens``, ``layers``, ``norm`` and ``lm_head``."""
+"""The fields and tensors that most families name as ``transformers`` does: ``embed_tokens``, ``layers``, ``lm_head``."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from models.errors import InputError
 from models.layers import Elementwise, KVCache, MaskedLM, Pass, RMSNorm, rotary_table
+from models.rules import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, Rule, check, number, whole
+
+_OURS = ("eos_token_id", "pad_token_id", "tie_word_embeddings")
+"""Fields that transformers keeps itself."""
+
+
+class StackConfig(PreTrainedConfig):
+    """The official ``config.json`` fields; unknown ones are kept and written back unchanged.
+
+    Args:
+        **fields: Those of ``usual`` and any others: ``vocab_size``, ``hidden_size``, ``num_hidden_layers``,
+            ``num_attention_heads``, ``num_key_value_heads`` (``None``: as many), ``max_position_embeddings`` in tokens,
+            ``initializer_range``, ``rms_norm_eps``, ``rope_theta``, ``tie_word_embeddings`` (there is then no ``lm_head``),
+            ``mask_token_id``, ``eos_token_id`` (which also pads), ``pad_token_id``, ``use_cache`` (kept as it is found), and
+            the family's own.
+
+    Attributes:
+        usual: Every field that is read, with the value of the published model.
+        rules: What the family's own of them accept.
+
+    Raises:
+        InputError: A field is of another type or range, or sizes do not fit.
+    """
+
+    usual: ClassVar[Mapping[str, Any]] = {}
+    rules: ClassVar[Mapping[str, Rule]] = {}
+
+    def __init__(self, **fields: Any) -> None:
+        own = {name: fields.pop(name, value) for name, value in self.usual.items()}
+        check(own, {**_RULES, **self.rules})
+        width, heads = own["hidden_size"], own["num_attention_heads"]
+        own["num_key_value_heads"] = own["num_key_value_heads"] or heads
+        if width % (2 * heads):
+            raise InputError("hidden_size", width, f"an even multiple of num_attention_heads {heads}")
+        if heads % own["num_key_value_heads"]:
+            accepted = f"a divisor of num_attention_heads {heads}"
+            raise InputError("num_key_value_heads", own["num_key_value_heads"], accepted)
+        for name, value in own.items():
+            if name not in _OURS:
+                setattr(self, name, value)
+        super().__init__(**{name: own[name] for name in _OURS}, **fields)  # pyright: ignore[reportCallIssue]
+
+
+_RULES = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"), COUNT),
+    **dict.fromkeys(("mask_token_id", "eos_token_id", "pad_token_id"), whole(0).or_null()),
+    "num_key_value_heads": COUNT.or_null(), "num_hidden_layers": whole(1, 1024), "initializer_range": NOT_NEGATIVE,
+    "rope_theta": POSITIVE, "tie_word_embeddings": FLAG,
+    "rms_norm_eps": number("a number above 0 and at most 1", lambda value: 0 < value <= 1),
+}  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -94,8 +146,8 @@ class Stack(nn.Module):
         rotary = rotary_table(positions.expand_as(input_ids), head_dim, config.rope_theta)
         shared = Pass(self.ops, rotary, mask, cache, cache_index, cache_rows)
         x = self.embed_tokens(input_ids)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, number, shared)
+        for place, layer in enumerate(self.layers):
+            x = layer(x, place, shared)
         return x
 
 
