@@ -5,13 +5,16 @@ import netrc
 import os
 import re
 import sys
+from argparse import Action
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Annotated, Any, NoReturn, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
-from jsonargparse import SUPPRESS, ArgumentParser, Namespace, auto_cli, get_loader, set_loader
+from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter, Namespace, auto_cli, get_loader, set_loader
+from jsonargparse._typehints import type_to_str  # what the formatter itself uses
 
 from decoding.heap import keep_freed_memory
 from models.errors import InputError
@@ -36,10 +39,30 @@ _UNION = re.compile(
 )
 
 
+class _Help(DefaultHelpFormatter):
+    """Help that says ``int`` where a declared type says how many as well."""
+
+    def _get_type_str(self, action: Action) -> str | None:
+        found = super()._get_type_str(action)
+        hint = action.type or getattr(action, "_typehint", None)
+        return type_to_str(_bare(hint)) if found is not None and "Annotated" in found else found
+
+
+def _bare(hint: Any) -> Any:
+    """A type without its annotations."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return parts[0]
+    if origin in (Union, UnionType):
+        return Union[tuple(_bare(part) for part in parts)]  # noqa: UP007 - made of what is found
+    return list[_bare(parts[0])] if origin is list and parts else hint
+
+
 class CommandParser(ArgumentParser):
     """A parser whose errors are one line: the key, what was found, what would be accepted; exit status 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", _Help)
         kwargs.setdefault("allow_abbrev", False)  # a shortened option would not be found again in the saved config
         set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
         super().__init__(*args, **kwargs)

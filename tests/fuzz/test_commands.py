@@ -174,3 +174,17 @@ def test_commands(
     assert stop.value.code == 2
     assert message in refused(capsys)
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("script", ["eval/bench.py", "eval/risk.py", "train/filter.py fit", "train/filter.py export"])
+def test_help_names_types_that_a_person_knows(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *verb = script.split()
+    monkeypatch.setattr(sys, "argv", [str(ROOT / name), *verb, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "Annotated" not in text
+    assert "int" in text or "float" in text
