@@ -17,7 +17,7 @@ from data.gym import GymTask
 from data.prompt import Prompt
 from data.prompts import split_of
 from data.stories import StoryTask
-from data.typed import Count, NotNegative, Seed
+from data.typed import Count, NotNegative, Whole
 from models.errors import InputError
 from models.tokenizer import train_tokenizer
 
@@ -220,7 +220,7 @@ class BaseDataModule(LightningDataModule):
     """
 
     def __init__(
-        self, tasks: list[StoryTask], tokenizer: Path, vocab_size: Count, seed: Seed, tokens: Count, length_step: Count,
+        self, tasks: list[StoryTask], tokenizer: Path, vocab_size: Count, seed: Whole, tokens: Count, length_step: Count,
         max_length: Count, more_blocks: list[NotNegative], validation_batches: Count, gym: list[GymTask] | None = None,
         objective: Objective = "mask",
     ) -> None:  # fmt: skip
