@@ -67,14 +67,15 @@ class BaseModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.compiled and stage == "fit":
-            torch._dynamo.config.recompile_limit = 32  # one graph for each sequence length
-            self.model.model.compile(dynamic=False)
+            self.model.model.compile(dynamic=True)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         blocks = self.model.model.transformer["blocks"]
         matrices = [p for p in blocks.parameters() if p.ndim == 2]
         rest = [p for p in self.parameters() if all(p is not matrix for matrix in matrices)]
+        wide = str(self.trainer.precision).startswith("32")
         muon = WideMuon(matrices, lr=self.learning_rate, weight_decay=self.weight_decay)
+        muon.dtype = torch.float32 if wide else torch.bfloat16
         return [muon, torch.optim.AdamW(rest, lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
     def rate(self, step: int) -> float:
@@ -135,10 +136,14 @@ class BaseModule(LightningModule):
 
 
 class WideMuon(torch.optim.Muon):
-    """PyTorch's Muon with Newton-Schulz in fp32, all matrices of a shape together.
+    """PyTorch's Muon with all matrices of a shape together.
 
-    PyTorch's own runs in bf16: on a CPU without instructions for it, as long as forward and backward.
+    Attributes:
+        dtype: Dtype of Newton-Schulz; PyTorch's own runs in bf16: on a CPU without instructions for it, as long as forward and
+            backward.
     """
+
+    dtype = torch.float32
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -157,7 +162,9 @@ class WideMuon(torch.optim.Muon):
                 rate = (
                     group["lr"] * 0.2 * max(shape) ** 0.5
                 )  # the root mean square of AdamW's updates (arXiv 2502.16982)
-                for matrix, update in zip(matrices, orthogonal(torch.stack(updates), group), strict=True):
+                for matrix, update in zip(
+                    matrices, orthogonal(torch.stack(updates).to(self.dtype), group), strict=True
+                ):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
 

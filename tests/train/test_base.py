@@ -62,11 +62,13 @@ def test_export_names_what_it_cannot_read(trained, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_wide_muon_is_pytorchs_muon_up_to_bf16():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_muon_is_pytorchs_muon_up_to_bf16(dtype: torch.dtype):
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (4, 9), (6, 4))]
     theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
     wide = WideMuon(ours, lr=0.01, weight_decay=0.1)
+    wide.dtype = dtype
     plain = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
         for one, other in zip(ours, theirs, strict=True):
