@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from decoding.config import DecodeConfig
-from decoding.eot import RULES, EotStep, first_true
+from decoding.eot import RULES, EotStep
 from decoding.output import DecodeOutput, StepResult, StepTrace, Timer
 from decoding.plan import ForwardPlan
 from decoding.read import Noise
@@ -103,7 +103,6 @@ class Run(ABC):
         state, output, ids = self.state, self.output, self.predictor.ids
         evidence, decision = self.decide()
         rows = torch.tensor(self.scheduler.rows)
-        output.nfe[rows] += 1
         transfer = decision.transfer & state.masked_block
         tokens = evidence.token if decision.token is None else decision.token
         for name, count in decision.counts.items():
@@ -116,10 +115,7 @@ class Run(ABC):
         was_masked = state.masked.clone()
         state.commit(transfer, tokens)
         if self.config.eot != "off":
-            inside = first_true(transfer & (tokens == ids.eot))
-            committed = torch.where(
-                inside < transfer.shape[1], state.block * transfer.shape[1] + inside, self.config.gen_length
-            )
+            committed = torch.where(transfer & (tokens == ids.eot), state.columns, self.config.gen_length).amin(1)
             seen = EotStep(committed, state.masked, self.eot.get("log_probability"), self.eot.get("top"))
             state.finish_at(self.rule.last(seen))
         self.finished = state.advance(evidence.confidence)
@@ -200,10 +196,10 @@ class Run(ABC):
             return
         state = self.state
         for number in self.finished:
-            row = self.scheduler.slots[number].row
-            self.sequences[row] = state.generated[number]
+            slot = self.scheduler.slots[number]
+            self.sequences[slot.row], self.output.nfe[slot.row] = state.generated[number], slot.steps
             if self.request.finished is not None:
-                self.request.finished(row, state.generated[number].tolist(), int(self.output.nfe[row]))
+                self.request.finished(slot.row, state.generated[number].tolist(), slot.steps)
         changes = self.scheduler.retire(self.finished)
         state.follow(changes)
         for source, target in changes.moves:

@@ -150,7 +150,7 @@ class BatchState:
     def quota(self) -> Tensor:
         """Tokens a fixed schedule commits at this step, ``(b,)``; the remainder falls on a block's first steps."""
         whole, rest = divmod(self.config.block_length, self.config.steps_per_block)
-        return whole + (self.step_in_block < rest).long()
+        return whole + (self.step_in_block < rest).long() if rest else torch.full_like(self.step_in_block, whole)
 
     def register(self, initial: Tensor, per_block: bool = False) -> RowTensor:
         """Makes a tensor that follows the rows; the caller owns it.
@@ -171,10 +171,10 @@ class BatchState:
 
     def finish_at(self, last: Tensor) -> None:
         """Ends rows: right of ``last`` ``(b,)`` everything becomes EoT, decoded, and invisible to later forwards."""
-        after = self.region > last[:, None]
-        self.generated.masked_fill_(after, self.token_ids.eot)
-        self.masked.logical_and_(~after)
-        self.attention[:, self.prompt_width :].logical_and_(~after)
+        text = self.region <= last[:, None]
+        self.generated.masked_fill_(~text, self.token_ids.eot)
+        self.masked.logical_and_(text)
+        self.attention[:, self.prompt_width :].logical_and_(text)
         self._end.value = torch.minimum(self.end, last + 1)
 
     def advance(self, confidence: Tensor) -> list[int]:
