@@ -186,7 +186,7 @@ def test_a_finished_rows_place_goes_to_the_next_prompt_of_the_shard(base: Path, 
         calls.append((prompts, decode(predictor, prompts, *arguments, **options)))
         return calls[-1][1]
 
-    monkeypatch.setattr("train.rollout_module.decode", watched)
+    monkeypatch.setattr("train.roller.decode", watched)
     roll(base, tmp_path, sources=sources, limit=16, batch_size=2, passes=["oracle"], **SETTINGS)
     for prompts, out in calls:
         assert len(prompts) == 8
@@ -226,7 +226,7 @@ def test_states_of_a_filters_pass_are_labelled_by_their_completions(
         completed.extend(found.nfe.tolist() if "regions" in options else [])
         return found
 
-    monkeypatch.setattr("train.rollout_module.decode", watched)
+    monkeypatch.setattr("train.roller.decode", watched)
     predictor = MaskPredictor.from_pretrained(base)
     torch.manual_seed(5)
     config = FilterConfig(
