@@ -1,5 +1,6 @@
 """Rollouts by Ray Data, where one machine or a fixed number of ranks is not enough: actors come, go and die as they like."""
 
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,7 @@ def _started(actors: tuple[int, int], address: str | None) -> tuple[Any, bool]:
         raise InputError("actors", f"{few} to {many}", "at least as many at most as at least")
     if started := not ray.is_initialized():
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise InputError("address", f"{address} ({error})", "a running cluster, or null for this machine") from None
     kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
