@@ -100,7 +100,9 @@ def learn(command: Command, out: Path) -> None:
         out: Folder of the export.
     """
     given: FilterDataModule = command.datamodule
-    data = FilterDataModule(list(given.rollouts), given.batch_size, given.passes, given.tail_weight, given.seed)
+    data = FilterDataModule(
+        list(given.rollouts), given.batch_size, given.passes, given.tail_weight, given.seed, given.memory
+    )
     digest = "+".join(open_rollouts(folder).digest for folder in data.rollouts)
     settings = command.settings
     made_of = {"rollouts": digest, **{name: settings[name] for name in ("model", "data", "seed_everything")}}
