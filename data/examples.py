@@ -134,7 +134,7 @@ class StoredExamples:
     def _read(self, rows: np.ndarray) -> np.ndarray:
         """The rows, by plain reads: pages of a mapped file would count as the process's own, sixteen for each row."""
         part = np.empty(len(rows), self.row)
-        view, size = memoryview(part.view(np.uint8)), self.row.itemsize
+        view, size = memoryview(part.view(np.uint8)), self.row.itemsize  # pyright: ignore[reportArgumentType]
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1).tolist()  # of the runs that stand together in the file
         for start, end in itertools.pairwise([*starts, len(rows)]):
             self.stream.seek(int(rows[start]) * size)
