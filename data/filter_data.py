@@ -1,54 +1,24 @@
-"""Filter training data: every record in device memory, batches by index."""
+"""Filter training data: records in device memory, or in a file where they are too many for it; batches by index."""
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
+from data.examples import BYTES, FilterBatch, StoredExamples, by_shard, examples, open_stored, shares, store
 from data.labels import PASSES, Records
-from data.manifest import MANIFEST, check_key, open_rollouts
+from data.manifest import MANIFEST, Rollouts, check_key, open_rollouts
+from data.prompts import Split
 from data.typed import Count, NotNegative, Whole, checked
 from models.errors import InputError
-from models.features import Evidence
 
-
-@dataclass
-class FilterBatch:
-    """Some records; ``(B, K)`` fields.
-
-    Attributes:
-        evidence: What the predictor said.
-        final: bool, True where the guess was already the reference's token.
-        tail: bool, True after the reference's first EoT.
-        example: bool, True where a filter has something to say: masked, and not full_step's own choice in that state.
-        weight: float32, share of each position in the loss; 0 where it is no example.
-    """
-
-    evidence: Evidence
-    final: Tensor
-    tail: Tensor
-    example: Tensor
-    weight: Tensor
-
-    def __len__(self) -> int:
-        return len(self.final)
-
-    def take(self, rows: Tensor) -> "FilterBatch":
-        """The rows at ``rows`` ``(b,)`` int64."""
-        return self._map(lambda tensor: tensor[rows])
-
-    def to(self, device: torch.device) -> "FilterBatch":
-        """The same records on a device."""
-        return self._map(lambda tensor: tensor.to(device))
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "FilterBatch":
-        rest = (self.final, self.tail, self.example, self.weight)
-        return FilterBatch(self.evidence.each(change), *map(change, rest))
+__all__ = ["Batches", "FilterBatch", "FilterDataModule"]
 
 
 class Batches:
@@ -57,7 +27,7 @@ class Batches:
     A plain iterable rather than a ``DataLoader``: there is nothing to load, workers or collation would only copy.
 
     Args:
-        data: All records of a split.
+        data: All records of a split, wherever they are.
         batch_size: Records in a batch; ``None`` for all of the rank's records.
         rank: This rank.
         ranks: Number of ranks.
@@ -66,7 +36,7 @@ class Batches:
     """
 
     def __init__(
-        self, data: FilterBatch, batch_size: int | None, rank: int, ranks: int,
+        self, data: FilterBatch | StoredExamples, batch_size: int | None, rank: int, ranks: int,
         order: Callable[[int], Tensor] | None = None, epoch: Callable[[], int] = lambda: 0,
     ) -> None:  # fmt: skip
         self.data, self.rank, self.ranks, self.order, self.epoch = data, rank, ranks, order, epoch
@@ -79,9 +49,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[FilterBatch]:
         if len(self) == 1 and self.ranks == 1:
-            yield self.data
+            yield self.data.take(torch.arange(self.count)) if isinstance(self.data, StoredExamples) else self.data
             return
-        device = self.data.final.device
+        device = self.data.device if isinstance(self.data, FilterBatch) else None
         mine = self.rank + self.ranks * torch.arange(self.count, device=device)
         if self.order:
             mine = self.order(self.epoch()).to(device)[mine % len(self.data)]
@@ -99,6 +69,8 @@ class FilterDataModule(LightningDataModule):
         tail_weight: Weight in the loss of positions after the reference's first EoT, which are up to nine tenths of all
             positions and nearly all easy.
         seed: Seed of the order of batches.
+        memory: MiB of records that are held on the device; those of larger sets are laid down once, in files in the folder
+            ``records`` beside the shards, and read batch by batch; batches are drawn from all records either way.
     """
 
     def __init__(
@@ -108,8 +80,10 @@ class FilterDataModule(LightningDataModule):
         passes: list[str] | None = None,
         tail_weight: NotNegative = 0.1,
         seed: Whole = 0,
+        memory: Whole = 8192,
     ) -> None:
         super().__init__()
+        checked(Whole, memory, "memory")
         checked(Count | None, batch_size, "batch_size")
         checked(NotNegative, tail_weight, "tail_weight")
         for name in passes or []:
@@ -117,9 +91,9 @@ class FilterDataModule(LightningDataModule):
                 raise InputError("passes", name, ", ".join(PASSES))
         self.rollouts = [Path(folder) for folder in (rollouts if isinstance(rollouts, list) else [rollouts])]
         self.batch_size, self.passes, self.tail_weight = batch_size, passes, tail_weight
-        self.seed = seed
+        self.seed, self.memory = seed, memory
         self.records: Records | None = None
-        self.parts: dict[str, FilterBatch] = {}
+        self.parts: dict[str, FilterBatch | StoredExamples] = {}
         self.digest: str | None = None
 
     def setup(self, stage: str) -> None:
@@ -130,49 +104,61 @@ class FilterDataModule(LightningDataModule):
         """
         if self.parts:
             return
-        if self.records is None:
-            from data.shards import load_records
-
-            sets = [open_rollouts(folder) for folder in self.rollouts]
-            for one in sets[1:]:
-                check_key(one.folder / MANIFEST, one.manifest, sets[0].manifest["model_fingerprint"])
-            passes = {one.folder: self._passes(one.manifest["settings"]["passes"]) for one in sets}
-            holding = [one for one in sets if passes[one.folder]] or sets[:1]
-            self.records = Records.cat([load_records(one, passes[one.folder] or self.passes) for one in holding])
-            self.digest = "+".join(one.digest for one in sets)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        for split in ("train", "validation", "test"):
-            part = self._part(self.records, split, device)
+        parts = self._read(device) if self.records is None else self._split(self.records, device)
+        for split, part in parts.items():
             # A rollout of few prompts may well hold none of the test split, which only `test` reads.
             if not len(part) and (split != "test" or stage == "test"):
                 raise InputError(
                     f"{self.rollouts[0]}: split", f"no {split} record in the passes {', '.join(self.passes or PASSES)}",
                     "rollouts of prompts of every split; roll out more prompts",
                 )  # fmt: skip
-            self.parts[split] = part
+        self.parts = dict(parts)
         self.records = None  # the parts are copies
+
+    def _read(self, device: torch.device) -> Mapping[str, FilterBatch | StoredExamples]:
+        from data.shards import load_records
+
+        sets = [open_rollouts(folder) for folder in self.rollouts]
+        for one in sets[1:]:
+            check_key(one.folder / MANIFEST, one.manifest, sets[0].manifest["model_fingerprint"])
+        passes = {one.folder: self._passes(one.manifest["settings"]["passes"]) for one in sets}
+        holding = [one for one in sets if passes[one.folder]] or sets[:1]
+        self.digest = "+".join(one.digest for one in sets)
+        rows = sum(one.manifest["counts"]["steps"].get(name, 0) for one in holding for name in passes[one.folder])
+        if rows * sets[0].manifest["settings"]["block_length"] * BYTES <= self.memory << 20:
+            records = [load_records(one, passes[one.folder] or self.passes) for one in holding]
+            return self._split(Records.cat(records), device)
+        return self._stored([(one, passes[one.folder]) for one in holding], device)
+
+    def _stored(self, sets: Sequence[tuple[Rollouts, list[str]]], device: torch.device) -> dict[str, StoredExamples]:
+        """The records in files, laid down by the first rank where they are not there."""
+        if self.batch_size is None:
+            raise InputError(
+                "batch_size", None, f"a number, for records of more than {self.memory} MiB; or more memory"
+            )
+        key = json.dumps([self.digest, [passes for _, passes in sets], self.tail_weight])
+        folder = self.rollouts[0] / "records" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        if not (self.trainer and self.trainer.global_rank) and open_stored(folder, device) is None:
+            parts = (part for one, passes in sets for part in by_shard(one, passes))
+            store(folder, parts, self.passes or PASSES, self.tail_weight)
+        if self.trainer:
+            self.trainer.strategy.barrier("records")
+        found = open_stored(folder, device)
+        assert found is not None
+        return found
+
+    def _split(self, records: Records, device: torch.device) -> dict[str, FilterBatch]:
+        """All records of each split, on the device."""
+        parts = {}
+        for split in get_args(Split):
+            part, which = examples(records, split, self.passes or PASSES, self.tail_weight)
+            part.weight *= shares(which.bincount(minlength=len(PASSES)))[which, None]
+            parts[split] = part.to(device)
+        return parts
 
     def _passes(self, recorded: Sequence[str]) -> list[str]:
         return [name for name in recorded if self.passes is None or name in self.passes]
-
-    def _part(self, records: Records, split: str, device: torch.device) -> FilterBatch:
-        """All records of one split, on the device.
-
-        What full_step would commit is committed whatever a filter says, and final by construction where the labels come from
-        that state on (all passes but the oracle's): no example. The passes count alike in the loss, however many steps each
-        takes: full_step has some ten states for each of the oracle's.
-        """
-        wanted = torch.tensor([PASSES.index(name) for name in self.passes or PASSES])
-        in_split = torch.tensor([name == split for name in records.splits], dtype=torch.bool)
-        rows = (in_split[records.prompt] & torch.isin(records.passes, wanted)).nonzero()[:, 0]
-        evidence = records.evidence.each(lambda values: values[rows])
-        passes, tail, example = records.passes[rows], records.tail[rows], evidence.masked.clone()
-        own = (passes != PASSES.index("oracle")).nonzero()[:, 0]
-        example[own, evidence.confidence[own].masked_fill(~evidence.masked[own], -1).argmax(1)] = False
-        count = passes.bincount(minlength=len(PASSES))
-        share = len(passes) / (count.clamp(min=1) * (count > 0).sum().clamp(min=1))
-        weight = example * torch.where(tail, self.tail_weight, 1.0) * share[passes, None]
-        return FilterBatch(evidence, records.final[rows], tail, example, weight).to(device)
 
     def _batches(self, split: str) -> Batches:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -10,11 +10,12 @@ from lightning import LightningDataModule
 
 from data.labels import PASSES
 from data.prompt import Prompt
-from data.prompts import PromptSource, Split, load_prompts, prompt_hash
+from data.prompts import PromptSource, Split, encode_prompts, load_prompts, prompt_hash
 from data.shards import ShardWriter
 from data.typed import Count, Length, Text, check_fields
 from decoding.config import DecodeConfig
 from models.errors import InputError
+from models.predictor import MaskPredictor
 
 _WINDOW = 16  # batches whose prompts are sorted by length together
 SHARD = 4  # batches of a shard: as a row of the first is finished, one of the others takes its place
@@ -42,6 +43,8 @@ class RolloutSettings:
         states: States of a prompt's filter pass whose block full_step completes, which gives their labels; the others have none.
         eot_evidence: Also record what every step says of EoT, at every position that is left: the head then reads all of them.
         chat_template: Wrap prompts in the chat template.
+        too_long: What is done with prompts that leave no room for ``gen_length`` in the model: ``refuse`` ends the command before
+            anything is decoded, ``skip`` leaves them out and lists them in the manifest.
         dtype: Dtype of the weights; null for the checkpoint's on a GPU and float32 on a CPU.
 
     Raises:
@@ -68,6 +71,7 @@ class RolloutSettings:
     states: Count = 4
     eot_evidence: bool = False
     chat_template: bool = True
+    too_long: Literal["refuse", "skip"] = "refuse"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self) -> None:
@@ -99,6 +103,33 @@ class RolloutSettings:
         if split is not None:
             return load_prompts(self.sources, split, limit)
         return load_prompts(self.sources, self.split, self.limit, self.per_task)
+
+    def encode(
+        self, prompts: Sequence[Prompt], predictor: MaskPredictor
+    ) -> tuple[list[Prompt], list[list[int]], dict[str, int]]:
+        """Token ids of the prompts that leave room for ``gen_length``.
+
+        Args:
+            prompts: The prompts.
+            predictor: The base model; its weights are not needed.
+
+        Returns:
+            These prompts, token ids of each, and the number of tokens of those left out, by the hash of their text.
+
+        Raises:
+            InputError: A prompt leaves no room and is not to be skipped, or none does.
+        """
+        assert predictor.tokenizer is not None
+        tokens = encode_prompts(prompts, predictor.tokenizer, self.chat_template)
+        room = predictor.max_length - self.gen_length
+        accepted = f"at most {room}: the model's {predictor.max_length} less gen_length"
+        long = [(prompt, len(ids)) for prompt, ids in zip(prompts, tokens, strict=True) if len(ids) > room]
+        if long and (self.too_long == "refuse" or len(long) == len(prompts)):
+            more = "; or too_long skip" if self.too_long == "refuse" else "; no prompt is left"
+            raise InputError(f"prompt {long[0][0].id}", f"{long[0][1]} tokens", accepted + more)
+        pairs = [(prompt, ids) for prompt, ids in zip(prompts, tokens, strict=True) if len(ids) <= room]
+        skipped = {prompt_hash(prompt.prompt): count for prompt, count in long}
+        return [prompt for prompt, _ in pairs], [ids for _, ids in pairs], skipped
 
 
 @dataclass
@@ -140,6 +171,26 @@ def plan(lengths: Sequence[int], size: int, window: int = _WINDOW) -> list[list[
     return groups
 
 
+def waiting(
+    settings: RolloutSettings, prompts: Sequence[Prompt], tokens: Sequence[list[int]], shards: ShardWriter
+) -> list[PromptBatch]:
+    """The batches that are not written yet.
+
+    Args:
+        settings: What is rolled out.
+        prompts: All prompts.
+        tokens: Token ids of each.
+        shards: What is written.
+    """
+    done = {prompt for record in shards.written() for prompt in record["prompts"]}
+    batches, size = [], settings.batch_size
+    for planned in plan([len(ids) for ids in tokens], size * SHARD, _WINDOW // SHARD):
+        index = [n for n in planned if prompt_hash(prompts[n].prompt) not in done]
+        if index:
+            batches.append(PromptBatch(index, [prompts[n] for n in index], [tokens[n] for n in index], size))
+    return batches
+
+
 class RolloutData(LightningDataModule):
     """Prompts to roll out, in batches of similar length.
 
@@ -160,13 +211,10 @@ class RolloutData(LightningDataModule):
         """The batches that are not written yet."""
         trainer: Any = self.trainer
         module = trainer.lightning_module  # a train.rollout_module.RolloutModule
-        tokens = module.encode(self.prompts)
-        done = {prompt for record in module.shards.written() for prompt in record["prompts"]}
-        batches, size = [], self.settings.batch_size
-        for planned in plan([len(ids) for ids in tokens], size * SHARD, _WINDOW // SHARD):
-            index = [n for n in planned if prompt_hash(self.prompts[n].prompt) not in done]
-            if index:
-                batches.append(PromptBatch(index, [self.prompts[n] for n in index], [tokens[n] for n in index], size))
+        self.prompts, tokens, skipped = self.settings.encode(self.prompts, module.roller.predictor)
+        if trainer.is_global_zero:
+            module.shards.skip(skipped)
+        batches = waiting(self.settings, self.prompts, tokens, module.shards)
         return PromptBatches(batches, trainer.global_rank, trainer.world_size, module.shards)
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:

@@ -8,6 +8,7 @@ and a hash of its prompts, so it depends neither on ranks nor on interruptions.
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -110,6 +111,24 @@ class ShardWriter:
         found = read_manifest(folder)
         return cls(folder, RolloutKey(found["model_fingerprint"], found["tokenizer_hash"], found["settings"]))
 
+    def skip(self, skipped: Mapping[str, int]) -> None:
+        """Notes prompts that are left out, so that nobody waits for them.
+
+        Args:
+            skipped: Number of tokens of each, by the hash of its text.
+        """
+        known = self.manifest.get("skipped", {})
+        if new := {prompt: count for prompt, count in skipped.items() if prompt not in known}:
+            self.manifest["skipped"] = {**known, **new}
+            if not self.manifest["complete"]:
+                write_json(self.folder / MANIFEST, self.manifest)
+            first, count = next(iter(new.items()))
+            print(
+                f"{self.folder}: {len(new)} prompts are too long and left out, the first with hash {first} and {count} "
+                f"tokens; {MANIFEST} lists them",
+                file=sys.stderr,
+            )
+
     def written(self) -> list[dict[str, Any]]:
         """What is written so far, one record a shard, in order. A damaged shard is forgotten, and decoded again.
 
@@ -189,23 +208,25 @@ class ShardWriter:
 
     def missing(self, expected: Iterable[str]) -> list[str]:
         """Which of the prompts, given by their hashes, are in no shard yet."""
-        there = {prompt for record in self.written() for prompt in record["prompts"]}
+        there = {prompt for record in self.written() for prompt in record["prompts"]} | {
+            *self.manifest.get("skipped", {})
+        }
         return [prompt for prompt in expected if prompt not in there]
 
     def finish(self, expected: Iterable[str]) -> Rollouts:
         """Merges all processes' shards into the final manifest; may be called again.
 
         Args:
-            expected: Hashes of the prompts that were to be decoded.
+            expected: Hashes of the prompts that were to be decoded; those that are skipped may be among them.
 
         Raises:
             InputError: A prompt is missing or was written twice.
         """
-        records = _without_repeats(self.written())
+        records, skipped = _without_repeats(self.written()), self.manifest.get("skipped", {})
         count = Counter(prompt for record in records for prompt in record["prompts"])
         for problem, prompts in (
             ("written twice", [prompt for prompt, times in count.items() if times > 1]),
-            ("not decoded", [prompt for prompt in expected if prompt not in count]),
+            ("not decoded", [prompt for prompt in expected if prompt not in count and prompt not in skipped]),
         ):
             if prompts:
                 found = f"{len(prompts)} {problem}, the first with hash {prompts[0]}"

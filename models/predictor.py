@@ -210,6 +210,26 @@ class MaskPredictor:
             predictor.compile()
         return predictor
 
+    @classmethod
+    def outline(cls, path: str | Path, *, dtype: torch.dtype | None = None) -> "MaskPredictor":
+        """A checkpoint without its weights, on the device ``meta``: it knows all but what to predict.
+
+        Args:
+            path: Folder or hub id.
+            dtype: Dtype of the weights; the checkpoint's by default.
+
+        Raises:
+            InputError: Not a checkpoint, an unknown family, or a special token missing.
+        """
+        folder = checkpoint_folder(path)
+        raw, family, known = described(folder / "config.json")
+        tokenizer = _load_tokenizer(folder, family)
+        with torch.device("meta"):
+            model = family.model(known).to(dtype or known.dtype or torch.float32)  # type: ignore[arg-type]
+        ids = _token_ids(folder, raw, family, tokenizer)
+        config: Any = model.config
+        return cls(model, ids, config.vocab_size, getattr(config, family.max_length), fingerprint(folder), tokenizer)
+
     def _probe(self, name: str) -> None:
         """Refuses a model whose logits do not change when a position is masked out (old public code did that)."""
         ids = torch.full((2, 4), self.ids.mask, device=self.device)

@@ -100,7 +100,9 @@ def learn(command: Command, out: Path) -> None:
         out: Folder of the export.
     """
     given: FilterDataModule = command.datamodule
-    data = FilterDataModule(list(given.rollouts), given.batch_size, given.passes, given.tail_weight, given.seed)
+    data = FilterDataModule(
+        list(given.rollouts), given.batch_size, given.passes, given.tail_weight, given.seed, given.memory
+    )
     digest = "+".join(open_rollouts(folder).digest for folder in data.rollouts)
     settings = command.settings
     made_of = {"rollouts": digest, **{name: settings[name] for name in ("model", "data", "seed_everything")}}
@@ -202,7 +204,7 @@ def pick_threshold(
     plain = [Run("threshold", {"threshold": threshold}) for threshold in sorted(pipeline.baselines)]
     learned = [Run("learn2pd", {"threshold": threshold}) for threshold in sorted(pipeline.pick_from)]
     split: Split = "validation"
-    prompts = rollouts.prompts(split, pipeline.pick_prompts)
+    prompts = rollouts.encode(rollouts.prompts(split, pipeline.pick_prompts), predictor)[0]
     rows = decode(split, prompts, [Run("full_step"), *plain, *learned])
     picked = [pick(part, pipeline.loss) for part in (rows[1 : len(plain) + 1], rows[len(plain) + 1 :])]
     threshold = picked[1]["settings"]["threshold"]
@@ -212,7 +214,7 @@ def pick_threshold(
     tests = [prompt for prompt in rollouts.prompts() if split_of(prompt.prompt) == "test"]
     if tests:
         split = "test"
-        tests = rollouts.prompts(split, pipeline.test_prompts)
+        tests = rollouts.encode(rollouts.prompts(split, pipeline.test_prompts), predictor)[0]
         chosen = [run for run in (*plain, *learned) if run.label in (picked[0]["label"], picked[1]["label"])]
         rows = decode(split, tests, [Run("full_step"), *chosen, Run("oracle")])
         picked = rows[1:3]

@@ -108,7 +108,7 @@ class FilterModule(LightningModule):
         data: FilterDataModule | None = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
-        evidence = data.parts["train"].evidence
+        evidence = data.parts["train"].sample().evidence
         length = evidence.masked.shape[1]
         if length != self.config.block_length:
             raise InputError("block_length", self.config.block_length, f"{length}, that of the rollouts")

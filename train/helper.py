@@ -123,7 +123,7 @@ def measure(
     """
     if not pipeline.mixture_weights:
         return [], None
-    prompts = rollouts.prompts("validation", pipeline.measure_prompts)
+    prompts = rollouts.encode(rollouts.prompts("validation", pipeline.measure_prompts), predictor)[0]
     runs, ready = [Run("full_step")], dict[str, Strategy]()
     for weight in sorted(pipeline.mixture_weights):
         runs.append(Run("apd", {"mixture_weight": weight}))

@@ -5,15 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from data.disk import check_writable
 from data.prompts import PromptSource, load_prompts, prompt_hash, split_of
 from data.rollout_data import SHARD, RolloutData, RolloutSettings
 from data.shards import ShardWriter
+from data.typed import Count
 from decoding.config import DecodeConfig
 from decoding.memory_plan import plan_memory
 from decoding.strategies import make_strategy
 from train.cli import Command, run
 from train.rollout_module import RolloutModule, RolloutWriter
 from train.rollout_module import run as run_rollout
+from train.rollout_ray import rollout_by_ray
 
 
 def _report(command: Command) -> None:
@@ -98,13 +101,29 @@ def merge(folder: Path) -> None:
     print(f"{folder}: {counts['prompts']} prompts, complete")
 
 
+def ray(rollout: RolloutSettings, actors: tuple[Count, Count] = (1, 1), address: str | None = None) -> None:
+    """Rolls out as ``predict`` does, to the same files, with Ray Data in Lightning's place: on clusters that grow and shrink.
+
+    Args:
+        rollout: What is to be rolled out.
+        actors: Fewest and most actors, one GPU each where there are any.
+        address: Address of a running cluster, such as auto; null for RAY_ADDRESS, or this machine alone.
+    """
+    check_writable("rollout.folder", rollout.folder)
+    done = rollout_by_ray(rollout, actors, address)
+    if done is None:
+        print(f"{rollout.folder}: what is left is with other runs, of which the last finishes the set")
+    else:
+        print(f"{rollout.folder}: {done.manifest['counts']['prompts']} prompts, complete")
+
+
 if __name__ == "__main__":
     run(
         "rollout",
         RolloutModule,
         RolloutData,
         subcommands=("predict",),
-        verbs={"plan": plan, "estimate": estimate, "merge": merge},
+        verbs={"plan": plan, "estimate": estimate, "merge": merge, "ray": ray},
         settings={"rollout": RolloutSettings},
         links=[("rollout", f"{part}.settings", None, "instantiate") for part in ("model", "data")],
         callbacks=lambda folder: [RolloutWriter()],

@@ -180,7 +180,8 @@ def test_records_come_from_the_rollout_folder(monkeypatch):
     asked = []
 
     def opened(folder):
-        manifest = {"settings": {"passes": ["full_step", "oracle"]}}
+        settings = {"passes": ["full_step", "oracle"], "block_length": 16}
+        manifest = {"settings": settings, "counts": {"steps": {"full_step": 200, "oracle": 200}}}
         return SimpleNamespace(folder=folder, digest="abc", manifest=manifest)
 
     monkeypatch.setattr("data.shards.load_records", lambda *given: asked.append(given) or records(400))

@@ -15,7 +15,7 @@ import torch
 
 from data.labels import PASSES
 from data.manifest import RolloutKey, Rollouts
-from data.prompts import PromptSource
+from data.prompts import PromptSource, prompt_hash
 from data.rollout_data import RolloutSettings, plan
 from data.shards import ShardWriter, load_records, load_sequences
 from decoding.config import DecodeConfig
@@ -186,7 +186,7 @@ def test_a_finished_rows_place_goes_to_the_next_prompt_of_the_shard(base: Path, 
         calls.append((prompts, decode(predictor, prompts, *arguments, **options)))
         return calls[-1][1]
 
-    monkeypatch.setattr("train.rollout_module.decode", watched)
+    monkeypatch.setattr("train.roller.decode", watched)
     roll(base, tmp_path, sources=sources, limit=16, batch_size=2, passes=["oracle"], **SETTINGS)
     for prompts, out in calls:
         assert len(prompts) == 8
@@ -226,7 +226,7 @@ def test_states_of_a_filters_pass_are_labelled_by_their_completions(
         completed.extend(found.nfe.tolist() if "regions" in options else [])
         return found
 
-    monkeypatch.setattr("train.rollout_module.decode", watched)
+    monkeypatch.setattr("train.roller.decode", watched)
     predictor = MaskPredictor.from_pretrained(base)
     torch.manual_seed(5)
     config = FilterConfig(
@@ -328,9 +328,31 @@ def test_a_prompt_too_long_for_the_model_is_named_before_any_is_decoded(base: Pa
     assert not list((tmp_path / "set").glob("*.parquet"))
 
 
+def test_prompts_that_are_too_long_can_be_left_out_and_are_listed(base: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "some.json"
+    long, texts = "1 " * 90, ["Fine?", "1 plus 1", "Is it?"]
+    path.write_text(json.dumps([{"prompt": texts[0]}, {"prompt": long}, *({"prompt": text} for text in texts[1:])]))
+    asked = {"sources": [PromptSource(str(path))], "too_long": "skip", **SETTINGS}
+    found = roll(base, tmp_path / "set", **asked)
+    assert "1 prompts are too long and left out, the first with hash" in capsys.readouterr().err
+    assert sorted(prompt.prompt for prompt in load_sequences(found).prompts) == sorted(texts)
+    ((skipped, tokens),) = json.loads((tmp_path / "set" / "manifest.json").read_text())["skipped"].items()
+    assert (skipped, tokens > 80) == (prompt_hash(long), True)
+    merge(tmp_path / "set")  # waits for nobody to decode it
+    assert "3 prompts, complete" in capsys.readouterr().out
+    # A set without such prompts is the one that it was before there was the setting.
+    path.write_text(json.dumps([{"prompt": text} for text in texts]))
+    without = roll(base, tmp_path / "without", **asked)
+    assert "skipped" not in without.manifest
+    path.write_text(json.dumps([{"prompt": long}]))
+    with pytest.raises(InputError, match="found 1[0-9]{2} tokens; accepted: .*; no prompt is left"):
+        roll(base, tmp_path / "none", **asked)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"too_long": "cut"}, r"too_long: found 'cut'; accepted: refuse \| skip"),
         ({"passes": ["full"]}, r"passes: found 'full'; accepted: full_step \| oracle \| filter"),
         ({"passes": []}, "passes: found none"),
         ({"states": 0}, "states: found 0; accepted: greater than or equal to 1"),
