@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from models.errors import InputError
@@ -77,7 +76,7 @@ class DecodeConfig:
         names = [field.name for field in fields(cls)]
         for name in settings:
             if name not in names:
-                raise InputError(name, "an unknown setting", ", ".join(get_close_matches(name, names) or names))
+                raise InputError(name, "an unknown setting", ", ".join(names))
         return cls(**settings)
 
     @property

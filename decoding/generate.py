@@ -20,7 +20,7 @@ from decoding.memory_plan import plan_memory
 from decoding.output import empty_output
 from decoding.strategies import STRATEGIES, make_strategy
 from decoding.strategies.full_step import FullStep
-from models.errors import InputError
+from models.errors import InputError, did_you_mean
 from models.rules import check, number
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
@@ -206,7 +206,8 @@ def _in_our_words(message: str) -> str:
     message = re.sub(r'^Parser key "([^"]+)":', r"\1:", " ".join(message.split()))
     if kind := _EXPECTED.search(message):
         accepted = kind[1].replace("'", "").replace(", ", " | ")
-        message = f"{message[: kind.start()]}found {kind[2]}; accepted: {accepted}"
+        hint = did_you_mean(kind[2], accepted.split(" | "))
+        message = f"{message[: kind.start()]}found {kind[2]}; accepted: {accepted}{hint}"
     if unknown := re.search(r"Unrecognized arguments: --([^\s=]+)", message):
         names = list(inspect.signature(generate).parameters)
         return f"{message}; accepted: {', '.join(difflib.get_close_matches(unknown[1], names) or names)}"

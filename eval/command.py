@@ -17,7 +17,7 @@ from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter, Namespa
 from jsonargparse._typehints import type_to_str  # what the formatter itself uses
 
 from decoding.heap import keep_freed_memory
-from models.errors import InputError
+from models.errors import InputError, did_you_mean
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """The YAML files, one folder for each command, wherever the command is started from."""
@@ -29,6 +29,7 @@ _UNKNOWN = re.compile(
 _LITERAL = re.compile(r"typing\.Literal\[([^\]]+)\]")
 _KEY = re.compile(r'Parser key "([^"]+)": ?(.*)')
 _TYPE = re.compile(r"Expected a (?:<class ')?(.+?)(?:'>)?\. Got value: ?(.*)$")
+_NAMES = re.compile(r"found (\S+); accepted: ([^;]+)$")
 # And how it hands on what pydantic says, and what each part of a union says.
 _PYDANTIC = re.compile(
     r"1 validation error for (?:.*?(?:Input should be |Value error, )|\S+ )(.+?) \[type=.*?\] For further information visit "
@@ -94,6 +95,8 @@ class CommandParser(ArgumentParser):
         message = _TYPE.sub(lambda part: f"found {part[2] or repr('')}; accepted: {part[1]}", message).replace(
             "NoneType", "null"
         )
+        if names := _NAMES.search(message):
+            message += did_you_mean(names[1], names[2].split(" | "))
         if unknown := _UNKNOWN.search(message):
             message += f"; accepted: {_accepted(parser, unknown[1] or unknown[2] or unknown[3])}"
         prog = re.sub(r" \[options\]", "", parser.prog)

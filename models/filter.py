@@ -199,6 +199,8 @@ _MOST_WEIGHTS = 1 << 28
 
 
 def _check(values: dict[str, Any], rules: dict[str, Rule], where: str) -> None:
+    for name in values["features"] if isinstance(values["features"], list | tuple) else ():
+        check({"features": name}, {"features": one_of(FEATURES)}, f"{where}: ")
     check(values, rules, f"{where}: ")
     if values["architecture"] == "conv" and values["needs_all_positions"]:
         raise InputError(f"{where}: needs_all_positions", True, "false; conv reads masked positions only")

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import wandb
@@ -58,10 +59,35 @@ class Spec:
     after: Mapping[str, Callable[["Command"], None]] = field(default_factory=dict)
     verbs: Sequence[str] = ()
     precision: str | None = None
+    first: Sequence[str] = ()
 
 
 class TrainParser(CommandParser, LightningArgumentParser):
-    """Lightning's parser with one-line errors."""
+    """Lightning's parser with one-line errors.
+
+    Attributes:
+        first: Settings that its help tells of before all others.
+    """
+
+    first: Sequence[str] = ()
+
+    def format_help(self) -> str:
+        if not self.first:
+            return super().format_help()
+        groups: Any = self._action_groups
+        usual, before = list(groups), [list(group._group_actions) for group in groups]
+        first: Any = [action for name in self.first for action in self._actions if action.dest == name]
+        for group in usual:
+            group._group_actions = [action for action in group._group_actions if action not in first]
+        title = "what matters first (then everything there is)"
+        groups.insert(0, SimpleNamespace(title=title, description=None, _group_actions=first))
+        self.usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
+        try:
+            return super().format_help()
+        finally:
+            groups[:] = usual
+            for group, actions in zip(usual, before, strict=True):
+                group._group_actions = actions
 
 
 class Command(LightningCLI):
@@ -97,6 +123,7 @@ class Command(LightningCLI):
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in self.spec.subcommands}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.first = self.spec.first  # type: ignore[attr-defined] - made by _lightning as a TrainParser
         parser.add_argument(
             "--run", type=Path, default=Path("runs", self.spec.name), help="Folder of run.yaml, checkpoints and logs."
         )
@@ -194,6 +221,7 @@ def run(
     before: Mapping[str, Callable[[Command], None]] | None = None,
     after: Mapping[str, Callable[[Command], None]] | None = None,
     precision: str | None = None,
+    first: Sequence[str] = (),
 ) -> None:
     """Runs a command of this package from the words it was started with.
 
@@ -210,6 +238,7 @@ def run(
         before: Subcommand to a function called right before it, with trainer, model and data set up.
         after: Subcommand to a function called when it is done.
         precision: The Trainer's precision where the settings leave it to the command.
+        first: Settings that the help of its subcommands tells of first.
 
     Raises:
         SystemExit: See :func:`eval.command.entry`.
@@ -221,7 +250,7 @@ def run(
         return command({word: verbs[word]}, f"{name}/{word}")
     spec = Spec(
         name, module, data, subcommands, settings or {}, links, checkpoint, callbacks, before or {}, after or {},
-        tuple(verbs), precision,
+        tuple(verbs), precision, first,
     )  # fmt: skip
     return entry(lambda: _lightning(spec))
 

@@ -35,6 +35,10 @@ from train.reliability import draw
 from train.rollout_module import roll_out
 
 FIGURES = ("exact_match", "valid", "sequence_agreement", "token_agreement", "nfe_mean", "tokens_per_forward")
+FIRST = (
+    "rollout.base", "rollout.sources", "rollout.limit", "rollout.folder", "rollout.gen_length", "rollout.block_length",
+    "rollout.batch_size", "pipeline.rounds", "pipeline.out", "trainer.devices",
+)  # fmt: skip
 
 
 @dataclass
@@ -305,4 +309,5 @@ if __name__ == "__main__":
         callbacks=callbacks,
         before={"fit": prepare},
         after={"fit": finish},
+        first=FIRST,
     )

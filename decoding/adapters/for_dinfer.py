@@ -1,19 +1,20 @@
 """dInfer: ``BlockWiseDiffusionLLM(model, LearnedParallelDecoder(engine), ...)``.
 
-dInfer asks its decoders for ``block_init`` and ``decode`` and a few attributes, and for no base class, so this module imports
-nothing of it. The interface was read from its sources of 2026; nothing here has run on a GPU.
+dInfer asks its decoders for ``block_init``, ``decode`` and ``batch_decode`` and a few attributes, and for no base class, so this
+module imports nothing of it. The interface was read from its sources of 2026; nothing here has run on a GPU.
 """
 
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from decoding.engine import Engine, State
+from decoding.engine import Engine, State, join, split
 
 
 class LearnedParallelDecoder:
-    """A decoder of one block of all samples at a time.
+    """A decoder of one block of all samples at a time, or of samples that are at different blocks.
 
     Args:
         engine: The engine, with dInfer's block length.
@@ -33,6 +34,7 @@ class LearnedParallelDecoder:
         self.state: State | None = None
         self.prompt: Tensor | None = None
         self.at: tuple[int, ...] = ()
+        self.begun: defaultdict[tuple[int, bytes], list[tuple[State, Tensor]]] = defaultdict(list)
 
     def block_init(self, block_x: Tensor, block_id: int) -> None:
         """Begins a block of token ids ``(b, K)`` int64; what is not MASK at its first step is prompt."""
@@ -54,3 +56,41 @@ class LearnedParallelDecoder:
             self.state, self.prompt, self.at = None, ids != self.mask_id, at
         transfer, tokens, self.state = self.engine.commit(logits, ids, self.state, self.prompt)
         x[:, block_start:block_end] = torch.where(transfer, tokens, ids)
+
+    def batch_decode(
+        self, logits: Tensor, block_start: Tensor, x: Any, block_length: int, iter_threshold: Any = None
+    ) -> None:
+        """Writes one step's tokens of samples that are at different blocks.
+
+        Which samples a call is about, dInfer does not say, and it changes from call to call. What a block has carried so far is
+        therefore found by the sample's ids, which are still what the last call left.
+
+        Args:
+            logits: ``(b, K, V)`` of each sample's block.
+            block_start: ``(b,)`` int64, its first position.
+            x: dInfer's token array of these samples; ``x.data`` ``(b, T)`` is read and written.
+            block_length: ``K``; blocks are whole.
+            iter_threshold: As in :meth:`decode`.
+        """
+        place = block_start[:, None] + torch.arange(block_length, device=block_start.device)
+        ids = x.data.gather(1, place)
+        fresh, unknown = split(self.engine.begin(logits)), ids != self.mask_id
+        known = []
+        for row, key in enumerate(_keys(block_start, x.data)):
+            waiting = self.begun.pop(key, [])
+            known.append(waiting.pop() if waiting else (fresh[row], unknown[row : row + 1]))
+            if waiting:  # another sample with the same ids
+                self.begun[key] = waiting
+        state, prompt = join([each for each, _ in known]), torch.cat([each for _, each in known])
+        transfer, tokens, state = self.engine.commit(logits, ids, state, prompt)
+        ids = torch.where(transfer, tokens, ids)
+        x.data.scatter_(1, place, ids)
+        left = (ids == self.mask_id).any(1).tolist()
+        for row, key in enumerate(_keys(block_start, x.data)):
+            if left[row]:
+                self.begun[key].append((split(state)[row], prompt[row : row + 1]))
+
+
+def _keys(block_start: Tensor, ids: Tensor) -> list[tuple[int, bytes]]:
+    """What tells one sample's block from another's: where it begins, and all of the sample's ids."""
+    return [(start, row.tobytes()) for start, row in zip(block_start.tolist(), ids.cpu().numpy(), strict=True)]

@@ -292,6 +292,52 @@ def test_dinfer_writes_what_the_decode_loop_writes(name, announced, random_llada
         assert looped(random_llada, prompt, blocks, step)[0] == expected
 
 
+def test_dinfer_decodes_samples_at_different_blocks_in_changing_company():
+    # dInfer's batches of the moment: samples come and go between the steps of a block, and nothing says which they are.
+    rule = make_strategy("klass", threshold=0.1, divergence=0.5, history=2)
+    ours, single = LearnedParallelDecoder(Engine(rule, MASK, SIZE)), Engine(rule, MASK, SIZE)
+    x = torch.cat((torch.randint(0, 60, (1, SIZE * 2)), torch.full((1, SIZE), MASK)), 1).repeat(4, 1)
+    x[1, SIZE + 3 :] = MASK  # an earlier block, three positions of which are prompt
+    x[3, :SIZE] = 5
+    starts = torch.tensor([2, 1, 2, 2]) * SIZE  # the third has the first's ids throughout
+    generator = torch.Generator().manual_seed(4)
+    sharp = torch.arange(SIZE)[:, None] < SIZE // 2  # half of the positions grow sure, and stay doubtful as tokens
+    base = {start: 4 * torch.randn(1, SIZE, 64, generator=generator) for start in (SIZE, 2 * SIZE)}
+    noise = [torch.randn(1, SIZE, 64, generator=generator) for _ in range(5)]
+    said = [{start: value + torch.where(sharp, 0.1, 3) * more for start, value in base.items()} for more in noise]
+
+    def decoded(remembers):
+        out = x.clone()
+        for row, start in enumerate(starts.tolist()):
+            state, block = None, out[row : row + 1, start : start + SIZE]
+            prompt = block != MASK
+            for logits in said[: 3 + row % 2]:
+                transfer, tokens, state = single.commit(logits[start], block, state if remembers else None, prompt)
+                block.copy_(torch.where(transfer, tokens, block))
+        return out
+
+    expected, steps = decoded(True), [0] * 4
+    assert not torch.equal(expected, decoded(False))
+    for rows in ([0, 1], [2, 3], [3], [1, 2, 0], [2], [0, 3], [1], [1, 3]):
+        some = SimpleNamespace(data=x[rows])
+        logits = torch.cat([said[steps[row]][int(starts[row])] for row in rows])
+        ours.batch_decode(logits, starts[rows], some, SIZE)
+        x[rows] = some.data
+        for row in rows:
+            steps[row] += 1
+    assert steps == [3, 4, 3, 4]
+    assert torch.equal(x, expected)
+
+
+def test_dinfer_keeps_nothing_of_finished_blocks():
+    ours = LearnedParallelDecoder(Engine(make_strategy("full_step"), MASK, SIZE))
+    x = SimpleNamespace(data=torch.full((2, SIZE), MASK))
+    for _ in range(SIZE):
+        ours.batch_decode(torch.randn(2, SIZE, 64), torch.tensor([0, 0]), x, SIZE)
+    assert (x.data != MASK).all()
+    assert not any(ours.begun.values())
+
+
 def test_dinfer_takes_a_last_block_that_is_short():
     ours = LearnedParallelDecoder(Engine(make_strategy("klass"), MASK, SIZE))
     x = torch.full((2, SIZE + 3), MASK)

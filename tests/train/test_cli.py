@@ -1,5 +1,6 @@
 """The command line as its user meets it, on a toy module: messages, exit statuses, resuming, what is left on disk."""
 
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,21 @@ def test_bad_input_is_one_line_and_status_2(toy, words: str, named: list[str]):
     assert len(lines) == 1, err
     assert all(name in lines[0] for name in named)
     assert not list(Path().rglob("run.yaml")), "a run that never started left a record"
+
+
+def test_help_tells_of_ten_settings_first_and_of_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    script = Path(__file__).parents[2] / "train/filter.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "fit", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(script), run_name="__main__")
+    told = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    first = ["base", "sources", "limit", "folder", "gen_length", "block_length", "batch_size"]
+    first = [f"--rollout.{name}" for name in first] + ["--pipeline.rounds", "--pipeline.out", "--trainer.devices"]
+    assert [name.strip(",") for name in told[: len(first)]] == first
+    assert len(told) == len(set(told))
+    assert {"--run", "--model.channels", "--rollout.passes", "--pipeline.loss", "--wandb.project"} <= set(told)
 
 
 def test_a_verb_is_a_typed_function(toy):
