@@ -8,7 +8,7 @@ import sys
 from argparse import Action
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
+from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, NoReturn, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
@@ -60,7 +60,13 @@ def _bare(hint: Any) -> Any:
 
 
 class CommandParser(ArgumentParser):
-    """A parser whose errors are one line: the key, what was found, what would be accepted; exit status 2."""
+    """A parser whose errors are one line: the key, what was found, what would be accepted; exit status 2.
+
+    Attributes:
+        first: Settings that its help tells of before all others.
+    """
+
+    first: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _Help)
@@ -73,6 +79,24 @@ class CommandParser(ArgumentParser):
         for action in self._actions:  # jsonargparse takes null for any setting, whatever its type
             if action.default not in (None, SUPPRESS) and action.dest in cfg and cfg[action.dest] is None:
                 self._check_value_key(action, None, action.dest, cfg)
+
+    def format_help(self) -> str:
+        if not self.first:
+            return super().format_help()
+        groups: Any = self._action_groups
+        usual, before = list(groups), [list(group._group_actions) for group in groups]
+        first: Any = [action for name in self.first for action in self._actions if action.dest == name]
+        for group in usual:
+            group._group_actions = [action for action in group._group_actions if action not in first]
+        title = "what matters first (then everything there is)"
+        groups.insert(0, SimpleNamespace(title=title, description=None, _group_actions=first))
+        self.usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
+        try:
+            return super().format_help()
+        finally:
+            groups[:] = usual
+            for group, actions in zip(usual, before, strict=True):
+                group._group_actions = actions
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -32,7 +32,6 @@ PROMPTS = (
     "Tom starts with 18 coins. Tom gives away 3 coins. Tom sells 12 of the coins. How many coins does Tom have now?",
     "Mia starts with 9 coins. Mia finds 4 coins. How many coins does Mia have now?",
 )
-GIB = 2**30
 
 
 def main(
@@ -202,8 +201,8 @@ def _fits(folder: Path, config: DecodeConfig, device: torch.device, dtype: str, 
     free = free_memory(device)
     if free is not None and plan.peak > free:
         fewer = "another device, dtype, batch_size, prompt_length or gen_length"
-        raise InputError("memory", f"{free / GIB:.2f} GiB free on {device}", f"{plan}, or {fewer}")
-    known = "unknown" if free is None else f"{free / GIB:.2f} GiB"
+        raise InputError("memory", f"{free / 2**30:.2f} GiB free on {device}", f"{plan}, or {fewer}")
+    known = "unknown" if free is None else f"{free / 2**30:.2f} GiB"
     return f"free {known}; batch {rows}, prompts of {length}, gen_length {config.gen_length}: {plan}"
 
 

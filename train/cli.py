@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import wandb
@@ -63,31 +62,7 @@ class Spec:
 
 
 class TrainParser(CommandParser, LightningArgumentParser):
-    """Lightning's parser with one-line errors.
-
-    Attributes:
-        first: Settings that its help tells of before all others.
-    """
-
-    first: Sequence[str] = ()
-
-    def format_help(self) -> str:
-        if not self.first:
-            return super().format_help()
-        groups: Any = self._action_groups
-        usual, before = list(groups), [list(group._group_actions) for group in groups]
-        first: Any = [action for name in self.first for action in self._actions if action.dest == name]
-        for group in usual:
-            group._group_actions = [action for action in group._group_actions if action not in first]
-        title = "what matters first (then everything there is)"
-        groups.insert(0, SimpleNamespace(title=title, description=None, _group_actions=first))
-        self.usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
-        try:
-            return super().format_help()
-        finally:
-            groups[:] = usual
-            for group, actions in zip(usual, before, strict=True):
-                group._group_actions = actions
+    """Lightning's parser with one-line errors."""
 
 
 class Command(LightningCLI):

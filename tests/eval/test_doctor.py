@@ -74,7 +74,7 @@ def test_a_dtype_that_the_device_does_not_compute(folder, monkeypatch, capsys):
 
 
 def test_too_little_memory_for_the_batch(folder, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(doctor, "free_memory", lambda device: 1 << 10)
     found_wrong(capsys, "memory", "memory: found 0.00 GiB free on cpu; accepted: peak .* GiB", folder)
 
 
