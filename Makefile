@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt -e
 
-.PHONY: demo test check lint bundle
+.PHONY: demo test fuzz check lint bundle
 .DEFAULT_GOAL := demo
 
 # One stamp file for each set of dependencies, so that further runs start at once.
@@ -27,6 +27,10 @@ demo: .venv/.runtime
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not network"
+
+# Hostile input and a hundred kills; `make test` has all of it but the kills.
+fuzz: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not network" tests/fuzz tests/data/test_shards.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check
