@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 # What pip says is shown where it fails only.
 QUIETLY := > .venv/pip.log 2>&1 || { cat .venv/pip.log >&2; exit 1; }
 
-.PHONY: demo announce test check lint bundle
+.PHONY: demo announce test fuzz check lint bundle
 .DEFAULT_GOAL := demo
 
 # One stamp file for each set of dependencies, so that further runs start at once.
@@ -38,6 +38,10 @@ announce:
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not network"
+
+# Hostile input and a hundred kills; `make test` has all of it but the kills.
+fuzz: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not network" tests/fuzz tests/data/test_shards.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, Field, NonNegativeInt
+from pydantic import BaseModel, Field
 
 from data.tables import SEQUENCE_COLUMNS, STEP_COLUMNS
-from data.typed import checked
+from data.typed import Count, Whole, checked
 from models.checkpoint import writing
 from models.errors import InputError
 
@@ -59,8 +59,8 @@ class _File(BaseModel):
     """What is known of one file of a shard."""
 
     file: Annotated[str, Field(pattern=r"^[^/\\\\]+$")]  # a name: nothing outside the folder is read or removed
-    rows: NonNegativeInt
-    bytes: NonNegativeInt
+    rows: Whole
+    bytes: Whole
     sha256: str
 
 
@@ -69,8 +69,8 @@ class ShardRecord(BaseModel):
 
     name: str
     prompts: list[str]
-    splits: dict[str, NonNegativeInt]
-    passes: dict[str, NonNegativeInt]
+    splits: dict[str, Whole]
+    passes: dict[str, Whole]
     steps: _File
     sequences: _File
 
@@ -78,14 +78,14 @@ class ShardRecord(BaseModel):
 class _Settings(BaseModel):
     """The settings of a set that reading it depends on; there are others."""
 
-    block_length: Annotated[int, Field(ge=1)]
-    eot_id: NonNegativeInt
+    block_length: Count
+    eot_id: Whole
     passes: list[str]
 
 
 class _Counts(BaseModel):
-    prompts: NonNegativeInt
-    steps: dict[str, NonNegativeInt]
+    prompts: Whole
+    steps: dict[str, Whole]
 
 
 class _First(BaseModel):

@@ -5,33 +5,45 @@ Python, or from a file, goes through :func:`check_fields` or :func:`checked`.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from models.errors import InputError
-from models.rules import LONGEST
+from models.rules import COUNT, LENGTH, LONGEST, NOT_NEGATIVE, SHARE, TEXT
 
 
-def _no_flag(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("a number, not true or false")
-    return value
+def _in_words(accepted: str) -> WrapValidator:
+    """Says what a type accepts, whatever does not fit, as ``models/rules.py`` does; a flag is no number.
+
+    Words that end in a bound which is itself refused would lose it: jsonargparse cuts what was found off the end.
+    """
+
+    def check(value: object, validate: Callable[[object], object]) -> object:
+        try:
+            if not isinstance(value, bool):
+                return validate(value)
+        except ValidationError:
+            pass
+        raise PydanticCustomError("accepted", accepted)  # pyright: ignore[reportArgumentType] - a literal, for pydantic
+
+    return WrapValidator(check)
 
 
-_Number = BeforeValidator(_no_flag)
-Count = Annotated[int, _Number, Field(ge=1, le=2**63 - 1)]
-Length = Annotated[int, _Number, Field(ge=1, le=LONGEST)]
-Whole = Annotated[int, _Number, Field(ge=0, le=2**63 - 1)]
-Seed = Annotated[int, _Number, Field(ge=0, le=2**32 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**63 - 1), _in_words(COUNT.accepted)]
+Length = Annotated[int, Field(ge=1, le=LONGEST), _in_words(LENGTH.accepted)]
+Whole = Annotated[int, Field(ge=0, le=2**63 - 1), _in_words("a whole number of at least 0")]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1), _in_words(f"a whole number from 0 to {2**32 - 1}")]
 """What seeds NumPy, which Lightning seeds with everything else."""
-Share = Annotated[float, _Number, Field(ge=0, le=1)]
-Part = Annotated[float, _Number, Field(ge=0, lt=1)]
-Positive = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
-Temperature = Annotated[float, _Number, Field(ge=0, le=1000)]
-Text = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1), _in_words(SHARE.accepted)]
+Part = Annotated[float, Field(ge=0, lt=1), _in_words("a number below 1, and not negative")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _in_words("a number above 0, and finite")]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _in_words(NOT_NEGATIVE.accepted)]
+Temperature = Annotated[float, Field(ge=0, le=1000), _in_words("a number from 0 to 1000")]
+Text = Annotated[str, Field(min_length=1), _in_words(TEXT.accepted)]
 
 
 def checked(kind: Any, content: Any, where: str | Path) -> None:

@@ -5,6 +5,7 @@ The only file here that knows a command line and a terminal, and only while it r
 
 import difflib
 import inspect
+import os
 import re
 import sys
 import time
@@ -18,6 +19,7 @@ from decoding.eot import first_true
 from decoding.heap import keep_freed_memory
 from decoding.memory_plan import plan_memory
 from decoding.output import empty_output
+from decoding.settings_file import refuse_repeated_keys
 from decoding.strategies import STRATEGIES, make_strategy
 from decoding.strategies.full_step import FullStep
 from models.errors import InputError, did_you_mean
@@ -171,22 +173,35 @@ def main() -> None:
     """Runs :func:`generate` on the words of the command line.
 
     Raises:
-        SystemExit: Bad input, with status 2, or Ctrl-C, with status 130, after one line on stderr; any other exception is a
-            bug and keeps its traceback.
+        SystemExit: Bad input, with status 2, a refusal of the system, with 74, or Ctrl-C, with 130, after one line on stderr;
+            any other exception is a bug and keeps its traceback.
     """
     from jsonargparse import ArgumentParser, auto_cli
 
     class Parser(ArgumentParser):
+        def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().parse_path(cfg_path, *args, **kwargs)
+            except UnicodeDecodeError as error:
+                raise InputError(str(cfg_path), error, "YAML in UTF-8") from None
+
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             sys.stderr.write(f"{self.prog}: {_in_our_words(message)} (see {self.prog} --help)\n")
             raise SystemExit(2)
 
     keep_freed_memory()
+    refuse_repeated_keys()
     try:
         auto_cli(generate, as_positional=False, args=_flagged(sys.argv[1:]), parser_class=Parser, allow_abbrev=False)
     except InputError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno is None:  # raised by a library, not by the system
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {where}{error.strerror}\n")
+        raise SystemExit(os.EX_IOERR) from None
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         raise SystemExit(130) from None

@@ -10,11 +10,23 @@ from typing import Any
 from decoding.config import DecodeConfig
 from models.checkpoint import CALIBRATION, writing
 from models.errors import InputError
-from models.rules import check, number
+from models.rules import COUNT, NOT_NEGATIVE, SHARE, TEXT, Rule, check, list_of, number, one_of, whole
 
 SCHEMA_VERSION = 1
 DECODING = ("gen_length", "block_length", "steps", "temperature", "eot", "cache", "refresh")
 """Decode settings that a calibration is made for."""
+_OBJECT = Rule("an object", lambda value: isinstance(value, dict))
+_RULES = {
+    "strategy": TEXT, "options": _OBJECT, "option": TEXT, "values": list_of(number("numbers"), "finite numbers"),
+    "lost": list_of(whole(0), "whole numbers of at least 0"), "bounds": list_of(SHARE, "numbers from 0 to 1"),
+    "nfe": list_of(NOT_NEGATIVE, "numbers of at least 0"), "prompts": COUNT, "loss": one_of(("answer", "text")),
+    "confidence": number("a number between 0 and 1", lambda value: 0 < value < 1),
+    "decoding": Rule(f"an object of {', '.join(DECODING)}", lambda value: isinstance(value, dict) and {*DECODING} <= {*value}),
+    "fingerprints": Rule(
+        "an object of text", lambda value: isinstance(value, dict) and all(map(TEXT.accepts, value.values()))
+    ),
+    "made": _OBJECT,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,6 +150,7 @@ def load_calibration(file: str | Path) -> Calibration:
     for name in {*names, *content}:
         if name not in content or name not in names:
             raise InputError(f"{file}: {name}", "unknown" if name in content else "missing", ", ".join(names))
+    check(content, _RULES, f"{file}: ")
     lengths = {len(content[name]) for name in ("values", "lost", "bounds", "nfe")}
     if len(lengths) != 1 or not content["values"]:
         raise InputError(

@@ -12,11 +12,11 @@ from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, NoReturn, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
-import yaml
-from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter, Namespace, auto_cli, get_loader, set_loader
+from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter, Namespace, auto_cli
 from jsonargparse._typehints import type_to_str  # what the formatter itself uses
 
 from decoding.heap import keep_freed_memory
+from decoding.settings_file import refuse_repeated_keys
 from models.errors import InputError, did_you_mean
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -32,12 +32,14 @@ _TYPE = re.compile(r"Expected a (?:<class ')?(.+?)(?:'>)?\. Got value: ?(.*)$")
 _NAMES = re.compile(r"found (\S+); accepted: ([^;]+)$")
 # And how it hands on what pydantic says, and what each part of a union says.
 _PYDANTIC = re.compile(
-    r"1 validation error for (?:.*?(?:Input should be |Value error, )|\S+ )(.+?) \[type=.*?\] For further information visit "
-    r"https://\S+?(?=\.? Got value| Given value| - |$)"
+    r"1 validation error for (?:.*?(?:Input should be |Value error, )|\S+ )(.+?) \[type=.*?\]"
+    r"(?: For further information visit https://\S+?)?(?=\.? Got value| Given value| - |$)"
 )
 _UNION = re.compile(
     r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*) Given value type: .*? Given value: (.*)$"
 )
+# A setting of a group that may be null.
+_NESTED = re.compile(r"(\S+): found NestedArg\(key='([^']+)', val='?(.*?)'?\); accepted: .*Parser key \"\2\": (.*)$")
 
 
 class _Help(DefaultHelpFormatter):
@@ -71,7 +73,7 @@ class CommandParser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _Help)
         kwargs.setdefault("allow_abbrev", False)  # a shortened option would not be found again in the saved config
-        set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
+        refuse_repeated_keys()
         super().__init__(*args, **kwargs)
 
     def validate(self, cfg: Namespace, *args: Any, **kwargs: Any) -> None:
@@ -119,6 +121,7 @@ class CommandParser(ArgumentParser):
         message = _TYPE.sub(lambda part: f"found {part[2] or repr('')}; accepted: {part[1]}", message).replace(
             "NoneType", "null"
         )
+        message = _NESTED.sub(r"\1.\2: found \3; accepted: \4", message)
         if names := _NAMES.search(message):
             message += did_you_mean(names[1], names[2].split(" | "))
         if unknown := _UNKNOWN.search(message):
@@ -126,27 +129,6 @@ class CommandParser(ArgumentParser):
         prog = re.sub(r" \[options\]", "", parser.prog)
         sys.stderr.write(f"{prog}: {message} (see {prog} --help)\n")
         raise SystemExit(2)
-
-
-_jsonargparse_yaml = get_loader("yaml")
-
-
-def load_yaml(text: str) -> Any:
-    """YAML as jsonargparse reads it, without keys that are there twice: the last of them would win and say nothing."""
-    waiting = [yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-        elif isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"found {key!r} twice; accepted: each key once", problem_mark=node.start_mark
-                    )
-            waiting += [value for _, value in node.value]
-    return _jsonargparse_yaml(text)
 
 
 def _accepted(parser: ArgumentParser, unknown: str) -> str:

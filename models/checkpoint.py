@@ -21,6 +21,7 @@ from models.errors import InputError
 
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 _HOST = socket.gethostname()
+_ENDINGS = (".part", ".new", ".old")
 CALIBRATION, PICTURE = "risk.json", "reliability.png"
 """What a fit or a calibration leaves in the folder of the component it is about; it goes with the component."""
 
@@ -29,7 +30,8 @@ def save_component(folder: str | Path, config: Mapping[str, Any], tensors: Mappi
     """Writes a component aside and renames it into place, replacing an older component of the same kind.
 
     Whatever interrupts the writing, ``folder`` holds the old component or the new one. A folder cannot be replaced in a
-    single system call, so a kill between the two renames leaves the old one beside it as ``.<name>.<pid>.old``.
+    single system call, so a kill between the two renames leaves the old one beside it as ``.<name>.<host>-<pid>.old``,
+    until the next is written.
 
     Args:
         folder: Where to; parents are created.
@@ -67,7 +69,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     Yields:
         A path beside it, to be created.
     """
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    aside = _beside(folder, "new")
     old = aside.with_suffix(".old")
     try:
         yield aside
@@ -82,14 +84,15 @@ def replacing(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+    _sweep(folder)
 
 
 @contextmanager
 def writing(file: Path) -> Iterator[Path]:
     """Lets a file appear in full or not at all: what the block writes into the path it is given replaces ``file``.
 
-    It is on the disk before it is renamed, and nothing is left beside it, whatever goes wrong; a kill may leave what
-    :func:`abandoned` then knows.
+    It is on the disk before it is renamed, and nothing is left beside it, whatever goes wrong; what a kill leaves goes when
+    the file is written again.
 
     Args:
         file: The file; its folder is made.
@@ -98,7 +101,7 @@ def writing(file: Path) -> Iterator[Path]:
         A path beside it, of this process alone.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{_HOST}-{os.getpid()}.part")
+    aside = _beside(file, "part")
     try:
         yield aside
         with aside.open("rb+") as stream:
@@ -106,11 +109,25 @@ def writing(file: Path) -> Iterator[Path]:
         aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)
+    _sweep(file)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """A path beside another, of this process alone."""
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.{ending}")
+
+
+def _sweep(path: Path) -> None:
+    """Removes what processes that were killed have left beside a path."""
+    start = f".{path.name}."
+    for left in path.parent.iterdir():
+        if left.name.startswith(start) and left.suffix in _ENDINGS and abandoned(left):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def abandoned(aside: Path) -> bool:
     """Whether nobody writes a path of :func:`writing` any more: its process is gone, or on another machine and a day old."""
-    ours = re.search(rf"\.{re.escape(_HOST)}-(\d+)\.part$", aside.name)
+    ours = re.search(rf"\.{re.escape(_HOST)}-(\d+)\.[a-z]+$", aside.name)
     try:
         if ours is None:
             return time.time() - aside.stat().st_mtime > 86_400

@@ -4,12 +4,31 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from data.typed import Text, Whole, checked
 from models.errors import InputError
 
 Sums = dict[str, dict[str, float]]
 """Decode settings, as JSON, to name to sum."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    key: Text
+
+
+class _Answer(_Record):
+    text: str
+    tokens: Whole
+    nfe: Whole
+
+
+class _LogLikelihood(_Record):
+    log_likelihood: Annotated[float, Field(le=0)]
+    greedy: bool
 
 
 def answer_key(**parts: Any) -> str:
@@ -73,11 +92,13 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            records[record.pop("key")] = record
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise InputError(
                 f"{file}: line {number}", error, "an answer as this command writes it; or remove the file"
             ) from None
+        scored = isinstance(record, dict) and "log_likelihood" in record
+        checked(_LogLikelihood if scored else _Answer, record, f"{file}: line {number}")
+        records[record.pop("key")] = record
     return records
 
 

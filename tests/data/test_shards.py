@@ -351,13 +351,16 @@ def test_a_damaged_record_is_decoded_again(folder: Path, key, batches, damage: s
     ("change", "message"),
     [
         ({"settings": None}, "settings: found None; accepted: a valid dictionary$"),
-        ({"settings": {"block_length": "4"}}, r"settings\.block_length: found '4'; accepted: .*integer"),
+        (
+            {"settings": {"block_length": "4"}},
+            r"settings\.block_length: found '4'; accepted: a whole number of at least 1",
+        ),
         ({"complete": "yes"}, "complete: found 'yes'; accepted: .*boolean"),
         ({"shards": {}}, "shards: found {}; accepted: .*list"),
         ({"shards": [{"name": "a"}]}, r"shards\.0\.prompts: found nothing; accepted: Field required"),
         (
             {"counts": {"prompts": -1, "steps": {}}},
-            r"counts\.prompts: found -1; accepted: .*greater than or equal to 0",
+            r"counts\.prompts: found -1; accepted: a whole number of at least 0",
         ),
     ],
 )

@@ -181,7 +181,7 @@ def test_the_command_refuses_what_does_not_fit(fitted):
         (["--rollout.gen_length", 32], "gen_length"),
         (["--rollout.base", "nowhere"], "base checkpoint: found 'nowhere'"),
         (["--model.chanels", 8], "channels"),
-        (["--pipeline.rounds", -1], "pipeline.rounds: found -1; accepted: greater than or equal to 0"),
+        (["--pipeline.rounds", -1], "pipeline.rounds: found -1; accepted: a whole number of at least 0"),
         (["--pipeline.rounds", 1, "--data.passes", "[oracle]"], "data.passes: found oracle; accepted: null, or filter"),
         (["--rollout.block_length", 7], "block_length: found 7; accepted: a divisor of gen_length 16"),
     ):

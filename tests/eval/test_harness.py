@@ -485,7 +485,7 @@ unsafe_code: true
         (["--preset", "gsm8k_257"], "preset: found 'gsm8k_257'; accepted: gsm8k_256 |"),
         (["--tasks", "short", "--strategy", "oracle"], "strategy: found 'oracle', which needs references"),
         (["--tasks", "short", "--strategy", "fullstep"], "strategy: found 'fullstep'; accepted: full_step |"),
-        (["--tasks", "short", "--limit", "-1"], "limit: found -1; accepted: null | greater than 0"),
+        (["--tasks", "short", "--limit", "-1"], "limit: found -1; accepted: null | a number above 0, and finite"),
         (["--tasks", "short", "--devices", "0"], "devices: found 0"),
         (["--tasks", "short", "--options", '{"seed": 1}'], "options.seed: found 1; accepted: --seed"),
         (["--tasks", "short", "--startegy", "x"], "Unrecognized arguments: --startegy x; accepted: strategy"),

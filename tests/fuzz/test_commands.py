@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 
 from data.typed import Count, NotNegative, Part, Positive, Seed, Share, Text
+from decoding.generate import main as generate_main
 from eval.command import command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +122,7 @@ COMMANDS = [
     ("train/rollout.py predict", "--trainer.devices -5", "trainer"),
     ("train/rollout.py predict", "--trainer.devices 0", "trainer"),
     ("train/rollout.py predict", "--trainer.accelerator nope", "trainer"),
-    ("train/filter.py fit", "--model.threshold 2", "model.threshold: found 2; accepted: less than or equal to 1"),
+    ("train/filter.py fit", "--model.threshold 2", "model.threshold: found 2; accepted: a number from 0 to 1"),
     ("train/filter.py fit", "--model.layers 1000000", "layers: found 1000000"),
     ("train/filter.py fit", "--model.learning_rate -1", "model.learning_rate: found -1"),
     ("train/filter.py fit", "--model.learning_rate .nan", "model.learning_rate: found .nan"),
@@ -142,7 +143,7 @@ COMMANDS = [
     ("eval/bench.py", "--runs [{strategy:\u00a0full_step}]", "runs"),
     ("eval/bench.py", '--runs [{"strategy":"full_step","limit":-1}]', 'limit": found -1'),
     ("eval/bench.py", '--runs [{"strategy":"full_step","temperature":-1}]', "temperature"),
-    ("eval/harness.py", "--limit 0", "limit: found 0"),
+    ("eval/harness.py", "--limit 0", "limit: found 0; accepted: null | a number above 0, and finite"),
     ("eval/harness.py", "--num_fewshot -1", "num_fewshot: found -1"),
     ("eval/harness.py", "--temperature .inf", "temperature: found .inf"),
     ("eval/trace.py", "--prompt a --strategies [threshold] --seed -1", "seed: found -1"),
@@ -174,6 +175,41 @@ def test_commands(
     assert stop.value.code == 2
     assert message in refused(capsys)
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        (b"seed: 1\nseed: 2\n", 2, "found 'seed' twice; accepted: each key once"),
+        (b"options: {a: 1, a: 2}\n", 2, "found 'a' twice"),
+        (b"\xff\xfe\x00seed: 2", 2, "accepted: YAML in UTF-8"),
+    ],
+)
+def test_config_of_generate(
+    content: bytes, status: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--prompt", "a", "--config", str(file)])
+    with pytest.raises(SystemExit) as stop:
+        generate_main()
+    assert stop.value.code == status
+    assert message in refused(capsys)
+
+
+def test_generate_has_the_status_of_a_refusal_of_the_system(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device", "/cache")
+
+    monkeypatch.setattr("decoding.generate.Decoder.from_pretrained", refuse)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--prompt", "a"])
+    with pytest.raises(SystemExit) as stop:
+        generate_main()
+    assert stop.value.code == 74
+    assert "generate.py: /cache: No space left on device" in refused(capsys)
 
 
 @pytest.mark.parametrize("script", ["eval/bench.py", "eval/risk.py", "train/filter.py fit", "train/filter.py export"])

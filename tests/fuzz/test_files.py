@@ -9,6 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from data.prompts import PromptSource, load_prompts
+from decoding.risk import load_calibration
+from eval.lm.answers import Answers
 from eval.report import read
 from models.errors import InputError
 from models.filter import FilterConfig, build_filter, load_filter, save_filter
@@ -101,3 +103,48 @@ def test_results(tmp_path: Path, content: str) -> None:
     file.write_text(content)
     with pytest.raises(InputError, match=r"bench\.json.*: found .*; accepted: ."):
         read(file)
+
+
+CALIBRATION = Path(__file__).resolve().parents[2] / "models/bundled/filter-llada-tiny/risk.json"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((field, value) for field in ("strategy", "option") for value in (5, "", None, ["a"])),
+        *((field, value) for field in ("values", "lost", "bounds", "nfe") for value in (None, 5, "abcd", {}, ["a"] * 4)),
+        ("values", [float("nan")] * 4), ("lost", [1.5] * 4), ("lost", [-1] * 4), ("bounds", [2] * 4), ("nfe", [True] * 4),
+        ("values", [0.9]), *(("prompts", value) for value in (0, "192", 1.5, None)), ("loss", "life"), ("loss", None),
+        *(("confidence", value) for value in (0, 1, "0.9", float("nan"))), ("options", []), ("made", "by hand"),
+        ("decoding", {}), ("decoding", None), ("fingerprints", {"base": 5}), ("fingerprints", [1]), ("schema_version", "1"),
+    ],
+    ids=lambda value: f"{value!r:.20}",
+)  # fmt: skip
+def test_calibrations(tmp_path: Path, field: str, value: object) -> None:
+    # A bound that is no number was a traceback in the middle of choosing a setting.
+    file = tmp_path / "risk.json"
+    content = json.loads(CALIBRATION.read_text()) | {field: value}
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"risk\.json: (values, lost, bounds, nfe|{field}): found .*; accepted: ."):
+        load_calibration(file)
+
+
+ANSWER = {"key": "a", "text": "7", "tokens": 1, "nfe": 2}
+SCORE = {"key": "a", "log_likelihood": -1.5, "greedy": True}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "5", "[]", "null", "{", "{}", b"\xff", *(json.dumps(record | change) for record, change in [
+        (ANSWER, {"key": 5}), (ANSWER, {"key": ""}), (ANSWER, {"text": None}), (ANSWER, {"tokens": "1"}),
+        (ANSWER, {"tokens": -1}), (ANSWER, {"nfe": 1.5}), (ANSWER, {"nfe": None}), (ANSWER, {"colour": 1}),
+        (SCORE, {"log_likelihood": "a"}), (SCORE, {"log_likelihood": float("nan")}), (SCORE, {"log_likelihood": 1}),
+        (SCORE, {"greedy": 1}), (SCORE, {"greedy": None}),
+    ])],
+)  # fmt: skip
+def test_stored_answers(tmp_path: Path, line: str | bytes) -> None:
+    file = tmp_path / "answers-rank0.jsonl"
+    text = line if isinstance(line, bytes) else line.encode()
+    file.write_bytes(json.dumps(ANSWER).encode() + b"\n" + json.dumps(SCORE).encode() + b"\n" + text + b"\n")
+    with pytest.raises(InputError, match=r"answers-rank0\.jsonl: line 3.*: found .*; accepted: ."):
+        Answers(tmp_path)

@@ -355,7 +355,7 @@ def test_prompts_that_are_too_long_can_be_left_out_and_are_listed(base: Path, tm
         ({"too_long": "cut"}, r"too_long: found 'cut'; accepted: refuse \| skip"),
         ({"passes": ["full"]}, r"passes: found 'full'; accepted: full_step \| oracle \| filter"),
         ({"passes": []}, "passes: found none"),
-        ({"states": 0}, "states: found 0; accepted: greater than or equal to 1"),
+        ({"states": 0}, "states: found 0; accepted: a whole number of at least 1"),
         ({"passes": ["filter"]}, "filter: found None; accepted: the folder of an exported filter"),
         ({"eot": "published"}, r"eot: found 'published'; accepted: commit \| off"),
         ({"block_length": 5}, "block_length: found 5; accepted: a divisor of gen_length 16"),

@@ -1,0 +1,161 @@
+"""A hundred kills at random instants: continued by the same command, each result is that of a run nobody disturbed.
+
+Commands run in forked children with everything imported, so that a kill costs a second or two. Figures: docs/reliability.md.
+"""
+
+import importlib
+import json
+import os
+import random
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS = 25
+"""Of each command."""
+IN_A_ROW = 5
+"""Kills of one run before it is let finish."""
+
+ROLLOUT = ["--rollout.base", "base", "--rollout.sources", '[{"path": "sums.jsonl", "answer_column": "answer"}]']
+ROLLOUT += ["--rollout.gen_length", "8", "--rollout.block_length", "4", "--rollout.batch_size", "2"]
+FIT = [*ROLLOUT, "--trainer.accelerator", "cpu", "--trainer.max_epochs", "3", "--rollout.limit", "24"]
+RUNS = [{"strategy": "full_step"}, {"strategy": "threshold", "options": {"threshold": 0.5}}, {"strategy": "oracle"}]
+COMMANDS = {
+    "rollout": [
+        "train/rollout.py", "predict", *ROLLOUT, "--rollout.folder", "set", "--rollout.limit", "48", "--trainer.accelerator",
+        "cpu",
+    ],
+    "filter": [
+        "train/filter.py", "fit", *FIT, "--pipeline.pick_from", "[0.5, 0.9]", "--pipeline.baselines", "[0.9]",
+        "--model.channels", "4", "--model.layers", "1",
+    ],
+    "helper": [
+        "train/helper.py", "fit", *FIT, "--pipeline.measure_prompts", "3", "--pipeline.mixture_weights", "[0.5, 1]",
+        "--model.d_model", "32", "--model.n_layers", "1", "--model.mlp_hidden_size", "64",
+    ],
+    "bench": [
+        "eval/bench.py", "--base", "base", "--runs", json.dumps(RUNS), "--limit", "4", "--pick_on", "2", "--repeats", "2",
+        "--prompts", '[{"path": "sums.jsonl", "answer_column": "answer"}]', "--gen_length", "8", "--block_length", "4",
+    ],
+}  # fmt: skip
+RESULT = {"rollout": "set", "filter": "exports/filter", "helper": "exports/helper", "bench": "runs/bench"}
+FINISHED = ("**/shard-*.json", "**/decodes/*.safetensors")
+"""Parts of the work, which are not done again."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    for name in ("train.rollout", "train.filter", "train.helper", "eval.bench", "eval.report", "matplotlib.pyplot"):
+        importlib.import_module(name)
+
+
+@pytest.fixture
+def place(tiny_checkpoint: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a folder to run in; within it all paths are the same, so that results can be compared byte by byte."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "base").symlink_to(tiny_checkpoint)
+        lines = [{"prompt": f"What is {a} + {b}?", "answer": "7", "task": "sums"} for a in range(12) for b in range(12)]
+        (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return folder
+
+    return make
+
+
+def start(command: str, folder: Path) -> int:
+    """The process of a command that was started in a folder; what it prints goes to ``said``."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.chdir(folder)
+        said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        torch.set_num_threads(1)
+        script, *words = COMMANDS[command]
+        sys.argv = [script, *words]
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def killed(process: int, seconds: float) -> bool:
+    """Kills a process after a while; False where it had ended by then."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if os.waitpid(process, os.WNOHANG) != (0, 0):
+            return False
+        time.sleep(0.005)
+    os.kill(process, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(process, 0)[1])
+
+
+def finish(command: str, folder: Path) -> None:
+    assert os.waitpid(start(command, folder), 0)[1] == 0, (folder / "said").read_text()
+
+
+def without_times(value: object) -> object:
+    """Plain data without what two undisturbed runs differ in, too."""
+    if isinstance(value, dict):
+        timed = ("second", "time", "started", "finished", "loop_share", "memory")
+        return {key: without_times(part) for key, part in value.items() if not any(word in key for word in timed)}
+    return [without_times(part) for part in value] if isinstance(value, list) else value
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file of a result: JSON without times, all else as it is, less pictures and tables of times."""
+    found: dict[str, object] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix == ".json":
+            found[str(file.relative_to(folder))] = without_times(json.loads(file.read_text()))
+        elif file.is_file() and file.name not in ("run.yaml", "bench.md", "bench.png") and "decodes" not in file.parts:
+            found[str(file.relative_to(folder))] = file.read_bytes()
+    return found
+
+
+@pytest.mark.slow  # two minutes each
+@pytest.mark.parametrize("command", COMMANDS)
+def test_killed_at_any_instant(command: str, place: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    undisturbed = place("undisturbed")
+    before = time.monotonic()
+    finish(command, undisturbed)
+    seconds = time.monotonic() - before
+    expected = contents(undisturbed / RESULT[command])
+    chance, kills, runs, kept = random.Random(command), 0, 0, 0
+    while kills < KILLS:
+        folder, done = place(f"killed-{runs}"), dict[Path, int]()
+        runs += 1
+        for _ in range(min(IN_A_ROW, KILLS - kills)):
+            if not killed(start(command, folder), chance.uniform(0, seconds)):
+                break
+            kills += 1
+            parts = [file for pattern in FINISHED for file in folder.glob(pattern)]
+            done |= {file: file.stat().st_mtime_ns for file in parts if file not in done}
+        finish(command, folder)
+        assert contents(folder / RESULT[command]) == expected
+        again = [file for file, when in done.items() if not file.exists() or file.stat().st_mtime_ns != when]
+        assert not again, "made twice, or gone"
+        kept += len(done)
+        left = [file for file in folder.rglob("*") if file.suffix in (".part", ".tmp", ".new", ".old")]
+        assert not left
+    with capsys.disabled():
+        print(f"\n{command}: {kills} kills in {runs} runs of {seconds:.1f} s each, {kept} finished parts kept")
