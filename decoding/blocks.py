@@ -57,6 +57,7 @@ class BlockRun(Run):
             None if self.references is None else self.references[state.row].gather(1, state.columns),
             1 - state.masked.float().mean(1),
             fields.get("divergence"),
+            fields.get("draw_entropy"),
             {name: tensor.value for name, tensor in self.memory.items()},
         )
         decision = self.strategy.decide(step)
@@ -135,7 +136,8 @@ class BlockRun(Run):
                 return torch.cat((self.noise.add(wide[:count], rows, counts, part.start), wide[count:]))
 
             said = {f"eot_{name}": value for name, value in read_eot(logits, ids).items()} if self.reads_region else {}
-            said |= read_block(logits, ids, needs, noisy if self.config.temperature else None)
+            warmth = self.config.temperature
+            said |= read_block(logits, ids, needs, noisy if warmth else None, warmth, self.strategy.top_p)
             if self.distributions is not None:
                 said["divergence"] = self.distributions.diverge(said.pop("log_probability"), cells[part])
             return said

@@ -126,6 +126,7 @@ class Engine:
             quota=self.whole + (before["step"] < self.rest).long(),
             decoded=1 - masked.float().mean(1),  # who weighs it by more than 0 is refused
             divergence=fields.get("divergence"),
+            draw_entropy=fields.get("draw_entropy"),
             memory={name: before[f"memory.{name}"] for name in self.rule.memory(1, 1)},
         )  # fmt: skip
         decision = self.rule.decide(step)
@@ -167,7 +168,7 @@ class Engine:
             stored = after["log_probability"].flatten(0, 1)
 
         def read(part: Tensor, place: slice) -> dict[str, Tensor]:
-            said, here = read_block(part, self.ids, self.rule.needs), cells[place]
+            said, here = read_block(part, self.ids, self.rule.needs, top_p=self.rule.top_p), cells[place]
             if stored is not None:
                 now = said.pop("log_probability")
                 first = before["step"][here // masked.shape[1]] == 0

@@ -10,7 +10,7 @@ from decoding.config import DecodeConfig
 from models.predictor import TokenIds
 
 CHUNK_BYTES = 1 << 27
-"""Logits that are read at a time, in fp32. Reading holds up to six tensors of this size."""
+"""Logits that are read at a time, in fp32. Reading holds up to six tensors of this size, eight where a nucleus is sought."""
 
 _PIECE = 16  # positions that share a generator
 
@@ -92,33 +92,40 @@ def in_chunks(
 
 
 def read_block(
-    logits: Tensor, ids: TokenIds, needs: Set[str], noisy: Callable[[Tensor], Tensor] | None = None
-) -> dict[str, Tensor]:
+    logits: Tensor, ids: TokenIds, needs: Set[str], noisy: Callable[[Tensor], Tensor] | None = None,
+    temperature: float = 0.0, top_p: float = 1.0,
+) -> dict[str, Tensor]:  # fmt: skip
     """What the predictor says at positions that may be committed.
 
     Args:
         logits: ``(N, V)``; fp32 logits are overwritten.
         ids: Special token ids; MASK is never chosen.
-        needs: Which of ``margin``, ``entropy`` and ``divergence`` to compute beside token and confidence.
+        needs: Which of ``margin``, ``entropy``, ``draw_entropy`` and ``divergence`` to compute beside token and confidence.
         noisy: Adds noise to logits ``(N, V)`` before the token is chosen; ``None`` at temperature 0.
+        temperature: That of the distribution which tokens are drawn from; 0 counts as 1.
+        top_p: They are drawn from its :func:`nucleus` of this much probability; 1: from all of it.
 
     Returns:
-        ``token`` int64, ``confidence``, ``log_confidence``, ``margin`` and ``entropy`` float32, each ``(N,)``; for
-        ``divergence`` the ``log_probability`` ``(N, V)`` float32.
+        ``token`` int64, ``confidence``, ``log_confidence``, ``margin``, ``entropy`` and ``draw_entropy`` float32, each
+        ``(N,)``; for ``divergence`` the ``log_probability`` ``(N, V)`` float32.
     """
+    fields: dict[str, Tensor] = {}
     wide = logits.float()
     mask = wide[:, ids.mask].clone()
     wide[:, ids.mask] = -torch.inf
+    choice = wide if top_p == 1 else nucleus(wide, temperature or 1.0, top_p)
+    if "draw_entropy" in needs:
+        fields["draw_entropy"] = torch.special.entr(_at(choice, temperature or 1.0).softmax(-1)).sum(-1)
     if noisy is None:
         best, token = wide.max(-1)
     else:
-        token = noisy(wide).argmax(-1)
+        token = noisy(choice).argmax(-1)
         best = wide.gather(-1, token[:, None])[:, 0]
     wide[:, ids.mask] = mask  # only the choice of the token excludes MASK
     others = wide.scatter_(-1, token[:, None], -torch.inf).logsumexp(-1)
     wide.scatter_(-1, token[:, None], best[:, None])
     log_confidence = _log_share(best, others)
-    fields = {"token": token, "confidence": log_confidence.exp(), "log_confidence": log_confidence}
+    fields |= {"token": token, "confidence": log_confidence.exp(), "log_confidence": log_confidence}
     if needs & {"entropy", "divergence"}:
         log_probability = wide - torch.logaddexp(best, others)[:, None]
         if "entropy" in needs:
@@ -130,6 +137,16 @@ def read_block(
         two = wide.topk(2, dim=-1).values
         fields["margin"] = two[:, 0] - two[:, 1]
     return fields
+
+
+def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Logits ``(N, V)`` float32 with those of all tokens outside the nucleus at -inf: they are never drawn.
+
+    The nucleus is the fewest most probable tokens whose probability at the temperature exceeds ``top_p``; at least one.
+    """
+    share, order = _at(logits, temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    outside = F.pad(share.cumsum(-1)[:, :-1] > top_p, (1, 0))
+    return logits.masked_fill(torch.zeros_like(outside).scatter_(-1, order, outside), -torch.inf)
 
 
 def read_eot(logits: Tensor, ids: TokenIds) -> dict[str, Tensor]:
@@ -151,6 +168,11 @@ def read_eot(logits: Tensor, ids: TokenIds) -> dict[str, Tensor]:
     top = wide.argmax(-1) == ids.eot
     wide[:, ids.mask] = mask
     return {"probability": log_probability.exp(), "log_probability": log_probability, "top": top}
+
+
+def _at(logits: Tensor, temperature: float) -> Tensor:
+    """Logits ``(N, V)`` float32 at a temperature, the largest of them 0, so that none of them overflows."""
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
 
 
 def _log_share(value: Tensor, others: Tensor) -> Tensor:

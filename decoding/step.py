@@ -21,6 +21,8 @@ class Step:
         divergence: ``(b, K)`` float32, nats: KL divergence of the position's distribution from the one a step earlier
             (``KL(p_t || p_{t-1})``), infinite at the row's first step, and with a dual cache at a block's first step;
             ``None`` unless the strategy asks for it.
+        draw_entropy: ``(b, K)`` float32, nats: entropy of the distribution that the guess is drawn from, at the decode's
+            temperature and within the strategy's ``top_p``; ``None`` unless the strategy asks for it.
         memory: What :meth:`BlockStrategy.memory` began the row's block with, or the row's last decision left.
     """
 
@@ -30,6 +32,7 @@ class Step:
     reference: Tensor | None = None
     decoded: Tensor | None = None
     divergence: Tensor | None = None
+    draw_entropy: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from decoding.strategies.apd import APD
 from decoding.strategies.base import BlockStrategy, Decision, Step, Strategy
 from decoding.strategies.dico import DiCo
+from decoding.strategies.dream import Dream
 from decoding.strategies.entropy_bound import EntropyBound
 from decoding.strategies.factor import Factor
 from decoding.strategies.full_step import FullStep
@@ -17,7 +18,7 @@ from models.errors import InputError
 from models.rules import check, one_of
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    cls.name: cls for cls in (FullStep, Threshold, Factor, EntropyBound, Klass, DiCo, Oracle, Learn2PD, APD)
+    cls.name: cls for cls in (FullStep, Threshold, Factor, EntropyBound, Dream, Klass, DiCo, Oracle, Learn2PD, APD)
 }
 """Name to class. A new strategy is one file and one entry here."""
 

@@ -53,13 +53,15 @@ class BlockStrategy(Strategy):
     """Maps what was seen at a step to the positions of the active block that are committed.
 
     Attributes:
-        needs: Evidence beyond token and confidence: any of ``margin``, ``entropy``, ``divergence`` and
+        needs: Evidence beyond token and confidence: any of ``margin``, ``entropy``, ``draw_entropy``, ``divergence`` and
             ``history``, which stands for ``stable`` and ``previous``.
+        top_p: Tokens are drawn from the fewest most probable ones that have more than this probability together; 1: from all.
         all_positions: True if it reads token and confidence at decoded positions of the block too.
     """
 
     needs: frozenset[str] = frozenset()
     all_positions: bool = False
+    top_p: float = 1.0
 
     @property
     def beyond_block(self) -> str:

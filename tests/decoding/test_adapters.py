@@ -60,6 +60,7 @@ STRATEGIES = {
     "threshold": {"threshold": 0.3},
     "factor": {"factor": 3.0},
     "entropy_bound": {"gamma": 4.0},
+    "dream": {"top_p": 0.9},
     "klass": {"threshold": 0.1, "divergence": 2.0, "history": 1},
     "dico": {"alpha": 0.0, "beta": 0.9, "seed_threshold": 0.1, "grow_threshold": 0.1, "sure": 0.4, "margin": 0.3},
     "learn2pd": {},
@@ -119,7 +120,8 @@ def test_the_comparison_is_not_hollow(random_llada, prompts, filter_folder):
     config, forwards = DecodeConfig(SIZE * 3, SIZE, eot="off"), {}
     for name in STRATEGIES:
         forwards[name] = int(decode(random_llada, prompts, config, made(name, filter_folder)).nfe.sum())
-    assert all(count < forwards["full_step"] for name, count in forwards.items() if name != "full_step"), forwards
+    fixed = ("full_step", "dream")  # a token a forward
+    assert all((count < forwards["full_step"]) is (name not in fixed) for name, count in forwards.items()), forwards
 
 
 def test_blocks_at_different_steps_share_a_commit_and_their_states_can_be_kept_apart(filter_folder):

@@ -27,7 +27,7 @@ def on_gpu(random_base):
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("eot", ["off", "commit", "published"])
-@pytest.mark.parametrize("name", ["full_step", "threshold", "factor", "entropy_bound", "klass", "dico"])
+@pytest.mark.parametrize("name", ["full_step", "threshold", "factor", "entropy_bound", "dream", "klass", "dico"])
 def test_the_text_is_that_of_the_cpu(random_base, on_gpu, prompts, name, eot, cache):
     config, strategy = DecodeConfig(32, 8, eot=eot, cache=cache), make_strategy(name)
     there, here = (decode(p, prompts, config, strategy, batch_size=3) for p in (on_gpu, random_base))

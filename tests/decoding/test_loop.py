@@ -1,5 +1,7 @@
 """Invariants of the decode loop."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,6 +40,7 @@ STRATEGIES = {
     "threshold": make_strategy("threshold", threshold=0.5),
     "factor": make_strategy("factor", factor=1.5),
     "entropy_bound": make_strategy("entropy_bound", gamma=1.0),
+    "dream": make_strategy("dream", top_p=0.8),
     "klass": make_strategy("klass", threshold=0.2, divergence=0.5, history=1),
     "dico": make_strategy("dico"),
     "dico + filter": filter_strategy("conv", "dico"),
@@ -352,6 +355,58 @@ def test_klass_compares_a_blocks_first_step_with_the_last_of_the_block_before(
     strategy = make_strategy("klass", threshold=0.0, divergence=1e9, history=history)
     out = decode(random_base, prompts, DecodeConfig(32, 8, eot=eot, cache=cache), strategy, batch_size=2)
     assert (out.nfe == forwards).all() if eot == "off" else (out.nfe <= forwards).all()
+
+
+def plain_dream(predictor, prompt, config, top_p):
+    """One row by Dream's "entropy", greedy: each position's distribution sorted and cut in float64, in plain Python."""
+    start, size = len(prompt), config.block_length
+    ids = prompt + [MASK] * config.gen_length
+    for begin in range(start, len(ids), size):
+        for step in range(config.steps_per_block):
+            row, at = torch.tensor([ids]), torch.arange(len(ids))
+            said = predictor.logits(predictor(row, None, at[None], at)).double()
+            said[:, MASK] = -torch.inf
+            entropy, token = {}, {}
+            for place in (place for place in range(begin, begin + size) if ids[place] == MASK):
+                share, kept = sorted(said[place].softmax(-1).tolist(), reverse=True), []
+                while not kept or sum(kept) <= top_p:
+                    kept.append(share[len(kept)])
+                entropy[place] = -sum(p / sum(kept) * math.log(p / sum(kept)) for p in kept)
+                token[place] = int(said[place].argmax())
+            count = size // config.steps_per_block + (step < size % config.steps_per_block)
+            for place in sorted(entropy, key=lambda place: (round(entropy[place], 9), place))[:count]:
+                ids[place] = token[place]
+    return ids[start:]
+
+
+@pytest.mark.parametrize(("steps", "block_length", "top_p"), [(None, 32, 0.95), (12, 32, 0.5), (12, 8, 0.95)])
+def test_dream_commits_by_the_entropy_of_the_nucleus(random_base, prompts, steps, block_length, top_p):
+    config = DecodeConfig(32, block_length, steps=steps, eot="off")
+    out = decode(random_base, prompts[:3], config, make_strategy("dream", top_p=top_p))
+    for row, prompt in enumerate(prompts[:3]):
+        assert out.sequences[row].tolist() == plain_dream(random_base, prompt, config, top_p)
+    assert (out.nfe == (steps or 32)).all()
+    by_confidence = decode(random_base, prompts[:3], config, make_strategy("full_step"))
+    assert not torch.equal(out.sequences, by_confidence.sequences)
+
+
+def test_tokens_are_drawn_at_the_temperature_from_the_nucleus_only(scripted):
+    # At temperature .5 the first three of these tokens have 95 % of all: were the nucleus taken first, it would have four.
+    share = torch.tensor([0.35, 0.3, 0.2, 0.1, 0.05])
+    logits = torch.full((64,), -1e9)
+    logits[:5] = share.log()
+    predictor = scripted(lambda ids, attention, positions: logits.expand(*ids.shape, 64).clone())
+    config = DecodeConfig(256, 256, steps=2, temperature=0.5, eot="off")
+    drawn = decode(predictor, [[1]] * 8, config, make_strategy("dream", top_p=0.9), seeds=range(8)).sequences
+    expected = share.double() ** 2
+    expected[3:] = 0
+    counts = torch.bincount(drawn.flatten(), minlength=5)[:5].double()
+    assert counts.sum() == drawn.numel()
+    assert counts[3:].sum() == 0
+    deviation = (expected / expected.sum() * (1 - expected / expected.sum()) / drawn.numel()).sqrt()
+    assert ((counts / drawn.numel() - expected / expected.sum()).abs() <= 4 * deviation).all()
+    everything = decode(predictor, [[1]] * 8, config, make_strategy("dream", top_p=1.0), seeds=range(8)).sequences
+    assert (everything >= 3).any()
 
 
 def test_greedy_limit_of_temperature(random_base, prompts):

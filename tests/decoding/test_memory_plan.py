@@ -16,7 +16,7 @@ from models.errors import InputError
 from models.filter import FilterConfig, build_filter
 from models.predictor import MaskPredictor, TokenIds
 
-NAMES = ["full_step", "threshold", "factor", "entropy_bound", "klass", "dico", "oracle", "learn2pd", "apd"]
+NAMES = ["full_step", "threshold", "factor", "entropy_bound", "dream", "klass", "dico", "oracle", "learn2pd", "apd"]
 SHAPE = LLaDAConfig(
     d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, mlp_hidden_size=160, vocab_size=3000, max_sequence_length=512,
     mask_token_id=0, eos_token_id=1, pad_token_id=1,

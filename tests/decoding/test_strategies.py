@@ -40,6 +40,7 @@ STRATEGIES = {
     "entropy_bound": make_strategy("entropy_bound"),
     "entropy_bound 0": make_strategy("entropy_bound", gamma=0.0),
     "entropy_bound 100": make_strategy("entropy_bound", gamma=100.0),
+    "dream": make_strategy("dream"),
     "klass": make_strategy("klass"),
     "klass at once": make_strategy("klass", threshold=0.0, divergence=10.0, history=1),
     "dico": make_strategy("dico"),
@@ -66,7 +67,7 @@ def steps(draw):
     divergence = torch.rand(rows, size, generator=generator) ** draw(st.sampled_from([0.1, 8.0]))
     return Step(
         evidence, confidence.log().clamp(min=-1e9), quota, torch.randint(0, 3, (rows, size), generator=generator),
-        decoded=torch.rand(rows, generator=generator), divergence=divergence,
+        decoded=torch.rand(rows, generator=generator), divergence=divergence, draw_entropy=(1 - confidence) * masked,
     )  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def test_a_decision_never_waits_for_the_device(name):
         previous=empty(),
     )  # fmt: skip
     memory = {key: value.to("meta") for key, value in strategy.memory(3, 8).items()}
-    step = Step(evidence, empty(), empty(torch.long, 3), empty(torch.long), empty(shape=3), empty(), memory)
+    step = Step(evidence, empty(), empty(torch.long, 3), empty(torch.long), empty(shape=3), empty(), empty(), memory)
     assert strategy.decide(step).transfer.shape == (3, 8)
 
 
@@ -227,7 +228,7 @@ def test_settings_out_of_range_are_named(name, setting, value):
         make_strategy(name, **{setting: value})
 
 
-@pytest.mark.parametrize("name", ["factor", "entropy_bound", "klass", "dico"])
+@pytest.mark.parametrize("name", ["factor", "entropy_bound", "dream", "klass", "dico"])
 def test_settings_rebuild_the_strategy(name):
     found = make_strategy(name).settings()
     assert found.pop("strategy") == name
