@@ -103,7 +103,7 @@ class _Manifest(BaseModel):
     sources: list[dict[str, Any]]
     shards: list[ShardRecord]
     counts: _Counts | None = None
-    skipped: dict[str, NonNegativeInt] = {}  # tokens of the prompts that were too long, by hash
+    skipped: dict[str, Whole] = {}  # tokens of the prompts that were too long, by hash
 
 
 @dataclass

@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from models.errors import InputError
-from models.rules import COUNT, LENGTH, SEED, check, number, one_of
+from models.rules import COUNT, FOLDER, LENGTH, SEED, check, number, one_of
 
-EotRule = Literal["off", "published", "commit"]
+EotRule = Literal["off", "published", "commit", "learned"]
 CacheRule = Literal["none", "prefix", "dual"]
 _RULES = {
     "gen_length": LENGTH, "block_length": LENGTH, "steps": LENGTH.or_null(), "seed": SEED,
     "temperature": number("a number from 0 to 1000", lambda value: 0 <= value <= 1000),
     "eot": one_of(get_args(EotRule)), "cache": one_of(get_args(CacheRule)), "refresh": COUNT.or_null(),
+    "eot_head": FOLDER.or_null(), "eot_risk": number("a number above 0 and below 1", lambda value: 0 < value < 1),
 }  # fmt: skip
 
 
@@ -29,11 +31,14 @@ class DecodeConfig:
         eot: What happens at the end of the text. ``off``: nothing, every position is decoded. ``commit``: a committed EoT
             ends the row: everything to its right becomes EoT and is no longer attended to. ``published``: Learn2PD's rule,
             which in addition cuts the row at the most confident EoT guess the forward made, whatever its confidence.
+            ``learned``: as ``commit``, and a trained head cuts the row where little enough text can be lost.
         seed: Seed of the noise; row ``i`` of a call draws from its own generator, seeded by ``(seed, i)``.
         cache: Which keys and values later forwards of a block take from its first one (Fast-dLLM, arXiv 2505.22618).
             ``none``: every forward runs on the whole sequence, and is exact. ``prefix``: those left of the block.
             ``dual``: all outside the block.
         refresh: Forwards of a block from one on the whole sequence to the next; ``None``: only a block's first is.
+        eot_head: Folder of an exported EoT head, for the rule ``learned``.
+        eot_risk: Probability of losing text, from 0 to 1, below which that rule cuts.
 
     Raises:
         InputError: A value out of range, or lengths and steps that do not divide.
@@ -47,6 +52,8 @@ class DecodeConfig:
     seed: int = 0
     cache: CacheRule = "none"
     refresh: int | None = None
+    eot_head: str | Path | None = None
+    eot_risk: float = 0.01
 
     def __post_init__(self) -> None:
         check(vars(self), _RULES)
@@ -65,6 +72,9 @@ class DecodeConfig:
                 )
         if self.refresh is not None and self.cache == "none":
             raise InputError("refresh", f"{self.refresh} with cache none", "null, or cache prefix | dual")
+        if (self.eot == "learned") != (self.eot_head is not None):
+            accepted = "the folder of an exported EoT head" if self.eot == "learned" else "null, or eot learned"
+            raise InputError("eot_head", self.eot_head, accepted)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "DecodeConfig":
@@ -90,8 +100,9 @@ class DecodeConfig:
         return (self.steps or self.gen_length) // self.blocks
 
     def settings(self) -> dict[str, Any]:
-        """The complete settings, for result rows and manifests."""
-        return asdict(self) | {"steps": self.steps or self.gen_length}
+        """The complete settings, for result rows and manifests; those of an EoT head only where there is one."""
+        own = asdict(self) | {"steps": self.steps or self.gen_length, "eot_head": str(self.eot_head)}
+        return own if self.eot == "learned" else {name: own[name] for name in own if not name.startswith("eot_")}
 
 
 def _listed(values: list[int]) -> str:

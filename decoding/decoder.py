@@ -16,7 +16,7 @@ from decoding.risk import Calibration, calibration_file, load_calibration, plain
 from decoding.strategies import Strategy, make_strategy
 from decoding.text import PromptLike, encode
 from models.errors import InputError
-from models.predictor import MaskPredictor
+from models.predictor import MaskPredictor, fingerprint
 from models.rules import LENGTH, SEED, TEXT, check, list_of
 
 
@@ -189,9 +189,10 @@ class Decoder:
 
     def settings(self, config: DecodeConfig) -> dict[str, Any]:
         """Everything that a text depends on beside its prompt: decode settings, the strategy's, dtype and fingerprints."""
+        head = {} if config.eot_head is None else {"eot": fingerprint(Path(config.eot_head))}
         return config.settings() | self.strategy.settings() | {
             "dtype": str(self.predictor.dtype).removeprefix("torch."),
-            "fingerprints": {"base": self.predictor.fingerprint} | self.strategy.fingerprints(),
+            "fingerprints": {"base": self.predictor.fingerprint} | self.strategy.fingerprints() | head,
         }  # fmt: skip
 
     def decode_text(self, tokens: Sequence[int]) -> str:

@@ -2,10 +2,17 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+
+from models.eot import can_end, check_eot, eot_columns, first_end, load_eot
+
+if TYPE_CHECKING:
+    from decoding.config import DecodeConfig
+    from decoding.state import BatchState
+    from models.predictor import MaskPredictor
 
 
 @dataclass(frozen=True)
@@ -15,12 +22,14 @@ class EotStep:
     Attributes:
         committed: ``(b,)`` int64, the first position that this step committed as EoT; ``G`` where it committed none.
         masked: ``(b, G)`` bool.
+        end: ``(b,)`` int64, generated positions that are left.
         log_probability: ``(b, G)`` float32, of EoT, where the step's forwards looked; ``None`` unless the rule asks for it.
         top: ``(b, G)`` bool, EoT is the argmax there; likewise.
     """
 
     committed: Tensor
     masked: Tensor
+    end: Tensor
     log_probability: Tensor | None = None
     top: Tensor | None = None
 
@@ -35,6 +44,13 @@ class EotRule(ABC):
 
     name: ClassVar[str]
     reads_region: ClassVar[bool] = False
+
+    def begin(self, config: "DecodeConfig", predictor: "MaskPredictor", state: "BatchState") -> None:  # noqa: B027
+        """Before a decode: loads what it needs, and registers what it remembers of each row. Most do neither.
+
+        Raises:
+            InputError: What it needs does not load, or was made for another base model.
+        """
 
     @abstractmethod
     def last(self, step: EotStep) -> Tensor:
@@ -79,7 +95,45 @@ class Published(EotRule):
         return torch.where(step.committed < region, step.committed, cut)
 
 
-RULES: dict[str, type[EotRule]] = {cls.name: cls for cls in (Off, Commit, Published)}
+class Learned(EotRule):
+    """A trained head ends the row at the leftmost position where, as it says, text is lost with less than the accepted risk.
+
+    As with the published rule, the position itself stays masked. A forward on a part of the region leaves what an earlier one
+    said of the rest.
+    """
+
+    name = "learned"
+    reads_region = True
+
+    def begin(self, config: "DecodeConfig", predictor: "MaskPredictor", state: "BatchState") -> None:
+        assert config.eot_head is not None
+        self.risk = config.eot_risk
+        self.head, described = load_eot(config.eot_head)
+        check_eot(
+            described, family=predictor.family, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
+            fingerprint=predictor.fingerprint,
+        )  # fmt: skip
+        self.head.to(state.device)
+        zero = torch.zeros(config.gen_length, device=state.device)
+        self.probability, self.top = state.register(zero), state.register(zero.bool())
+        self.stable = state.register(zero.long())
+
+    @torch.inference_mode()
+    def last(self, step: EotStep) -> Tensor:
+        assert step.log_probability is not None
+        assert step.top is not None
+        # Evidence is zero where no forward looked; a log-probability of 0 is a certainty, and then EoT is the guess.
+        looked = (step.log_probability != 0) | step.top
+        again = torch.where(self.top.value & step.top, self.stable.value + 1, 0)
+        self.stable.value = torch.where(looked, again, self.stable.value)
+        self.probability.value = torch.where(looked, step.log_probability.exp(), self.probability.value)
+        self.top.value = torch.where(looked, step.top, self.top.value)
+        columns = eot_columns(self.probability.value, self.top.value, self.stable.value, step.masked)
+        cut = first_end(self.head(columns).sigmoid(), can_end(step.masked, step.end), self.risk)
+        return torch.minimum(step.committed, cut)
+
+
+RULES: dict[str, type[EotRule]] = {cls.name: cls for cls in (Off, Commit, Published, Learned)}
 """Name to class. A new rule is one entry here."""
 
 

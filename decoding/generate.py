@@ -43,6 +43,8 @@ def generate(
     steps: int | None = None,
     temperature: float = 0.0,
     eot: EotRule = "commit",
+    eot_head: str | None = None,
+    eot_risk: float = 0.01,
     cache: CacheRule = "none",
     refresh: int | None = None,
     seed: int = 0,
@@ -70,6 +72,8 @@ def generate(
         steps: Denoising steps, for strategies with a quota; by default one token each.
         temperature: 0 takes the most probable token.
         eot: End-of-text rule.
+        eot_head: Folder of the EoT head, for the rule learned.
+        eot_risk: Probability of losing text below which that rule ends a text.
         cache: Keys and values that later forwards of a block take from its first one.
         refresh: Forwards of a block from one on the whole sequence to the next.
         seed: Seed of the noise.
@@ -94,7 +98,7 @@ def generate(
         )
     settings: dict[str, Any] = {
         "gen_length": gen_length, "block_length": block_length, "steps": steps, "temperature": temperature, "eot": eot,
-        "seed": seed, "cache": cache, "refresh": refresh,
+        "seed": seed, "cache": cache, "refresh": refresh, "eot_head": eot_head, "eot_risk": eot_risk,
     }  # fmt: skip
     if plan is not None:
         config, rule = DecodeConfig(**settings), make_strategy(strategy, **options)
@@ -150,6 +154,8 @@ def _show(
     )
     if compare:
         reference = settings | {"steps": None, "cache": "none", "refresh": None}
+        if settings["eot"] == "learned":
+            reference |= {"eot": "commit", "eot_head": None}
         full = Decoder(decoder.predictor, FullStep()).generate([prompt], chat_template=chat_template, **reference)
         same = "the same text" if full.tokens[0] == output.sequences[0, :length].tolist() else "another text"
         console.print(f"; full_step: {int(full.nfe[0])} forwards, {same}", style="bold", end="")

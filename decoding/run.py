@@ -88,6 +88,7 @@ class Run(ABC):
         self.scheduler = Scheduler(widths, config, capacity, begun and begun.progress)
         self.state = BatchState(ids, prompts, config, self.scheduler, device, begun)
         self.rule = RULES[config.eot]()
+        self.rule.begin(config, request.predictor, self.state)
         self.timer = Timer(device)
         self.cache: KVCache | None = None
         self.cache_first = 0
@@ -116,7 +117,7 @@ class Run(ABC):
         state.commit(transfer, tokens)
         if self.config.eot != "off":
             committed = torch.where(transfer & (tokens == ids.eot), state.columns, self.config.gen_length).amin(1)
-            seen = EotStep(committed, state.masked, self.eot.get("log_probability"), self.eot.get("top"))
+            seen = EotStep(committed, state.masked, state.end, self.eot.get("log_probability"), self.eot.get("top"))
             state.finish_at(self.rule.last(seen))
         self.finished = state.advance(evidence.confidence)
         if self.request.stop is not None:

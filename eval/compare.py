@@ -19,7 +19,7 @@ import models
 from data.prompt import Prompt
 from data.prompts import prompt_hash, tokenizer_hash
 from data.provenance import code_digest, environment, now
-from data.typed import Count, Length, Temperature, Text, check_fields
+from data.typed import Count, Length, Share, Temperature, Text, check_fields
 from decoding.config import CacheRule, EotRule
 from decoding.decoder import Decoder, Generation
 from decoding.strategies import Strategy, make_strategy
@@ -27,7 +27,7 @@ from eval.measure import measure
 from eval.memory import PeakMemory
 from models.checkpoint import writing
 from models.errors import InputError
-from models.predictor import MaskPredictor
+from models.predictor import MaskPredictor, fingerprint
 
 
 @dataclass
@@ -38,6 +38,8 @@ class Run:
         strategy: Name of the strategy.
         options: Its settings.
         eot: End-of-text rule.
+        eot_head: Folder of the EoT head, for the rule learned.
+        eot_risk: Probability of losing text below which that rule ends a text.
         cache: Which keys and values are reused.
         refresh: Forwards of a block from one on the whole sequence to the next.
         steps: Denoising steps.
@@ -63,6 +65,8 @@ class Run:
     limit: Count | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     label: str = ""
+    eot_head: Text | None = None
+    eot_risk: Share = 0.01
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -75,7 +79,7 @@ class Run:
         ]
         words += ["+ filter"] * (self.strategy != "learn2pd" and "filter" in self.options)
         words += [f"{self.cache} cache"] * (self.cache != "none")
-        words += [f"EoT {self.eot}"] * (self.eot != "commit")
+        words += [f"EoT {self.eot}"] * (self.eot != "commit") + [f"{self.eot_risk:g}"] * (self.eot == "learned")
         for name in ("refresh", "steps", "gen_length", "block_length", "batch_size", "limit"):
             if (value := getattr(self, name)) is not None:
                 words.append(f"{name.removesuffix('_length').removesuffix('_size')} {value}")
@@ -213,6 +217,7 @@ class Comparison:
         return Decoder(self.predictors[run.dtype], strategy).generate(
             [self.prompts[n].prompt for n in chosen], gen_length=run.gen_length, block_length=run.block_length,
             eot=run.eot, cache=run.cache, refresh=run.refresh, steps=run.steps, temperature=run.temperature,
+            eot_head=run.eot_head, eot_risk=run.eot_risk,
             batch_size=run.batch_size, references=None if references is None else references[list(chosen)],
             finished=lambda index, tokens, nfe: progress(next(done)),
         )  # fmt: skip
@@ -240,11 +245,12 @@ class Comparison:
         if (number, repeat) in self.files:
             return self.files[number, repeat]
         references = self._oracle_text(number)
-        strategy = self.strategies[number]
+        strategy, head = self.strategies[number], self.runs[number].eot_head
         key = [
             asdict(self.runs[number]) | {"label": ""}, strategy.settings(), strategy.fingerprints(), repeat,
             self.predictor.fingerprint, str(self.predictor.dtype), str(self.predictor.device),
             [prompt_hash(prompt.prompt) for prompt in self.prompts_of(number)], self.surroundings,
+            None if head is None else fingerprint(Path(head)),
             None if references is None else hashlib.sha256(references.numpy().tobytes()).hexdigest(),
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -331,7 +337,8 @@ def _forwards_without_eot(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -
     settings = row["settings"]
     if settings["strategy"] == "full_step":
         return settings["steps"]
-    wanted = settings | {"eot": "off"}
+    wanted = {name: value for name, value in settings.items() if not name.startswith("eot_")} | {"eot": "off"}
+    wanted["fingerprints"] = {name: value for name, value in settings["fingerprints"].items() if name != "eot"}
     same = (other for other in rows if other["settings"] == wanted and other["prompts"] == row["prompts"])
     return next((other["nfe_mean"] for other in same), None)
 

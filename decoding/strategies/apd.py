@@ -74,8 +74,8 @@ class APD(Strategy):
         if self.network is None:
             assert self.helper is not None
             self.network = load_any_helper(helper_folder(self.helper), predictor)
-        if config.eot == "published":
-            raise InputError("eot", "'published' with apd, which decodes left to right", "off | commit")
+        if config.eot not in ("off", "commit"):
+            raise InputError("eot", f"{config.eot!r} with apd, which decodes left to right", "off | commit")
         if config.cache != "none":
             raise InputError("cache", f"{config.cache!r} with apd, which has its own", "none, and apd.kv_window")
         differences = check_helper(

@@ -1,5 +1,6 @@
 """End-of-text rules."""
 
+import pytest
 import torch
 
 from decoding.config import DecodeConfig
@@ -7,6 +8,8 @@ from decoding.eot import EotStep, Published
 from decoding.loop import decode, decode_steps
 from decoding.output import empty_output
 from decoding.strategies import make_strategy
+from models.eot import COLUMNS, EotConfig, EotHead, eot_columns, save_eot
+from models.errors import InputError
 
 EOT = 62
 
@@ -37,7 +40,7 @@ def test_published_cut_takes_the_most_confident_masked_guess():
     log_probability = torch.tensor([[0.1, 0.6, 0.5, 0.9], [0.1, 0.2, 0.3, 0.4]]).log()
     top = torch.tensor([[False, True, True, True], [False, False, False, False]])
     masked = torch.tensor([[True, True, True, False], [True, True, True, True]])
-    step = EotStep(torch.tensor([4, 4]), masked, log_probability, top)
+    step = EotStep(torch.tensor([4, 4]), masked, torch.tensor([4, 4]), log_probability, top)
     assert Published().last(step).tolist() == [1, 4]
 
 
@@ -59,3 +62,98 @@ def test_recorded_eot_evidence_covers_the_masked_region(table):
     assert first.eot_top.nonzero()[:, 1].tolist() == [20]
     assert (first.eot_probability > 0).all()
     assert (last.eot_probability > 0).sum() == 1
+
+
+@pytest.fixture
+def head(tmp_path):
+    """A head that takes the predictor's most probable word: text is lost where EoT is less than even."""
+
+    def make(predictor):
+        head = EotHead(2)
+        for value in head.parameters():
+            torch.nn.init.zeros_(value)
+        head.linear1.weight.data[:, COLUMNS.index("here")] = torch.tensor([1.0, -1.0])
+        head.linear2.weight.data[0] = torch.tensor([-8.0, 8.0])
+        config = EotConfig(
+            hidden=2, gen_length=32, block_length=8, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
+            base_fingerprint=predictor.fingerprint, base_family=predictor.family,
+        )  # fmt: skip
+        save_eot(tmp_path / "head", head, config, "# EoT head\n")
+        return {"eot": "learned", "eot_head": tmp_path / "head"}
+
+    return make
+
+
+def test_the_learned_rule_ends_the_text_where_the_head_says_so(table, head):
+    # Position 11 says EoT hesitantly, 20 and what follows surely.
+    tokens = [1] * 11 + [EOT] + [1] * 8 + [EOT] * 12
+    predictor = table(tokens, [9.0] * 11 + [2.0] + [9.0] * 20, prompt=2)
+    config = DecodeConfig(32, 8, **head(predictor))
+    strategy = make_strategy("full_step")
+    first = next(decode_steps(predictor, [[1, 2]], config, strategy, empty_output(1, config)))
+    assert first.changed[0].nonzero()[:, 0].tolist() == [0, *range(21, 32)]
+    published = DecodeConfig(32, 8, eot="published")
+    out = decode(predictor, [[1, 2]], config, make_strategy("threshold", threshold=0.9))
+    assert out.sequences.tolist() == [[1] * 11 + [EOT] * 21]  # the text's own EoT, once it is committed
+    assert config.settings()["eot_risk"] == 0.01
+    assert "eot_risk" not in published.settings()
+
+
+def test_no_text_that_is_already_decoded_is_ended(table, head):
+    tokens = [EOT, 1, 1, 1] + [EOT] * 28
+    predictor = table(tokens, [5.0] + [9.0] * 31, prompt=2)
+    config = DecodeConfig(32, 8, **head(predictor))
+    first = next(
+        decode_steps(predictor, [[1, 2]], config, make_strategy("full_step"), empty_output(1, config))
+    )  # commits 1, and ends the text at 4, not at 0
+    assert first.changed[0].nonzero()[:, 0].tolist() in ([0, *range(1, 32)], [1, *range(5, 32)])
+
+
+def test_a_partial_forward_keeps_what_a_whole_one_said(random_base, head, monkeypatch):
+    # With a dual cache most forwards see a block alone: what is right of it would else count as certain EoT.
+    seen = []
+    monkeypatch.setattr(
+        "decoding.eot.eot_columns",
+        lambda *fields: seen.append([each.clone() for each in fields]) or eot_columns(*fields),
+    )
+    settings = head(random_base) | {"eot_risk": 1e-9}
+    config = DecodeConfig(32, 8, cache="dual", **settings)
+    out = decode(random_base, [[1, 2, 3]], config, make_strategy("full_step"), record=True)
+    places = [int(step.block[0]) for step in out.trace]
+    assert places.count(0) > 2
+    for before, after, block in zip(seen, seen[1:], places[1:], strict=False):
+        right = slice((block + 1) * 8, None)
+        if block == places[0]:
+            assert torch.equal(before[0][:, right], after[0][:, right])
+            assert torch.equal(before[2][:, right], after[2][:, right])
+            inside = slice(block * 8, (block + 1) * 8)
+            assert not torch.equal(before[0][:, inside], after[0][:, inside])
+    assert (seen[0][0] < 1).all()
+
+
+def test_what_the_learned_rule_remembers_follows_the_rows(ending_base, head):
+    # Rows move between slots as others finish: a row that inherits another's evidence is cut where that one ends.
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    config = DecodeConfig(16, 8, cache="dual", **head(ending_base))
+    strategy = make_strategy("threshold", threshold=0.5)
+    whole = decode(ending_base, prompts, config, strategy, batch_size=2)
+    assert not (whole.sequences == ending_base.ids.mask).any()
+    for row, prompt in enumerate(prompts):
+        alone = decode(ending_base, [prompt], config, strategy)
+        assert alone.sequences[0].tolist() == whole.sequences[row].tolist()
+        assert alone.nfe[0] == whole.nfe[row]
+
+
+def test_a_head_is_asked_for_and_must_be_of_the_base(table, random_base, head):
+    with pytest.raises(InputError, match="eot_head: found None; accepted: the folder of an exported EoT head"):
+        DecodeConfig(32, 8, eot="learned")
+    settings = head(table([1] * 32, [1.0] * 32, prompt=1))
+    with pytest.raises(InputError, match="eot_head: found .*; accepted: null, or eot learned"):
+        DecodeConfig(32, 8, eot_head=settings["eot_head"])
+    file = settings["eot_head"] / "config.json"
+    file.write_text(file.read_text().replace('"base_fingerprint": "', '"base_fingerprint": "another'))
+    with pytest.raises(InputError, match="eot: base_.*, that of the loaded model"):
+        decode(random_base, [[1]], DecodeConfig(32, 8, **settings), make_strategy("full_step"))
+    for risk in (0, 1, True, "x"):
+        with pytest.raises(InputError, match="eot_risk: found"):
+            DecodeConfig(32, 8, **settings, eot_risk=risk)

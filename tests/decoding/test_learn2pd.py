@@ -141,6 +141,37 @@ def test_a_budget_is_spent_on_the_surest_positions_of_each_row():
         make_strategy("learn2pd", network=Network(), config=config, budget=0.1, threshold=0.9)
 
 
+def test_no_larger_set_would_fit_a_budget():
+    torch.manual_seed(0)
+    probability, masked = torch.rand(300, 8) ** 0.2, torch.rand(300, 8) < 0.7
+    masked[:, 3] = True
+    config = FilterConfig(block_length=8, gen_length=8, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved")
+
+    class Network(torch.nn.Module):
+        needs_all_positions = False
+
+        def forward(self, evidence):
+            return probability.logit()
+
+    confidence = torch.rand(300, 8)
+    step = Step(Evidence(masked, torch.zeros(300, 8).long(), confidence), confidence.log(), torch.ones(300).long())
+    best = confidence.masked_fill(~masked, -1).argmax(1)
+    sizes = []
+    for budget in (0.01, 0.1, 0.5, 3.0):
+        chosen = make_strategy("learn2pd", network=Network(), config=config, budget=budget).decide(step).transfer
+        assert not (chosen & ~masked).any()
+        for row in range(300):
+            assert chosen[row, best[row]]
+            risks = {n: 1 - probability[row, n].item() for n in range(8) if masked[row, n] and n != best[row]}
+            taken = [risk for n, risk in risks.items() if chosen[row, n]]
+            left = [risk for n, risk in risks.items() if not chosen[row, n]]
+            assert sum(taken) <= budget + 1e-5
+            assert not left or sum(taken) + min(left) > budget - 1e-5
+            assert not left or not taken or max(taken) <= min(left)
+        sizes.append(int(chosen.sum()))
+    assert sizes == sorted(set(sizes))
+
+
 def test_a_filter_that_never_fires_is_reported(random_base, prompts):
     config = FilterConfig(
         block_length=8, gen_length=32, threshold=1.0, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved"

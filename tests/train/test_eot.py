@@ -1,0 +1,116 @@
+"""The EoT head's own command: rollouts in, a head out, and what it learns from is what a decode shows it."""
+
+import json
+
+import pytest
+import torch
+
+from data.eot_data import load_eot_states
+from data.prompts import PromptSource
+from data.rollout_data import RolloutSettings
+from data.shards import load_sequences
+from decoding import Decoder
+from decoding.config import DecodeConfig
+from decoding.loop import decode
+from decoding.strategies import make_strategy
+from eval.command import command
+from models import LLaDAModelLM
+from models.eot import EotConfig, EotHead, eot_columns, load_eot, save_eot
+from models.predictor import MaskPredictor
+from train.eot import calibrate, main
+from train.rollout_module import rollout
+
+
+@pytest.fixture(scope="module")
+def base(tiny_checkpoint, tiny_tokenizer, tmp_path_factory):
+    """A base that says EoT now and then."""
+    folder = tmp_path_factory.mktemp("ending") / "base"
+    model = LLaDAModelLM.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        model.model.transformer["ff_out"].weight[model.config.eos_token_id] *= 2.5
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(base, tmp_path_factory):
+    """Rollouts without an EoT rule, with EoT evidence."""
+    folder = tmp_path_factory.mktemp("eot")
+    prompts = folder / "sums.jsonl"
+    texts = [f"What is {a} + {b}?" for a in range(8) for b in range(8)]
+    prompts.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    settings = {"base": str(base), "sources": [PromptSource(str(prompts))], "gen_length": 16, "block_length": 8}
+    rollout(RolloutSettings(folder=folder / "off", eot="off", eot_evidence=True, **settings), accelerator="cpu")
+    rollout(RolloutSettings(folder=folder / "commit", eot_evidence=True, **settings), accelerator="cpu")
+    rollout(RolloutSettings(folder=folder / "plain", eot="off", **settings), accelerator="cpu")
+    return folder
+
+
+def test_a_decode_shows_the_head_what_it_learned_from(base, made, tmp_path, monkeypatch):
+    # A column computed otherwise while decoding makes a head that is calibrated and wrong.
+    predictor = MaskPredictor.from_pretrained(base, device="cpu")
+    config = EotConfig(2, 16, 8, predictor.vocab_size, predictor.ids.mask, predictor.fingerprint, predictor.family)
+    head = EotHead(2)
+    torch.nn.init.zeros_(head.linear2.weight)
+    save_eot(tmp_path / "head", head, config, "# EoT head\n")
+    live = []
+    monkeypatch.setattr(
+        "decoding.eot.eot_columns",
+        lambda *fields: live.append((fields[3].clone(), eot_columns(*fields))) or live[-1][1],
+    )
+    states, sequences = load_eot_states(made / "off"), load_sequences(made / "off")
+    columns, by_id = states.columns(), sorted(zip((p.id for p in sequences.prompts), sequences.tokens, strict=True))
+    settings = DecodeConfig(16, 8, eot="learned", eot_head=tmp_path / "head", eot_risk=1e-9)
+    checked = 0
+    for number, (_, tokens) in enumerate(by_id[:8]):
+        live.clear()
+        decode(predictor, [tokens], settings, make_strategy("full_step"))
+        rows = (states.decode == 2 * number).nonzero()[:, 0]  # a prompt's full_step comes before its oracle
+        assert len(rows) <= len(live)
+        for row, (masked, column) in zip(rows, live, strict=False):
+            assert torch.equal(masked[0], states.masked[row])
+            able = states.able()[row]
+            assert torch.allclose(column[0][able], columns[row][able], atol=5e-3)
+            checked += int(able.sum())
+    assert checked > 100
+    assert (states.first_eot < 16).any()
+
+
+def test_a_head_is_trained_exported_and_used(base, made, tmp_path, capsys):
+    words = ["--rollouts", made / "off", "--base", base, "--out", tmp_path / "head", "--steps", 50]
+    command(main, args=list(map(str, words)))
+    assert "text lost" in capsys.readouterr().out
+    _, config = load_eot(tmp_path / "head")
+    assert (config.gen_length, config.block_length) == (16, 8)
+    assert 0 <= config.metrics["cut_text/0.01"] <= config.metrics["cut_text/0.05"] <= 1
+    decoder = Decoder.from_pretrained(base, "threshold", threshold=0.5, device="cpu")
+    settings = {"gen_length": 16, "block_length": 8}
+    out = decoder.generate(["What is 1 + 1?"], **settings, eot="learned", eot_head=str(tmp_path / "head"), eot_risk=0.9)
+    assert set(out.settings["fingerprints"]) == {"base", "eot"}
+    assert out.settings["eot_risk"] == 0.9
+    assert out.nfe <= decoder.generate(["What is 1 + 1?"], **settings).nfe
+
+
+def test_rollouts_that_cannot_teach_it_are_refused(base, made, tmp_path, capsys):
+    for name, message in (("commit", "eot: found 'commit'; accepted: off"), ("plain", "eot_evidence: found False")):
+        with pytest.raises(SystemExit) as stop:
+            command(main, args=["--rollouts", str(made / name), "--base", str(base), "--out", str(tmp_path / "head")])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_calibration_takes_a_head_back_to_the_share_that_is_true():
+    torch.manual_seed(0)
+    head = EotHead(1)
+    for value in head.parameters():
+        torch.nn.init.constant_(value, 0.0)
+    head.linear1.weight.data[0, 0], head.linear1.bias.data[0], head.linear2.weight.data[0, 0] = 4.0, 40.0, 1.0
+    head.linear2.bias.data[0] = -40.0  # log-odds 4x, where x is the truth
+    columns = torch.randn(20_000, 8)
+    lost = (torch.rand(20_000) < columns[:, 0].sigmoid()).float()
+    calibrate(head, columns, lost)
+    said = head(columns).sigmoid()
+    for low in (0.1, 0.4, 0.7):
+        part = (said > low) & (said < low + 0.2)
+        assert lost[part].mean().item() == pytest.approx(said[part].mean().item(), abs=0.03)
