@@ -363,16 +363,17 @@ def test_bos_goes_before_raw_prompts_on_request(make_lm):
 
 
 def test_a_line_that_was_being_written_is_lost_alone(tmp_path):
+    cost = {"tokens": 1, "nfe": 2}
     answers = Answers(tmp_path)
-    answers.add({"a": {"text": "über"}, "b": {"text": "\u2028"}})
+    answers.add({"a": {"text": "über"} | cost, "b": {"text": "\u2028"} | cost})
     with answers.file.open("a") as stream:
         stream.write('{"key": "c", "te')
     other = Answers(tmp_path, rank=1)  # another process reads what is whole
-    assert other["a"] == {"text": "über"}
+    assert other["a"] == {"text": "über"} | cost
     assert "c" not in other
     again = Answers(tmp_path)
-    again.add({"c": {"text": "whole"}})
-    assert Answers(tmp_path)["c"] == {"text": "whole"}
+    again.add({"c": {"text": "whole"} | cost})
+    assert Answers(tmp_path)["c"] == {"text": "whole"} | cost
     (tmp_path / "answers-rank2.jsonl").write_text("[1]\n")
     with pytest.raises(InputError, match="answers-rank2.jsonl: line 1"):
         Answers(tmp_path)
