@@ -88,6 +88,10 @@ def copy_blocks(net: LlamaForCausalLM, predictor: MaskPredictor) -> None:
         raise InputError("init", f"blocks, of a {type(model).__name__}", "none | embeddings; blocks of LLaDA only")
     parts = model.model.transformer
     ours, theirs = net.model.layers, parts["blocks"]
+    if net.config.num_attention_heads != model.config.n_heads:  # the same matrices would be cut into other heads
+        raise InputError(
+            "n_heads", net.config.num_attention_heads, f"{model.config.n_heads}, the predictor's, for init: blocks"
+        )
     if len(ours) > len(theirs):
         raise InputError("n_layers", len(ours), f"at most {len(theirs)}, the predictor's, for init: blocks")
     copy_embeddings(net, predictor)

@@ -189,6 +189,7 @@ def test_a_helper_starts_as_the_predictor(module, predictor):
         ({"d_model": 64}, "d_model"),
         ({"mlp_hidden_size": 8}, "mlp_hidden_size"),
         ({"n_kv_heads": 1}, "n_kv_heads"),
+        ({"n_heads": 2, "n_kv_heads": 2}, "n_heads: found 2; accepted: 4"),
         ({"n_layers": 3}, "n_layers: found 3; accepted: at most 2"),
     ):
         with pytest.raises(InputError, match=message):
