@@ -45,6 +45,7 @@ class StoryTask:
         max_number: Largest number in a problem or its answer.
         max_events: ``story``: events of the longest problem; ``order``: things of the longest list.
         wording: ``train`` or ``held_out``: which of the two sets of sentences prompts are made of.
+        pairs: ``story``: share of the stories that are about two people.
     """
 
     name: str
@@ -52,6 +53,7 @@ class StoryTask:
     max_number: int = 99
     max_events: int = 8
     wording: str = "train"
+    pairs: float = 0.5
 
     def __post_init__(self) -> None:
         if self.name not in TASKS:
@@ -62,6 +64,8 @@ class StoryTask:
             raise InputError(f"{self.name}: max_number", self.max_number, "20 to 99")
         if not 3 <= self.max_events <= 8:
             raise InputError(f"{self.name}: max_events", self.max_events, "3 to 8")
+        if not 0 <= self.pairs <= 1:
+            raise InputError(f"{self.name}: pairs", self.pairs, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -288,7 +292,7 @@ class _Story:
 
 def _story(rng: random.Random, task: StoryTask, writer: _Writer) -> str:
     story = _Story(rng, task, writer)
-    story.begin(1 if rng.random() < 0.5 else 2)
+    story.begin(1 if rng.random() < 1 - task.pairs else 2)
     counts = range(2, task.max_events + 1)
     (events,) = rng.choices(counts, _LENGTHS[: len(counts)])
     for _ in range(events):

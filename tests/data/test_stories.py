@@ -106,6 +106,11 @@ def test_all_splits_are_there():
     assert {split_of(prompt.prompt) for prompt in take(200, name="story")} == {"train", "validation", "test"}
 
 
+def test_stories_of_two_people_may_be_all_or_none():
+    for pairs, people in ((0.0, {1}), (1.0, {2}), (0.5, {1, 2})):
+        assert {len(json.loads(prompt.metadata)["start"]) for prompt in take(40, name="story", pairs=pairs)} == people
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -113,6 +118,7 @@ def test_all_splits_are_there():
         ({"wording": "new"}, "story: wording: found 'new'"),
         ({"max_number": 100}, "story: max_number: found 100"),
         ({"max_events": 2}, "story: max_events: found 2"),
+        ({"pairs": 1.5}, "story: pairs: found 1.5"),
     ],
 )
 def test_bad_settings_are_named(change, message):
