@@ -66,19 +66,9 @@ def fitted(base, folder, tmp_path_factory) -> Path:
     sources = json.dumps([{"path": str(folder / "sums.jsonl"), "answer_column": "answer"}])
     words = ["fit", "--rollout.base", base, "--rollout.sources", sources, *SIZES, *TRAINER]
     small = [
-        "--model.init",
-        "embeddings",
-        "--model.d_model",
-        32,
-        "--model.n_heads",
-        4,
-        "--model.n_kv_heads",
-        4,
-        "--model.n_layers",
-        1,
-        "--model.mlp_hidden_size",
-        64,
-    ]
+        "--model.init", "embeddings", "--model.d_model", 32, "--model.n_heads", 4, "--model.n_kv_heads", 4,
+        "--model.n_layers", 1, "--model.mlp_hidden_size", 64,
+    ]  # fmt: skip
     picking = ["--pipeline.pick_prompts", 3, "--pipeline.test_prompts", 2, "--pipeline.pick_from", "[0.5]"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)

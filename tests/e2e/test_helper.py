@@ -54,7 +54,8 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, prom
     words = [
         "--rollout.base", tiny_checkpoint, "--rollout.sources", sources, "--rollout.limit", 24,
         "--rollout.gen_length", 16, "--rollout.block_length", 8, "--rollout.batch_size", 8,
-        "--pipeline.measure_prompts", 3, "--pipeline.mixture_weights", "[0.5, 1]", "--model.d_model", 32, "--model.n_heads", 4, "--model.n_kv_heads", 4,
+        "--pipeline.measure_prompts", 3, "--pipeline.mixture_weights", "[0.5, 1]", "--model.d_model", 32,
+        "--model.n_heads", 4, "--model.n_kv_heads", 4,
         "--model.n_layers", 1, "--model.mlp_hidden_size", 64, "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu",
         "--trainer.logger", "false",
     ]  # fmt: skip

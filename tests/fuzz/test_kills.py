@@ -38,7 +38,8 @@ COMMANDS = {
     ],
     "helper": [
         "train/helper.py", "fit", *FIT, "--pipeline.measure_prompts", "3", "--pipeline.mixture_weights", "[0.5, 1]",
-        "--model.d_model", "32", "--model.n_heads", "4", "--model.n_kv_heads", "4", "--model.n_layers", "1", "--model.mlp_hidden_size", "64",
+        "--model.d_model", "32", "--model.n_heads", "4", "--model.n_kv_heads", "4",
+        "--model.n_layers", "1", "--model.mlp_hidden_size", "64",
     ],
     "bench": [
         "eval/bench.py", "--base", "base", "--runs", json.dumps(RUNS), "--limit", "4", "--pick_on", "2", "--repeats", "2",
