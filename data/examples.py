@@ -138,7 +138,9 @@ class StoredExamples:
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1).tolist()  # of the runs that stand together in the file
         for start, end in itertools.pairwise([*starts, len(rows)]):
             self.stream.seek(int(rows[start]) * size)
-            self.stream.readinto(view[start * size : end * size])
+            wanted = view[start * size : end * size]
+            if self.stream.readinto(wanted) != len(wanted):
+                raise InputError(str(self.stream.name), "a record that breaks off", "the file as it was written")
         return part
 
 
@@ -190,10 +192,13 @@ def _table(batch: FilterBatch, which: Tensor) -> np.ndarray:
 
 
 def open_stored(folder: Path, device: torch.device) -> dict[str, StoredExamples] | None:
-    """What :func:`store` wrote, by split; ``None`` where it did not finish, or a file is not as long as it was."""
+    """What :func:`store` wrote, by split; ``None`` where it did not finish or is damaged."""
     if not (folder / _INDEX).is_file():
         return None
-    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
     row = np.lib.format.descr_to_dtype(_tuples(index["row"]))
     for split, count in index["counts"].items():
         if not (folder / split).is_file() or (folder / split).stat().st_size != sum(count) * row.itemsize:

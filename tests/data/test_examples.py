@@ -76,6 +76,14 @@ def test_files_are_written_once_and_again_where_one_is_damaged(rollouts: Rollout
     train.write_bytes(whole[:-1])
     parts(rollouts.folder, memory=0)
     assert train.read_bytes() == whole
+    (train.parent / "index.json").write_text("{")
+    opened = parts(rollouts.folder, memory=0)
+    assert train.read_bytes() == whole
+    with train.open("r+b") as file:  # while it is read
+        file.truncate(1)
+    with pytest.raises(InputError, match="train: found a record that breaks off"):
+        opened["train"].take(torch.arange(4))
+    train.write_bytes(whole)
     parts(rollouts.folder, memory=0, passes=["oracle"])  # other records are other files
     assert train.read_bytes() == whole
     assert len(list((rollouts.folder / "records").iterdir())) == 2
