@@ -45,7 +45,8 @@ def told(result: dict[str, Any]) -> list[str]:
         f"trained: {folder}, a {config.architecture} filter of {weights:,} weights, threshold {threshold:g} "
         f"(its card: {folder}/README.md)",
         f"{word}: {ours['nfe_mean']:.1f} forwards an answer, {reference['nfe_mean'] / ours['nfe_mean']:.1f} times fewer than "
-        f"{reference['label']}, {ours['nfe_mean'] / best['nfe_mean']:.2f} of those of the best fixed rule, {best['label']}; "
+        f"{reference['label']}, {ours['nfe_mean'] / best['nfe_mean']:.2f} of those of {best['label']}, the best "
+        "threshold on these prompts; "
         f"exact match {share(ours['exact_match'])}, {reference['label']} {share(reference['exact_match'])}, {best['label']} "
         f"{share(best['exact_match'])} ({count} prompts: an answer is {100 / count:.1f} points)",
         f'next: python decoding/generate.py --filter {folder} --prompt "Mia starts with 9 coins. Mia finds 4 coins. How many '
