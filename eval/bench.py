@@ -19,7 +19,7 @@ from data.provenance import environment, now, write_run_file
 from data.typed import Count, Length, Part
 from eval.command import command, wandb_mode
 from eval.compare import Comparison, Run, print_table
-from eval.headline import MARGIN, summary
+from eval.headline import MARGIN, headline, picked, summary
 from eval.intervals import paired
 from eval.report import SCHEMA_VERSION, write
 from eval.tracking import USUAL, WandbSettings, evaluation_run
@@ -39,6 +39,7 @@ def main(
     repeats: Count = 1,
     margin: Part = MARGIN,
     pick_on: Count | None = 256,
+    report: Literal["all", "picked"] = "all",
     out: Path = Path("runs/bench"),
     wandb: WandbSettings = USUAL,
 ) -> None:
@@ -60,6 +61,8 @@ def main(
         margin: Loss of exact match against full_step, from 0 to 1, up to which a decode counts as equally good.
         pick_on: Validation prompts of the same sources, decoded besides, on which each strategy's setting for the headline is
             picked; null picks on the prompts that are reported, and says so.
+        report: ``picked`` decodes on the reported prompts only what the headline needs: the references, and the settings picked
+            on the others.
         out: Folder of the results.
         wandb: Where W&B files the run.
 
@@ -69,16 +72,18 @@ def main(
     settings = {
         "base": base, "runs": [asdict(run) for run in runs], "prompts": [asdict(source) for source in prompts],
         "split": split, "limit": limit, "gen_length": gen_length, "block_length": block_length, "batch_size": batch_size,
-        "repeats": repeats, "margin": margin, "pick_on": pick_on,
+        "repeats": repeats, "margin": margin, "pick_on": pick_on, "report": report,
     }  # fmt: skip
     check_writable("out", out)
     if pick_on is not None and split in (None, "validation"):
         raise InputError("pick_on", pick_on, "null where validation prompts are reported")
+    if pick_on is None and report == "picked":
+        raise InputError("report", report, "all where no prompts to pick on are decoded (pick_on: null)")
     mode = wandb_mode()
     predictor = MaskPredictor.from_pretrained(base)
     chosen = answered(load_prompts(prompts, split=split, limit=limit))
 
-    def rows_of(prompts: list[Prompt], repeats: int) -> list[dict[str, Any]]:
+    def rows_of(prompts: list[Prompt], runs: list[Run], repeats: int) -> list[dict[str, Any]]:
         comparison = Comparison(
             predictor, prompts, runs, gen_length=gen_length, block_length=block_length, batch_size=batch_size,
             repeats=repeats, folder=out / "decodes", warm_up=True,
@@ -91,9 +96,12 @@ def main(
         others = answered(load_prompts(prompts, split="validation", limit=pick_on))
         sys.stderr.write(f"{len(others)} validation prompts, to pick settings on\n")
         hashes = [prompt_hash(prompt.prompt) for prompt in others]
-        picked_on = {"split": "validation", "hashes": hashes, "rows": rows_of(others, 1)}
+        picked_on = {"split": "validation", "hashes": hashes, "rows": rows_of(others, runs, 1)}
+        if report == "picked":
+            named = picked(headline(picked_on["rows"], margin)) | {row["reference"] for row in picked_on["rows"]}
+            runs = [run for run in runs if run.label in named]
         sys.stderr.write(f"{len(chosen)} prompts to report\n")
-    rows = rows_of(chosen, repeats)
+    rows = rows_of(chosen, runs, repeats)
     result = {
         "schema_version": SCHEMA_VERSION,
         "command": shlex.join(["python", *sys.argv]),

@@ -22,7 +22,7 @@ def headline(
     compete within a group only: the same prompts, gen_length, batch size, dtype and temperature.
 
     Args:
-        rows: Rows of a comparison, which are reported.
+        rows: Rows of a comparison, which are reported; where settings are picked elsewhere, those that were picked suffice.
         margin: The loss that is accepted, from 0 to 1.
         picked_on: Rows of the same runs on other prompts, on which the settings are picked. Without them they are picked on
             the very prompts that are reported, which flatters whoever has many settings.
@@ -40,17 +40,20 @@ def headline(
         groups.setdefault(_group(row), []).append(row)
     found = []
     for key, members in groups.items():
-        names = list(dict.fromkeys(row["settings"]["strategy"] for row in members))
+        elsewhere = {row["label"] for row in rows} - {row["label"] for row in members}
+        where = _group(judged[members[0]["label"]])
+        candidates = [row for row in judged.values() if _group(row) == where and row["label"] not in elsewhere]
+        names = list(dict.fromkeys(row["settings"]["strategy"] for row in candidates))
         if len(names) < 2:
             continue
-        good = [row for row in members if judged[row["label"]]["paired_difference"]["mean"] >= -margin]
+        good = [row for row in members if _as_good(judged[row["label"]], margin)]
         sure = [row for row in good if confirmed(judged[row["label"]], margin)]
         reference = next((row for row in members if row["label"] == row["reference"]), None)
         entries: list[dict[str, Any]] = []
         for name in names:
-            tried = [row for row in members if row["settings"]["strategy"] == name]
+            tried = [row for row in candidates if row["settings"]["strategy"] == name]
             entries.append({"strategy": name, "settings_tried": len(tried)})
-            entries[-1]["settings_as_good"] = len([row for row in tried if row in good])
+            entries[-1]["settings_as_good"] = sum(_as_good(row, margin) for row in tried)
         for cost, title in COSTS.items():
             for rows_as_good, ending in ((good, ""), (sure, "_confirmed")):
                 best = {name: _best(rows_as_good, name, cost, judged) for name in names}
@@ -63,10 +66,21 @@ def headline(
     return found
 
 
+def picked(groups: Sequence[dict[str, Any]]) -> set[str]:
+    """Labels of all settings that a headline names."""
+    ways = [f"{title}{ending}" for title in COSTS.values() for ending in ("", "_confirmed")]
+    picks = (entry[way] for group in groups for entry in group["strategies"] for way in ways)
+    return {pick["label"] for pick in picks if pick is not None}
+
+
 def check_margin(margin: float) -> None:
     """Raises an InputError for a margin out of range."""
     if not 0 <= margin < 1:
         raise InputError("margin", margin, "a share from 0 to 1, 0.01 for one point")
+
+
+def _as_good(row: Row, margin: float) -> bool:
+    return row["paired_difference"]["mean"] >= -margin
 
 
 def confirmed(row: Row, margin: float) -> bool:

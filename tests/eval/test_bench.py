@@ -91,9 +91,23 @@ def test_started_again_it_decodes_only_what_is_missing(done):
     assert after["rows"][1]["nfe_mean"] == before["rows"][1]["nfe_mean"]
 
 
+def test_the_reported_prompts_are_decoded_by_what_was_picked_alone(done):
+    folder, words, _ = done
+    out = bench(folder, *words, "--report", "picked", "--out", "runs/picked")
+    assert out.returncode == 0, out.stderr
+    content = json.loads((folder / "runs/picked/bench.json").read_text())
+    assert len(content["picked_on"]["rows"]) == 3
+    labels = [row["label"] for row in content["rows"]]
+    found = content["headline"][0]["strategies"]
+    named = {entry[way]["label"] for entry in found for way in ("forwards", "speed") if entry[way]}
+    assert set(labels) == named | {"full_step EoT off"}
+    assert all(entry["settings_tried"] for entry in found)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--report", "picked", "--pick_on", "null"], "report: found picked; accepted: all where"),
         (["--repeats", 0], "repeats: found 0"),
         (["--margin", 2], "margin: found 2"),
         (["--runs", '[{"strategy": "threshold"}]'], "runs: first of gen_length 16: found 'threshold'"),

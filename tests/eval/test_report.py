@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from eval.command import command
-from eval.headline import confirmed, headline, summary
+from eval.headline import confirmed, headline, picked, summary
 from eval.intervals import paired, wilson
 from eval.pages import main as write_pages
 from eval.report import changes, compare, draw, markdown, read, render, variant, write
@@ -107,6 +107,14 @@ def test_settings_picked_on_other_prompts_are_reported_as_they_are():
     assert found["threshold"]["forwards"]["paired_difference"]["mean"] == -0.04  # and is not
     assert found["threshold"]["forwards"]["nfe_mean"] == 2.0
     assert not found["threshold"]["forwards"]["confirmed"]
+
+
+def test_only_what_was_picked_has_to_be_reported():
+    others = [dict(row) for row in ROWS]
+    whole = headline(ROWS, picked_on=others)
+    named = picked(whole)
+    assert named == {"full_step", "threshold 0.9", "threshold 0.95", "learn2pd", "oracle"}
+    assert headline([row for row in ROWS if row["label"] in named], picked_on=others) == whole
 
 
 def test_other_conditions_do_not_compete():
