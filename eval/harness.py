@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.disk import check_writable
 from data.provenance import write_aside, write_run_file
-from data.typed import Count, Length, Positive, Temperature, Whole
+from data.typed import Count, Length, Positive, Share, Temperature, Whole
 from decoding.config import CacheRule, EotRule
 from eval.command import command, entry, wandb_mode
 from eval.lm import processes
@@ -32,8 +32,9 @@ TASKS = Path(__file__).resolve().parent / "tasks"
 """Tasks over the bundled prompts; always found."""
 
 MODEL_SETTINGS = (
-    "base", "strategy", "filter", "helper", "gen_length", "block_length", "steps", "temperature", "eot", "cache", "refresh",
-    "seed", "dtype", "device", "compile", "batch_size", "mc_samples", "greedy_check", "add_bos", "truncate",
+    "base", "strategy", "filter", "helper", "gen_length", "block_length", "steps", "temperature", "eot", "eot_head",
+    "eot_risk", "cache", "refresh", "seed", "dtype", "device", "compile", "batch_size", "mc_samples", "greedy_check",
+    "add_bos", "truncate",
 )  # fmt: skip
 
 LM_EVAL_SETTINGS = (
@@ -55,6 +56,8 @@ def main(
     steps: Length | None = None,
     temperature: Temperature | None = None,
     eot: EotRule = "commit",
+    eot_head: str | None = None,
+    eot_risk: Share = 0.01,
     cache: CacheRule = "none",
     refresh: Count | None = None,
     seed: Whole = 0,
@@ -96,6 +99,8 @@ def main(
         steps: Denoising steps, for strategies with a quota; by default one token each.
         temperature: By default what the task asks for, which is mostly 0.
         eot: End-of-text rule.
+        eot_head: Folder of the EoT head, for the rule learned.
+        eot_risk: Probability of losing text below which that rule ends a text.
         cache: Keys and values that later forwards of a block take from its first one.
         refresh: Forwards of a block from one on the whole sequence to the next.
         seed: Seed of the noise and of the draws for log-likelihoods.

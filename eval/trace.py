@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.disk import check_writable
 from data.provenance import write_aside
-from data.typed import Length, Temperature, Whole
+from data.typed import Length, Share, Temperature, Whole
 from decoding.config import CacheRule, DecodeConfig, EotRule
 from decoding.decoder import Decoder
 from decoding.generate import BUNDLED
@@ -43,6 +43,8 @@ def main(
     steps: Length | None = None,
     temperature: Temperature = 0.0,
     eot: EotRule = "commit",
+    eot_head: str | None = None,
+    eot_risk: Share = 0.01,
     cache: CacheRule = "none",
     seed: Whole = 0,
     chat_template: bool = True,
@@ -64,6 +66,8 @@ def main(
         steps: Denoising steps, for strategies with a quota; by default one token each.
         temperature: 0 takes the most probable token.
         eot: End-of-text rule.
+        eot_head: Folder of the EoT head, for the rule learned.
+        eot_risk: Probability of losing text below which that rule ends a text.
         cache: Keys and values that later forwards of a block take from its first one; apd has its own.
         seed: Seed of the noise.
         chat_template: Wrap the prompt in the chat template.
@@ -72,7 +76,9 @@ def main(
     check_writable("out", out, folder=False)
     components = {"learn2pd": {"filter": filter}, "apd": {"helper": helper}}
     chosen = choose(strategies, components, options or {})
-    config = DecodeConfig(gen_length, block_length, steps, temperature, eot, seed, cache)
+    config = DecodeConfig(
+        gen_length, block_length, steps, temperature, eot, seed, cache, eot_head=eot_head, eot_risk=eot_risk
+    )
     predictor = MaskPredictor.from_pretrained(base)
     data = {"base": Path(base).name, **trace(predictor, prompt, chosen, config, chat_template)}
     write_aside(out, page(data))

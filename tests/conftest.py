@@ -15,6 +15,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig, LLaDAMoEModelLM
+from models.eot import COLUMNS, EotConfig, EotHead, save_eot
+from models.predictor import MaskPredictor
 from models.tokenizer import train_tokenizer
 
 LINES = ["What is 3 + 4?", "Sort these words: pear, apple, fig", "Tom has 12 apples and eats 5 of them.", "#### 7"]
@@ -292,3 +294,23 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pr
     make_llada(len(tiny_tokenizer), mask, eot).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Callable[[MaskPredictor], dict[str, Any]]:
+    """A head that takes the predictor's most probable word: text is lost where EoT is less than even."""
+
+    def make(predictor: MaskPredictor) -> dict[str, Any]:
+        head = EotHead(2)
+        for value in head.parameters():
+            torch.nn.init.zeros_(value)
+        head.linear1.weight.data[:, COLUMNS.index("here")] = torch.tensor([1.0, -1.0])
+        head.linear2.weight.data[0] = torch.tensor([-8.0, 8.0])
+        config = EotConfig(
+            hidden=2, gen_length=32, block_length=8, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
+            base_fingerprint=predictor.fingerprint, base_family=predictor.family,
+        )  # fmt: skip
+        save_eot(tmp_path / "head", head, config, "# EoT head\n")
+        return {"eot": "learned", "eot_head": tmp_path / "head"}
+
+    return make

@@ -59,6 +59,8 @@ class DiffusionLM(LM):
         steps: Denoising steps, for strategies with a quota; ``None`` is one token each.
         temperature: ``None`` is the request's: 0 unless it asks to sample.
         eot: End-of-text rule.
+        eot_head: Folder of the EoT head, for the rule ``learned``.
+        eot_risk: Probability of losing text below which that rule ends a text.
         cache: Which keys and values are reused.
         refresh: Forwards of a block from one on the whole sequence to the next.
         seed: Seed of the noise and of the likelihood's draws.
@@ -83,7 +85,8 @@ class DiffusionLM(LM):
     def __init__(
         self, base: str = BASE, strategy: str = "full_step", filter: str | None = None, helper: str | None = None,
         gen_length: int | None = None, block_length: int = 32, steps: int | None = None, temperature: float | None = None,
-        eot: EotRule = "commit", cache: CacheRule = "none", refresh: int | None = None, seed: int = 0,
+        eot: EotRule = "commit", eot_head: str | None = None, eot_risk: float = 0.01,
+        cache: CacheRule = "none", refresh: int | None = None, seed: int = 0,
         dtype: str | None = None, device: str | None = None, compile: bool = False, batch_size: int | str = 32,
         mc_samples: int = 128, greedy_check: bool | None = None, add_bos: bool = False, truncate: bool = False,
         answers: str | Path | None = None, **options: Any,
@@ -98,7 +101,13 @@ class DiffusionLM(LM):
         self.mc_samples = whole["mc_samples"]
         self.temperature, self.seed = None if temperature is None else number("temperature", temperature), seed
         self.greedy_check, self.add_bos, self.truncate = greedy_check, add_bos, truncate
-        self.decode: dict[str, Any] = {"eot": eot, "seed": seed, "cache": cache}
+        self.decode: dict[str, Any] = {
+            "eot": eot,
+            "eot_head": eot_head,
+            "eot_risk": eot_risk,
+            "seed": seed,
+            "cache": cache,
+        }
         self.decode |= {name: whole[name] for name in ("block_length", "steps", "refresh")}
         if steps is not None and gen_length is None:
             raise InputError("steps", f"{steps} without gen_length", "null, or gen_length with it")

@@ -8,7 +8,7 @@ from decoding.eot import EotStep, Published
 from decoding.loop import decode, decode_steps
 from decoding.output import empty_output
 from decoding.strategies import make_strategy
-from models.eot import COLUMNS, EotConfig, EotHead, eot_columns, save_eot
+from models.eot import eot_columns
 from models.errors import InputError
 
 EOT = 62
@@ -62,26 +62,6 @@ def test_recorded_eot_evidence_covers_the_masked_region(table):
     assert first.eot_top.nonzero()[:, 1].tolist() == [20]
     assert (first.eot_probability > 0).all()
     assert (last.eot_probability > 0).sum() == 1
-
-
-@pytest.fixture
-def head(tmp_path):
-    """A head that takes the predictor's most probable word: text is lost where EoT is less than even."""
-
-    def make(predictor):
-        head = EotHead(2)
-        for value in head.parameters():
-            torch.nn.init.zeros_(value)
-        head.linear1.weight.data[:, COLUMNS.index("here")] = torch.tensor([1.0, -1.0])
-        head.linear2.weight.data[0] = torch.tensor([-8.0, 8.0])
-        config = EotConfig(
-            hidden=2, gen_length=32, block_length=8, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
-            base_fingerprint=predictor.fingerprint, base_family=predictor.family,
-        )  # fmt: skip
-        save_eot(tmp_path / "head", head, config, "# EoT head\n")
-        return {"eot": "learned", "eot_head": tmp_path / "head"}
-
-    return make
 
 
 def test_the_learned_rule_ends_the_text_where_the_head_says_so(table, head):

@@ -101,6 +101,17 @@ def test_every_strategy_gives_the_text_of_a_plain_decode(strategy, make_lm, tiny
     assert row["settings"] == kept
 
 
+def test_a_learned_end_of_the_text_is_the_decoders(make_lm, tiny_checkpoint, predictor, head):
+    rule = head(predictor) | {"eot_risk": 0.6}
+    wanted = Decoder.from_pretrained(tiny_checkpoint, device="cpu").generate(
+        PROMPTS, gen_length=32, block_length=8, **rule
+    )
+    lm = make_lm(**rule)
+    contexts = [lm.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+    assert lm.generate_until(generation(contexts)) == wanted.text
+    assert lm.get_model_info()["dlm_accel"]["generation"][0]["settings"]["fingerprints"]["eot"]
+
+
 def test_a_stop_sequence_ends_an_answer_and_saves_forwards(make_lm):
     lm = make_lm()
     (whole,) = lm.generate_until(generation(PROMPTS[:1]))

@@ -188,9 +188,20 @@ def test_the_command_writes_the_page_and_says_what_each_decode_took(tiny_checkpo
     assert panels[1]["settings"]["threshold"] == 0.3
 
 
+def test_a_learned_end_of_the_text_is_shown(predictor, head, tmp_path):
+    config = DecodeConfig(**SETTINGS, **head(predictor), eot_risk=0.9)
+    panel = trace(predictor, PROMPT, [make_strategy("full_step")], config)["panels"][0]
+    assert (panel["settings"]["eot"], panel["settings"]["eot_risk"]) == ("learned", 0.9)
+    assert any(panel["drop"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["--strategies", "full_step", "--eot", "learned"],
+            "eot_head: found None; accepted: the folder of an exported",
+        ),
         (["--strategies", "full_step", "best"], "strategy: found 'best'; accepted: full_step | threshold | "),
         (["--strategies"], "strategies: found none; accepted: one or more of full_step | threshold | "),
         (
