@@ -61,8 +61,8 @@ def main(
         margin: Loss of exact match against full_step, from 0 to 1, up to which a decode counts as equally good.
         pick_on: Validation prompts of the same sources, decoded besides, on which each strategy's setting for the headline is
             picked; null picks on the prompts that are reported, and says so.
-        report: ``picked`` decodes on the reported prompts only what the headline needs: the references, and the settings picked
-            on the others.
+        report: ``picked`` decodes on the reported prompts only what the headline needs: the references, the settings picked on
+            the others, and runs that are ``always`` reported.
         out: Folder of the results.
         wandb: Where W&B files the run.
 
@@ -99,7 +99,7 @@ def main(
         picked_on = {"split": "validation", "hashes": hashes, "rows": rows_of(others, runs, 1)}
         if report == "picked":
             named = picked(headline(picked_on["rows"], margin)) | {row["reference"] for row in picked_on["rows"]}
-            runs = [run for run in runs if run.label in named]
+            runs = [run for run in runs if run.always or run.label in named]
         sys.stderr.write(f"{len(chosen)} prompts to report\n")
     rows = rows_of(chosen, runs, repeats)
     result = {

@@ -50,6 +50,7 @@ class Run:
         limit: Takes only so many of the prompts, the first ones.
         dtype: Weights' dtype where it is not to be the predictor's, such as ``bfloat16``.
         label: Name in the table; made from the other fields by default.
+        always: The benchmark reports it even where only what was picked is reported.
     """
 
     strategy: Text
@@ -67,6 +68,7 @@ class Run:
     label: str = ""
     eot_head: Text | None = None
     eot_risk: Share = 0.01
+    always: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -247,7 +249,7 @@ class Comparison:
         references = self._oracle_text(number)
         strategy, head = self.strategies[number], self.runs[number].eot_head
         key = [
-            asdict(self.runs[number]) | {"label": ""}, strategy.settings(), strategy.fingerprints(), repeat,
+            asdict(self.runs[number]) | {"label": "", "always": False}, strategy.settings(), strategy.fingerprints(), repeat,
             self.predictor.fingerprint, str(self.predictor.dtype), str(self.predictor.device),
             [prompt_hash(prompt.prompt) for prompt in self.prompts_of(number)], self.surroundings,
             None if head is None else fingerprint(Path(head)),
