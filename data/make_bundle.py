@@ -10,6 +10,7 @@ prompts whose hash belongs to it, so none of validation or test is ever in a tra
 import itertools
 import json
 import random
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ import yaml
 
 from data.prompt import Prompt
 from data.prompts import PromptSource, load_prompts, prompt_hash, split_of
+from data.provenance import write_aside
 from data.stories import StoryTask, samples
+from models.checkpoint import writing
 
 SEEDS = {"train": 10_000_000, "validation": 20_000_000, "test": 30_000_000}
 SIZES = {"train": 4000, "validation": 512, "test": 1536}
@@ -73,8 +76,16 @@ def write_tasks() -> None:
             rows.setdefault("short_choice", []).append(choices(prompt))
     for name, lines in rows.items():
         target = TASKS / f"{name}.jsonl"
-        target.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
+        write_aside(target, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
         print(f"{target}: {len(lines)} prompts")
+
+
+def _usage() -> int:
+    """Says which words there are; returns the exit status, 0 where that was asked for."""
+    asked = sys.argv[1:] in (["-h"], ["--help"])
+    found = "" if asked else f"make_bundle.py: found {shlex.join(sys.argv[1:])}; accepted: "
+    (sys.stdout if asked else sys.stderr).write(f"{found}no words, for everything, or `tasks`\n")
+    return 0 if asked else 2
 
 
 def main() -> None:
@@ -82,11 +93,13 @@ def main() -> None:
     for split in SEEDS:
         table = pa.Table.from_pylist([vars(prompt) for prompt in bundle(split)])
         target = ROOT / "bundled" / f"{split}.parquet"
-        target.parent.mkdir(exist_ok=True)
-        pq.write_table(table, target, compression="zstd")
+        with writing(target) as aside:
+            pq.write_table(table, aside, compression="zstd")
         print(f"{target}: {table.num_rows} prompts")
     write_tasks()
 
 
 if __name__ == "__main__":
-    write_tasks() if sys.argv[1:] == ["tasks"] else main()
+    if sys.argv[1:] not in ([], ["tasks"]):
+        sys.exit(_usage())
+    write_tasks() if sys.argv[1:] else main()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from decoding.config import DecodeConfig
+from decoding.eot import RULES
 from decoding.loop import check_prompts, decode, decode_steps
 from decoding.output import DecodeOutput, StepResult, StepTrace, empty_output
 from decoding.risk import Calibration, calibration_file, load_calibration, plain
@@ -17,7 +18,7 @@ from decoding.strategies import Strategy, make_strategy
 from decoding.text import PromptLike, encode
 from models.errors import InputError
 from models.predictor import MaskPredictor, fingerprint
-from models.rules import LENGTH, SEED, TEXT, check, list_of
+from models.rules import FLAG, LENGTH, SEED, TEXT, check, list_of
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Generation:
 
 _RULES = {
     "batch_size": LENGTH,
+    "chat_template": FLAG,
+    "trace": FLAG,
     "stop": list_of(TEXT, "texts, none of them empty"),
     "seeds": list_of(SEED, "whole numbers of at least 0").or_null(),
 }
@@ -152,8 +155,9 @@ class Decoder:
         config = DecodeConfig.of(settings)
         if self.calibration is not None:
             self.calibration.compare(config)
+        call = {"batch_size": batch_size, "chat_template": chat_template, "stop": stop}
+        check(call | {"seeds": seeds, "trace": trace}, _RULES)
         ids = self._encode(prompts, config, chat_template)
-        check({"batch_size": batch_size, "stop": stop, "seeds": seeds}, _RULES)
         if references is not None:
             self._check_references(references, (len(ids), config.gen_length))
         if seeds is not None and len(seeds) != len(ids):
@@ -171,8 +175,22 @@ class Decoder:
         name = self.strategy.component
         if name and not whole.counts[name].any():
             warnings.warn(f"{self.strategy.name}: its component never fired ({name} is 0 in every row)", stacklevel=2)
-        call = {"batch_size": batch_size, "chat_template": chat_template, "stop": list(stop)}
-        return self._generation(whole, config, call, trace)
+        return self._generation(whole, config, call | {"stop": list(stop)}, trace)
+
+    def check(self, prompts: Sequence[PromptLike], **settings: Any) -> None:
+        """Raises what :meth:`generate` would raise before its first step; what is learned is loaded for it.
+
+        Args:
+            prompts: As for :meth:`generate`.
+            **settings: Of :class:`decoding.config.DecodeConfig`.
+
+        Raises:
+            InputError: A setting, a prompt or a component that cannot be used, by name.
+        """
+        config = DecodeConfig.of(settings)
+        self._encode(prompts, config, True)
+        RULES[config.eot]().prepare(config, self.predictor)
+        self.strategy.prepare(self.predictor, config)
 
     def stream(
         self, prompt: PromptLike, *, chat_template: bool = True, output: DecodeOutput | None = None, **settings: Any

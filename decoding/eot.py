@@ -45,12 +45,15 @@ class EotRule(ABC):
     name: ClassVar[str]
     reads_region: ClassVar[bool] = False
 
-    def begin(self, config: "DecodeConfig", predictor: "MaskPredictor", state: "BatchState") -> None:  # noqa: B027
-        """Before a decode: loads what it needs, and registers what it remembers of each row. Most do neither.
+    def prepare(self, config: "DecodeConfig", predictor: "MaskPredictor") -> None:  # noqa: B027
+        """Loads what it needs; most need nothing.
 
         Raises:
             InputError: What it needs does not load, or was made for another base model.
         """
+
+    def begin(self, state: "BatchState") -> None:  # noqa: B027
+        """Before a decode: registers what it remembers of each row; most remember nothing."""
 
     @abstractmethod
     def last(self, step: EotStep) -> Tensor:
@@ -105,7 +108,7 @@ class Learned(EotRule):
     name = "learned"
     reads_region = True
 
-    def begin(self, config: "DecodeConfig", predictor: "MaskPredictor", state: "BatchState") -> None:
+    def prepare(self, config: "DecodeConfig", predictor: "MaskPredictor") -> None:
         assert config.eot_head is not None
         self.risk = config.eot_risk
         self.head, described = load_eot(config.eot_head)
@@ -113,8 +116,11 @@ class Learned(EotRule):
             described, family=predictor.family, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
             fingerprint=predictor.fingerprint,
         )  # fmt: skip
-        self.head.to(state.device)
-        zero = torch.zeros(config.gen_length, device=state.device)
+        self.head.to(predictor.device)
+        self.length = config.gen_length
+
+    def begin(self, state: "BatchState") -> None:
+        zero = torch.zeros(self.length, device=state.device)
         self.probability, self.top = state.register(zero), state.register(zero.bool())
         self.stable = state.register(zero.long())
 

@@ -218,7 +218,7 @@ def _flagged(words: list[str]) -> list[str]:
     after = [*words[1:], "--"]
     return [
         f"{word}=true" if word == "--interactive" and following.startswith("--") else word
-        for word, following in zip(words, after, strict=True)
+        for word, following in zip(words, after, strict=False)  # without any word, one more follows
     ]
 
 

@@ -72,6 +72,8 @@ def check_prompts(predictor: MaskPredictor, prompts: Sequence[Sequence[int]], co
                 f"at most {room}: the model's {predictor.max_length} less gen_length {config.gen_length}",
             )  # fmt: skip
         if wrong := [
-            token for token in prompt if not isinstance(token, Integral) or not 0 <= token < predictor.vocab_size
+            token
+            for token in prompt
+            if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < predictor.vocab_size
         ]:
             raise InputError(f"prompt {index}", f"token {wrong[0]!r}", f"ids from 0 to {predictor.vocab_size - 1}")

@@ -88,7 +88,8 @@ class Run(ABC):
         self.scheduler = Scheduler(widths, config, capacity, begun and begun.progress)
         self.state = BatchState(ids, prompts, config, self.scheduler, device, begun)
         self.rule = RULES[config.eot]()
-        self.rule.begin(config, request.predictor, self.state)
+        self.rule.prepare(config, request.predictor)
+        self.rule.begin(self.state)
         self.timer = Timer(device)
         self.cache: KVCache | None = None
         self.cache_first = 0

@@ -83,25 +83,28 @@ def main(
     predictor = MaskPredictor.from_pretrained(base)
     chosen = answered(load_prompts(prompts, split=split, limit=limit))
 
-    def rows_of(prompts: list[Prompt], runs: list[Run], repeats: int) -> list[dict[str, Any]]:
+    def rows_of(prompts: list[Prompt], runs: list[Run], repeats: int, what: str) -> list[dict[str, Any]]:
         comparison = Comparison(
             predictor, prompts, runs, gen_length=gen_length, block_length=block_length, batch_size=batch_size,
             repeats=repeats, folder=out / "decodes", warm_up=True,
         )  # fmt: skip
+        sys.stderr.write(f"{len(prompts)} {what}\n")
         decode(comparison)
         return comparison.rows()
 
     picked_on = None
     if pick_on is not None:
         others = answered(load_prompts(prompts, split="validation", limit=pick_on))
-        sys.stderr.write(f"{len(others)} validation prompts, to pick settings on\n")
         hashes = [prompt_hash(prompt.prompt) for prompt in others]
-        picked_on = {"split": "validation", "hashes": hashes, "rows": rows_of(others, runs, 1)}
+        picked_on = {
+            "split": "validation",
+            "hashes": hashes,
+            "rows": rows_of(others, runs, 1, "validation prompts, to pick settings on"),
+        }
         if report == "picked":
             named = picked(headline(picked_on["rows"], margin)) | {row["reference"] for row in picked_on["rows"]}
             runs = [run for run in runs if run.always or run.label in named]
-        sys.stderr.write(f"{len(chosen)} prompts to report\n")
-    rows = rows_of(chosen, runs, repeats)
+    rows = rows_of(chosen, runs, repeats, "prompts to report")
     result = {
         "schema_version": SCHEMA_VERSION,
         "command": shlex.join(["python", *sys.argv]),

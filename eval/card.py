@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.disk import check_writable
 from data.labels import after_eot, collect, first_eot, labels
 from data.prompt import Prompt
 from data.prompts import PromptSource, load_prompts
-from data.provenance import environment
+from data.provenance import environment, write_aside
+from data.typed import Count, Length, Text, Whole
 from decoding.config import DecodeConfig
 from decoding.decoder import Decoder
 from decoding.strategies import make_strategy
 from eval.command import command
 from eval.compare import Run, compare, share
 from eval.trace import trace
+from models.errors import InputError, first_line
 from models.predictor import MaskPredictor
 
 HELD_OUT = [
@@ -32,12 +35,12 @@ BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
 def main(
-    training: str,
+    training: Text,
     base: Path = Path("models/bundled/llada-tiny"),
     recipes: list[Path] = [Path("configs/base/order.yaml"), Path("configs/base/default.yaml")],  # noqa: B006  # shown in --help
-    limit: int | None = None,
-    samples: int = 10,
-    batch_size: int = 64,
+    limit: Count | None = None,
+    samples: Whole = 10,
+    batch_size: Length = 64,
 ) -> None:
     """Decodes held-out prompts and writes ``README.md`` beside the model.
 
@@ -49,6 +52,10 @@ def main(
         samples: Sample decodes in the card.
         batch_size: Prompts decoded together.
     """
+    if not recipes:
+        raise InputError("recipes", "none", "at least one YAML file")
+    quoted = "\n".join(map(_quoted, recipes))
+    check_writable("base", base / "README.md", folder=False)
     predictor = MaskPredictor.from_pretrained(base)
     prompts = load_prompts([PromptSource(split="test")], split="test", limit=limit)
     strange = load_prompts(HELD_OUT, split="test", limit=limit)
@@ -96,18 +103,22 @@ First any-order prediction of every response token in one forward (`objective: o
 supervised form: prompt visible, response and its EoT padding masked at ratio t, loss weighted 1/t. Samples are generated
 as they are needed. No prompt whose hash falls into the validation or test split is ever trained on, whatever its seed.
 
-{chr(10).join(map(_quoted, recipes))}
+{quoted}
 ## Samples
 
 Test prompts, decoded by `threshold` .9; behind each token the forward that committed it.
 
 {chr(10).join(sample(predictor, prompt) for prompt in prompts[:samples])}"""
-    (base / "README.md").write_text(text)
+    write_aside(base / "README.md", text)
     print(text.split("## Training", maxsplit=1)[0])
 
 
 def _quoted(recipe: Path) -> str:
-    return f"`{recipe}`:\n\n```yaml\n{recipe.read_text().strip()}\n```\n"
+    try:
+        text = recipe.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise InputError(f"recipes: {recipe}", first_line(error), "a YAML file in UTF-8") from error
+    return f"`{recipe}`:\n\n```yaml\n{text}\n```\n"
 
 
 def _accuracy(title: str, gen_length: int, task: str, part: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,10 @@ from eval.memory import PeakMemory
 from models.checkpoint import writing
 from models.errors import InputError
 from models.predictor import MaskPredictor, fingerprint
+
+_DECODING = (
+    "gen_length", "block_length", "eot", "cache", "refresh", "steps", "temperature", "eot_head", "eot_risk",
+)  # fmt: skip
 
 
 @dataclass
@@ -131,6 +136,7 @@ class Comparison:
                 self.predictors[run.dtype] = predictor.to_dtype(run.dtype)
         ready = strategies or {}
         self.strategies = [ready.get(run.label) or make_strategy(run.strategy, **run.options) for run in self.runs]
+        self._check()
         self.folder, self.warm_up, self.warm = folder, warm_up, set[int]()
         self.surroundings = [*_surroundings(), _tokenizer(predictor)] if folder else []
         self.files: dict[tuple[int, int], Path] = {}
@@ -149,6 +155,17 @@ class Comparison:
                 accepted = f"at most the reference's {reference.limit}"
                 raise InputError(f"runs: limit of {run.label!r}", run.limit, accepted)
         return [first[run.gen_length] for run in self.runs]
+
+    def _check(self) -> None:
+        """Whatever stops a decode stops the comparison before its first one; a reference has the prompts of its others."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the decode says it
+            for number, run in enumerate(self.runs):
+                prompts = self.prompts_of(number) if self.reference[number] == number else self.prompts[:1]
+                self._decoder(number).check([prompt.prompt for prompt in prompts], **_settings(run))
+
+    def _decoder(self, number: int) -> Decoder:
+        return Decoder(self.predictors[self.runs[number].dtype], self.strategies[number])
 
     def work(self) -> Iterator[tuple[int, int]]:
         """What is left to decode, in order: number of the run, number of the repeat; stored decodes are read on the way."""
@@ -211,18 +228,15 @@ class Comparison:
     def _generate(
         self, number: int, chosen: Sequence[int], progress: Callable[[int], None] = lambda finished: None
     ) -> Generation:
-        run, strategy = self.runs[number], self.strategies[number]
-        references, done = self._oracle_text(number), itertools.count(1)
-        assert run.gen_length is not None
-        assert run.block_length is not None
+        run, references, done = self.runs[number], self._oracle_text(number), itertools.count(1)
         assert run.batch_size is not None
-        return Decoder(self.predictors[run.dtype], strategy).generate(
-            [self.prompts[n].prompt for n in chosen], gen_length=run.gen_length, block_length=run.block_length,
-            eot=run.eot, cache=run.cache, refresh=run.refresh, steps=run.steps, temperature=run.temperature,
-            eot_head=run.eot_head, eot_risk=run.eot_risk,
-            batch_size=run.batch_size, references=None if references is None else references[list(chosen)],
+        return self._decoder(number).generate(
+            [self.prompts[n].prompt for n in chosen],
+            batch_size=run.batch_size,
+            references=None if references is None else references[list(chosen)],
             finished=lambda index, tokens, nfe: progress(next(done)),
-        )  # fmt: skip
+            **_settings(run),
+        )
 
     def _oracle_text(self, number: int) -> Tensor | None:
         if self.runs[number].strategy != "oracle":
@@ -332,6 +346,11 @@ def _filled(run: Run, usual: dict[str, int]) -> Run:
     """The run with every length of its own."""
     missing: dict[str, Any] = {name: value for name, value in usual.items() if getattr(run, name) is None}
     return replace(run, **missing)
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Its decode settings, of :class:`DecodeConfig`."""
+    return {name: getattr(run, name) for name in _DECODING}
 
 
 def _forwards_without_eot(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any
 from data.provenance import write_aside
 from eval.command import command
 from eval.report import ALL, Row, difference, percent, read, table, times
-from models.errors import InputError
+from models.errors import InputError, first_line
 
 
 def main(results: Path = Path("eval/results"), root: Path = Path()) -> None:
@@ -21,13 +21,21 @@ def main(results: Path = Path("eval/results"), root: Path = Path()) -> None:
         InputError: A result is missing, or a page lacks the comments.
     """
     for name, (result, page, made) in _TABLES.items():
-        _fill(root / page, name, made(read(results / result)))
+        content = read(results / result)
+        if not content.get("headline"):
+            raise InputError(
+                f"{results / result}: headline", "nothing", "a result that `eval/report.py render` has worked out"
+            )
+        _fill(root / page, name, made(content))
         print(f"wrote {name} to {root / page}")
 
 
 def _fill(page: Path, name: str, lines: Sequence[str]) -> None:
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    text = page.read_text(encoding="utf-8")
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(str(page), first_line(error), "a page in UTF-8") from error
     if text.count(begin) != 1 or end not in text.split(begin)[1]:
         raise InputError(str(page), f"no lines {begin.strip()} and {end}", "both, in this order")
     before, rest = text.split(begin)

@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
+from data.disk import check_writable
 from data.provenance import write_aside
 from data.typed import checked
 from eval.command import command
 from eval.headline import MARGIN, check_margin, headline
 from eval.intervals import paired
-from models.checkpoint import current_eot_rule
+from models.checkpoint import current_eot_rule, writing
 from models.errors import InputError
 
 SCHEMA_VERSION = 4
@@ -224,8 +225,8 @@ def draw(rows: Sequence[Row], target: Path, margin: float = MARGIN) -> None:
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=8, frameon=False)
     figure.suptitle(f"{rows[0]['prompts']} prompts, gen_length {rows[0]['settings']['gen_length']}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=120)
+    with writing(target) as aside:
+        figure.savefig(aside, dpi=120, format=target.suffix[1:])
     plt.close(figure)
 
 
@@ -354,6 +355,8 @@ def compare(before: Path, after: Path, out: Path | None = None) -> None:
         after: The newer one.
         out: Also writes the comparison to this Markdown file.
     """
+    if out is not None:
+        check_writable("out", out, folder=False)
     text = changes(read(before), read(after))
     print(text)
     if out is not None:

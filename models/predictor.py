@@ -20,7 +20,7 @@ from models.checkpoint import check_finite
 from models.errors import InputError, first_line
 from models.families import Family, described
 from models.layers import Elementwise, KVCache
-from models.rules import DTYPES, check, one_of
+from models.rules import DTYPES, FLAG, FOLDER, check, one_of
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ class MaskPredictor:
         """
         if not isinstance(dtype, torch.dtype):
             check({"dtype": dtype}, {"dtype": one_of([*DTYPES, "auto"]).or_null()})
+        check({"compile": compile}, {"compile": FLAG})
         folder = checkpoint_folder(path)
         raw, family, known = described(folder / "config.json")
         device = usable_device(device)
@@ -254,6 +255,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     Raises:
         InputError: Neither an existing folder nor a reachable hub id.
     """
+    check({"base checkpoint": path}, {"base checkpoint": FOLDER})
     folder = Path(path)
     if folder.is_dir():
         return folder

@@ -1,5 +1,6 @@
 """Helpers that nobody trained for the predictor: causal language models as published that share its token ids."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -28,7 +29,18 @@ def helper_folder(path: str | Path) -> Path:
         read_description(folder)
     elif not (folder / "config.json").is_file():
         raise InputError("helper folder", f"{folder} without {DESCRIPTION} or config.json", ACCEPTED)
+    elif not _names_a_model(folder / "config.json"):
+        raise InputError("helper folder", f"{folder / 'config.json'} without model_type", ACCEPTED)
     return folder
+
+
+def _names_a_model(file: Path) -> bool:
+    """Whether a config.json is that of a model; a filter, say, has one too."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("model_type"), str)
 
 
 def load_any_helper(folder: Path, predictor: MaskPredictor) -> Helper:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from models.checkpoint import writing
+
 BINS = 15
 
 
@@ -59,5 +61,6 @@ def draw(curves: dict[str, Tensor], target: Path) -> None:
     axis.set(xlabel="probability that the guess is final", ylabel="share that was", xlim=(0, 1), ylim=(0, 1))
     axis.grid(visible=True, alpha=0.25)
     axis.legend(frameon=False)
-    figure.savefig(target, dpi=120)
+    with writing(target) as aside:
+        figure.savefig(aside, dpi=120, format=target.suffix[1:])
     plt.close(figure)

@@ -1,5 +1,6 @@
 """Hostile command lines and YAML files: one line that names the setting, status 2, and nothing done."""
 
+import json
 import re
 import runpy
 import sys
@@ -111,6 +112,15 @@ def test_files(content: bytes, message: str, tmp_path: Path, capsys: pytest.Capt
     assert message in refused(capsys)
 
 
+BASE, RESULTS = ROOT / "models/bundled/llada-tiny", ROOT / "eval/results"
+RESULT, RECIPE = RESULTS / "bench.json", ROOT / "configs/base/default.yaml"
+
+
+def runs(**settings: object) -> str:
+    """A list of runs as the command line has it, the second one wrong."""
+    return json.dumps([{"strategy": "full_step"}, {"strategy": "threshold"} | settings], separators=(",", ":"))
+
+
 COMMANDS = [
     ("train/rollout.py predict", "--rollout.sources []", "sources: found none"),
     ("train/rollout.py predict", "--rollout.batch_size 0", "rollout.batch_size: found 0"),
@@ -154,6 +164,24 @@ COMMANDS = [
     ("train/filter.py fit", "--run /dev/null/x", "run: found /dev/null, no folder"),
     ("train/filter.py fit", "--pipeline.out /dev/null/x", "pipeline.out: found /dev/null, no folder"),
     ("train/rollout.py predict", "--rollout.folder /dev/null/x", "rollout.folder: found /dev/null, no folder"),
+    ("eval/card.py", "--training a --samples -1", "samples: found -1"),
+    ("eval/card.py", "--training a --batch_size 0", "batch_size: found 0"),
+    ("eval/card.py", "--training a --recipes []", "recipes: found none"),
+    ("eval/card.py", "--training a --recipes [/nope.yaml]", "recipes: /nope.yaml: found [Errno 2]"),
+    ("eval/card.py", f"--training a --recipes [{RECIPE}] --base /dev/null", "base: found /dev/null, no folder"),
+    ("eval/pages.py", "--results nowhere", "nowhere/bench.json: found"),
+    ("eval/pages.py", f"--results {RESULTS} --root nowhere", "nowhere/README.md: found"),
+    ("eval/report.py compare", f"--before {RESULT} --after {RESULT} --out /dev/null/x", "out: found /dev/null, no folder"),
+    ("eval/report.py compare", f"--before {RESULT} --after {RESULT} --out /tmp", "out: found /tmp, a folder"),
+    ("data/make_bundle.py", "tusks", "make_bundle.py: found tusks; accepted: no words, for everything, or `tasks`"),
+    ("eval/risk.py", f"--strategy threshold --values [0.9] --base {BASE} --refresh 2", "refresh: found 2 with cache none"),
+    ("eval/risk.py", f"--strategy threshold --values [0.9] --base {BASE} --gen_length 33", "block_length: found 32"),
+    ("eval/bench.py", f"--base {BASE} --runs {runs(eot='learned')}", "eot_head: found None"),
+    ("eval/bench.py", f"--base {BASE} --runs {runs(eot='learned', eot_head='/nope')}", "found no folder /nope"),
+    ("eval/bench.py", f"--base {BASE} --runs {runs(refresh=3)}", "refresh: found 3 with cache none"),
+    ("eval/bench.py", f"--base {BASE} --runs {runs(options={'thresh': 1})}", "threshold.thresh: found an unknown setting"),
+    ("eval/bench.py", f"--base {BASE} --runs {runs(gen_length=64, block_length=33)}", "first of gen_length 64"),
+    ("decoding/generate.py", "", "prompt: found None"),
     ("decoding/generate.py", "--prompt a --seed -1", "seed: found -1"),
     ("decoding/generate.py", "--prompt a --pause -1", "pause: found -1"),
     ("decoding/generate.py", "--prompt a --gen_length 99999999999999", "gen_length: found 99999999999999"),
@@ -169,7 +197,7 @@ def test_commands(
 ) -> None:  # fmt: skip
     name, *verb = script.split()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(ROOT / name), *verb, *words.split(" ")])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / name), *verb, *filter(None, words.split(" "))])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / name), run_name="__main__")
     assert stop.value.code == 2
