@@ -14,7 +14,7 @@ QUIETLY := > .venv/pip.log 2>&1 || { cat .venv/pip.log >&2; exit 1; }
 	@$(PYTHON) -m venv .venv
 
 .venv/.runtime: pyproject.toml constraints.txt | .venv/pyvenv.cfg
-	@echo "installing the runtime dependencies into .venv (some minutes the first time)"
+	@echo "installing the runtime dependencies into .venv (some minutes the first time; 5.6 GB on Linux, CUDA included)"
 	@$(INSTALL) '.' $(QUIETLY)
 	@touch $@
 
