@@ -10,11 +10,11 @@ QUIETLY := > .venv/pip.log 2>&1 || { cat .venv/pip.log >&2; exit 1; }
 
 # One stamp file for each set of dependencies, so that further runs start at once.
 .venv/pyvenv.cfg:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@$(PYTHON) -m venv .venv
 
 .venv/.runtime: pyproject.toml constraints.txt | .venv/pyvenv.cfg
-	@echo "installing the runtime dependencies into .venv (some minutes the first time)"
+	@echo "installing the runtime dependencies into .venv (some minutes the first time; 5.6 GB on Linux, CUDA included)"
 	@$(INSTALL) '.' $(QUIETLY)
 	@touch $@
 

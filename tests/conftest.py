@@ -297,15 +297,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pr
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Callable[[MaskPredictor], dict[str, Any]]:
-    """A head that takes the predictor's most probable word: text is lost where EoT is less than even."""
+def head(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """A head that takes the predictor's most probable word: text is lost where EoT is less than even; at slope 0 it's even."""
 
-    def make(predictor: MaskPredictor) -> dict[str, Any]:
+    def make(predictor: MaskPredictor, slope: float = 8.0) -> dict[str, Any]:
         head = EotHead(2)
         for value in head.parameters():
             torch.nn.init.zeros_(value)
         head.linear1.weight.data[:, COLUMNS.index("here")] = torch.tensor([1.0, -1.0])
-        head.linear2.weight.data[0] = torch.tensor([-8.0, 8.0])
+        head.linear2.weight.data[0] = torch.tensor([-slope, slope])
         config = EotConfig(
             hidden=2, gen_length=32, block_length=8, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
             base_fingerprint=predictor.fingerprint, base_family=predictor.family,

@@ -1,5 +1,6 @@
 """Rollouts: decodes prompts full-step, then with the oracle, and streams every step to shards."""
 
+import sys
 import time
 import warnings
 from typing import Any
@@ -55,6 +56,9 @@ class RolloutModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> RolloutBatch:
         """The references of a batch, and the trace of each of the passes."""
+        if batch_idx == 0 and self.trainer.is_global_zero:  # with a small set this is all of it, and takes minutes
+            passes = ", ".join(self.roller.strategies)
+            print(f"decoding the first {len(batch.index)} prompts: {passes}", file=sys.stderr, flush=True)
         found = self.roller.roll(batch)
         self.decoded += len(batch.index)
         return found

@@ -21,16 +21,16 @@ from models.predictor import MaskPredictor, TokenIds, checkpoint_folder, fingerp
 
 
 def learned_decoding(
-    model: PreTrainedModel, input_ids: Tensor, logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, *, strategy: str = "full_step",
-    filter: str | Path | None = None, helper: str | Path | None = None, options: dict[str, Any] | None = None,
-    gen_length: int | None = None, block_length: int = 32, steps: int | None = None, temperature: float = 0.0,
-    eot: EotRule = "commit", seed: int = 0, cache: CacheRule = "none", refresh: int | None = None,
+    model: PreTrainedModel, input_ids: Tensor, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig, *, strategy: str = "full_step", filter: str | Path | None = None,
+    helper: str | Path | None = None, options: dict[str, Any] | None = None, gen_length: int | None = None,
+    block_length: int = 32, steps: int | None = None, temperature: float = 0.0, eot: EotRule = "commit", seed: int = 0,
+    cache: CacheRule = "none", refresh: int | None = None, eot_head: str | Path | None = None, eot_risk: float = 0.01,
     on_step: Callable[[StepResult], object] = lambda step: None, **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
     """Decodes with a strategy in place of transformers' own loop; ``generate`` calls it with prompts ``(B, P)`` int64.
 
-    ``options`` are further settings of the strategy; ``gen_length`` (by default ``max_new_tokens``, or 128) to ``refresh`` are
+    ``options`` are further settings of the strategy; ``gen_length`` (by default ``max_new_tokens``, or 128) to ``eot_risk`` are
     those of :class:`~decoding.config.DecodeConfig`. ``on_step`` is called with what every forward changed. Stopping criteria
     are asked about each token of a block once it is decoded, save for length, and for EoT where ``eot`` is ``off``.
 
@@ -47,11 +47,11 @@ def learned_decoding(
     given = {name: folder for name, folder in (("filter", filter), ("helper", helper)) if folder} | (options or {})
     rule = make_strategy(strategy, **given)
     length = gen_length or generation_config.max_new_tokens or 128
-    config = DecodeConfig(length, block_length, steps, temperature, eot, seed, cache, refresh)
+    config = DecodeConfig(length, block_length, steps, temperature, eot, seed, cache, refresh, eot_head, eot_risk)
     mask = model_kwargs.get("attention_mask")
     prompts = [row.tolist() if mask is None else row[mask[i].bool()].tolist() for i, row in enumerate(input_ids)]
     trained, training = [each for each in model.parameters() if each.requires_grad], model.training
-    predictor, output = _predictor(model, bool(rule.fingerprints())), empty_output(len(prompts), config)
+    predictor, output = _predictor(model, bool(rule.fingerprints() or eot_head)), empty_output(len(prompts), config)
     ruled = (MaxLengthCriteria, EosTokenCriteria) if eot == "off" else MaxLengthCriteria
     stop = _Stop([each for each in stopping_criteria if not isinstance(each, ruled)], prompts, predictor)
     try:
@@ -71,9 +71,8 @@ def _predictor(model: PreTrainedModel, known: bool) -> MaskPredictor:
     config, name = model.config, str(model.name_or_path)
     identity = fingerprint(checkpoint_folder(name)) if known and name else "unsaved"
     ids = TokenIds(config.mask_token_id, *[config.eos_token_id] * 3, bos=config.eos_token_id)
-    return MaskPredictor(
-        model, ids, config.vocab_size, getattr(config, FAMILIES[config.model_type].max_length), identity
-    )
+    longest = getattr(config, FAMILIES[config.model_type].max_length)
+    return MaskPredictor(model, ids, config.vocab_size, longest, identity)
 
 
 class _Stop:

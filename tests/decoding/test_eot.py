@@ -3,13 +3,16 @@
 import pytest
 import torch
 
+from decoding.adapters.for_transformers import learned_decoding
 from decoding.config import DecodeConfig
+from decoding.decoder import Decoder
 from decoding.eot import EotStep, Published
 from decoding.loop import decode, decode_steps
 from decoding.output import empty_output
 from decoding.strategies import make_strategy
 from models.eot import eot_columns
 from models.errors import InputError
+from models.predictor import MaskPredictor
 
 EOT = 62
 
@@ -137,3 +140,20 @@ def test_a_head_is_asked_for_and_must_be_of_the_base(table, random_base, head):
     for risk in (0, 1, True, "x"):
         with pytest.raises(InputError, match="eot_risk: found"):
             DecodeConfig(32, 8, **settings, eot_risk=risk)
+
+
+def test_transformers_ends_a_row_where_the_head_says_so(tiny_checkpoint, head):
+    predictor = MaskPredictor.from_pretrained(tiny_checkpoint, device="cpu")
+    prompt, shown = [4, 5, 6], []
+    config, rule = {"gen_length": 32, "block_length": 8}, make_strategy("full_step")
+    settings = config | head(predictor, slope=0.0) | {"eot_risk": 0.9}  # ends at the first position that can
+    found = predictor.model.generate(
+        torch.tensor([prompt]), custom_generate=learned_decoding, on_step=shown.append, **settings
+    )[0, 3:].tolist()
+    expected = Decoder(predictor, rule).generate([prompt], **settings)
+    assert found == expected.sequences[0, : len(found)].tolist()
+    assert len(shown) == expected.nfe[0] < Decoder(predictor, rule).generate([prompt], **config).nfe[0]
+    file = settings["eot_head"] / "config.json"
+    file.write_text(file.read_text().replace('"base_fingerprint": "', '"base_fingerprint": "another'))
+    with pytest.raises(InputError, match="eot: base_"):
+        predictor.model.generate(torch.tensor([prompt]), custom_generate=learned_decoding, **settings)

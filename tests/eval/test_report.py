@@ -241,7 +241,7 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
     found = {page: (tmp_path / page).read_text() for page in pages}
     assert not any("stale" in text for text in found.values())
     assert all(text.startswith("A\n<!-- ") and text.endswith(" -->\nB\n") for text in found.values())
-    assert "| threshold 0.9 | 99.0 % | – | 4.0 | 5.00× |" in found["README.md"]
+    assert "| threshold 0.9 | 99.0 % | – | 4.0 | 500 |" in found["README.md"]
     assert "| dico |" not in found["README.md"]
     assert "| threshold | threshold 0.9 | 99.0 % | -1.0" in found["docs/decoders.md"]
     assert "| dico | none of 1 | – |" in found["docs/decoders.md"]

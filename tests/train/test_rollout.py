@@ -292,16 +292,20 @@ def test_the_batch_a_prompt_is_decoded_in_does_not_change_its_labels(base: Path,
     assert torch.equal(one.nfe["oracle"], many.nfe["oracle"])
 
 
-def test_a_larger_limit_decodes_only_the_missing_prompts(base: Path, sources, tmp_path: Path) -> None:
+def test_a_larger_limit_decodes_only_the_missing_prompts(base: Path, sources, tmp_path: Path, capsys) -> None:
     few = roll(base, tmp_path, sources=sources, limit=6, batch_size=4, **SETTINGS)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("s*")}
     first = load_records(few).prompt_ids
+    # The whole of a small set may be one shard: minutes in which nothing else would be said.
+    assert capsys.readouterr().err.count("decoding the first 6 prompts: full_step, oracle\n") == 1
     more = roll(base, tmp_path, sources=sources, limit=12, batch_size=4, **SETTINGS)
     assert load_records(more).prompt_ids[:6] == first
     assert more.manifest["counts"]["prompts"] == 12
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    capsys.readouterr()
     again = roll(base, tmp_path, sources=sources, limit=6, batch_size=4, **SETTINGS)
     assert again.manifest["counts"]["prompts"] == 12
+    assert "decoding" not in capsys.readouterr().err
 
 
 def test_other_settings_or_another_model_are_refused_before_any_work(base: Path, sources, tmp_path: Path) -> None:
