@@ -83,7 +83,7 @@ class BatchState:
     Attributes:
         prompt_width: ``P``.
         region: ``(G,)`` int64, 0 to ``G - 1``; ``offsets`` are the first ``K`` of them.
-        storage: ``(P + G,)`` int64, likewise, and ``slots``, one for each row that the batch began with.
+        storage: ``(P + G,)`` int64, likewise, and ``cells``, ``K`` for each row that the batch began with.
         columns: ``(b, K)`` int64, the active block's positions in the generated region.
         masked_block: ``(b, K)`` bool, which of them are masked.
     """
@@ -104,11 +104,11 @@ class BatchState:
         self.region = torch.arange(config.gen_length, device=device)
         self.offsets = self.region[: config.block_length]
         self.storage = torch.arange(self.prompt_width + config.gen_length, device=device)
+        self.cells = torch.arange(len(scheduler.slots) * config.block_length, device=device)
         number = torch.zeros((), dtype=torch.long, device=device)
-        self.slots = torch.arange(len(scheduler.slots), device=device)
         self._row = self.register(number)
         self._ids = self.register(torch.full_like(self.storage, ids.mask))
-        self._attention = self.register(torch.ones_like(self.storage, dtype=torch.bool))
+        self._pad = self.register(number)
         self._positions = self.register(self.storage)
         self._masked = self.register(torch.ones_like(self.region, dtype=torch.bool))
         self._end = self.register(torch.full_like(number, config.gen_length))
@@ -119,10 +119,6 @@ class BatchState:
 
     row = property(lambda self: self._row.value, doc="``(b,)`` int64, index of each row's prompt.")
     ids = property(lambda self: self._ids.value, doc="``(b, P + G)`` int64.")
-    attention = property(
-        lambda self: self._attention.value,
-        doc="``(b, P + G)`` bool, False on padding and right of an accepted end of text.",
-    )
     positions = property(
         lambda self: self._positions.value, doc="``(b, P + G)`` int64, from the row's first real token."
     )
@@ -135,6 +131,15 @@ class BatchState:
     step_in_block = property(
         lambda self: self._step_in_block.value, doc="``(b,)`` int64, forwards so far in that block."
     )
+
+    def attention(self, rows: slice | Tensor, low: int, high: int) -> Tensor:
+        """What some rows see of the columns ``low`` to ``high``: all but padding and what is right of an accepted end of text.
+
+        Returns:
+            ``(n, high - low)`` bool.
+        """
+        columns = self.storage[low:high]
+        return (columns >= self._pad.value[rows, None]) & (columns < self.prompt_width + self.end[rows, None])
 
     @property
     def generated(self) -> Tensor:
@@ -163,18 +168,17 @@ class BatchState:
         return self.owned[-1]
 
     def commit(self, transfer: Tensor, tokens: Tensor) -> None:
-        """Writes ``tokens`` ``(b, K)`` where ``transfer`` is True, in place."""
+        """Writes ``tokens`` ``(b, K)`` where ``transfer`` is True; ``ids`` are written in place, ``masked`` is made anew."""
         generated = self.generated
         generated.scatter_(1, self.columns, torch.where(transfer, tokens, generated.gather(1, self.columns)))
         self.masked_block = self.masked_block & ~transfer
-        self.masked.scatter_(1, self.columns, self.masked_block)
+        self._masked.value = self.masked.scatter(1, self.columns, self.masked_block)
 
     def finish_at(self, last: Tensor) -> None:
         """Ends rows: right of ``last`` ``(b,)`` everything becomes EoT, decoded, and invisible to later forwards."""
-        text = self.region <= last[:, None]
-        self.generated.masked_fill_(~text, self.token_ids.eot)
-        self.masked.logical_and_(text)
-        self.attention[:, self.prompt_width :].logical_and_(text)
+        beyond = self.region > last[:, None]
+        self.generated.masked_fill_(beyond, self.token_ids.eot)
+        self.masked.masked_fill_(beyond, False)
         self._end.value = torch.minimum(self.end, last + 1)
 
     def advance(self, confidence: Tensor) -> list[int]:
@@ -189,20 +193,30 @@ class BatchState:
         Raises:
             InputError: A confidence is not finite: whatever is committed then means nothing.
         """
+        of_blocks = self.masked.unflatten(1, (-1, self.config.block_length)).sum(2)
+        # A confidence is at most 1: what is not finite is no number at all.
+        broken = confidence.isnan().sum(1, keepdim=True)
+        known = self.read(torch.cat((of_blocks, self.end[:, None], broken), 1))
+        if any(row[-1] for row in known):
+            raise InputError("base model: confidence", "not finite", "weights and a dtype whose logits are finite")
+        progress = [_progress(of_block, end) for *of_block, end, _ in known]
+        self._step_in_block.value += 1
+        if any(row[2] != slot.block for row, slot in zip(progress, self.scheduler.slots, strict=True)):
+            self._move_on()
+        self.masked_block = self.masked.gather(1, self.columns)
+        return self.scheduler.advance(progress)
+
+    def _move_on(self) -> None:
+        """Lets every row go on to its first block with a masked position."""
         block = self.masked.int().argmax(1) // self.config.block_length
         moved = block != self.block
         self._block.value = block
-        self._step_in_block.value = (self.step_in_block + 1).masked_fill_(moved, 0)
-        self._look()
+        self._step_in_block.value.masked_fill_(moved, 0)
         for tensor in self.owned:
             if tensor.per_block:
                 begins = moved.view(-1, *(1,) * tensor.initial.dim())
                 tensor.value = torch.where(begins, tensor.initial, tensor.value)
-        broken = (~confidence.isfinite()).sum(1)
-        *left, broken = self.read(torch.stack((self.masked.sum(1), self.masked_block.sum(1), block, self.end, broken)))
-        if any(broken):
-            raise InputError("base model: confidence", "not finite", "weights and a dtype whose logits are finite")
-        return self.scheduler.advance(*left)
+        self._look()
 
     def read(self, known: Tensor) -> list[list[int]]:
         """The one place where a step waits for the device."""
@@ -229,14 +243,19 @@ class BatchState:
         self.row[slot] = row
         self.ids[slot, :pad] = self.token_ids.pad
         self.ids[slot, pad : self.prompt_width] = prompt.to(self.device)
-        self.attention[slot, :pad] = False
+        self._pad.value[slot] = pad
         self.positions[slot] = (self.storage - pad).clamp_(min=0)
         if (begun := self.begun) is not None:
             self.generated[slot], self.masked[slot] = begun.ids[row].to(self.device), begun.masked[row].to(self.device)
             self.end[slot], self.block[slot] = begun.end[row], begun.block[row]
-            self.attention[slot, self.prompt_width :] = self.region < self.end[slot]
 
     def _look(self) -> None:
         """Brings what follows from the active blocks up to date."""
         self.columns = self.block[:, None] * self.config.block_length + self.offsets
         self.masked_block = self.masked.gather(1, self.columns)
+
+
+def _progress(of_blocks: Sequence[int], end: int) -> tuple[int, int, int, int]:
+    """A slot's ``left``, ``block_masked``, ``block`` and ``end``, given how much of each block is masked."""
+    block = next((number for number, masked in enumerate(of_blocks) if masked), 0)
+    return sum(of_blocks), of_blocks[block], block, end

@@ -17,7 +17,7 @@ class Step:
             confidences round to the same number and their logarithms do not.
         quota: ``(b,)`` int64, tokens a fixed schedule commits at this step, at least 1.
         reference: ``(b, K)`` int64, the reference decode's tokens, where the call was given one.
-        decoded: ``(b,)`` float32, share of the row's whole generated region that is decoded.
+        decoded: ``(b,)`` float32, share of the row's whole generated region that is decoded; ``None`` unless asked for.
         divergence: ``(b, K)`` float32, nats: KL divergence of the position's distribution from the one a step earlier
             (``KL(p_t || p_{t-1})``), infinite at the row's first step, and with a dual cache at a block's first step;
             ``None`` unless the strategy asks for it.

@@ -94,13 +94,13 @@ class DiCo(FilterStrategy):
     network: nn.Module | None = field(default=None, repr=False)
     config: FilterConfig | None = field(default=None, repr=False)
     name = "dico"
-    needs = frozenset({"margin"})
+    needs = frozenset({"margin", "decoded"})
 
     def __post_init__(self) -> None:
         check(vars(self), _RULES, f"{self.name}.")
         if (self.filter, self.network, self.config) != (None, None, None):
             self.take_filter()
-            self.needs = self.needs | {"margin"}
+            self.needs = self.needs | DiCo.needs
             self.component = "filter_commits"
 
     @property
