@@ -35,7 +35,9 @@ class BlockRun(Run):
         self.history = History(state) if "history" in self.needs else None
         self.distributions = Distributions(state, predictor.vocab_size) if "divergence" in self.needs else None
         self.memory = {
-            name: state.register(value[0].to(state.device), per_block=True)
+            name: state.register(
+                value[0].to(state.device), per_block=True, told=int(value[0]) if name in strategy.told else None
+            )
             for name, value in strategy.memory(1, request.config.block_length).items()
         }
         self.references = None if request.references is None else request.references.to(state.device)
@@ -59,6 +61,7 @@ class BlockRun(Run):
             fields.get("divergence"),
             fields.get("draw_entropy"),
             {name: tensor.value for name, tensor in self.memory.items()},
+            {name: self.memory[name].known for name in self.strategy.told},
         )
         decision = self.strategy.decide(step)
         for name, tensor in self.memory.items():

@@ -20,10 +20,13 @@ class RowTensor:
             another row comes: nobody else may hold it.
         initial: ``(...)``, what an admitted row begins with.
         per_block: Back to ``initial`` whenever the row goes on to another block.
+        told: What ``initial`` is, where the host is told a number of every row; else ``None``.
+        known: What the host knows of each row: ``value``, as it was when the last step ended.
     """
 
-    def __init__(self, initial: Tensor, rows: int, per_block: bool) -> None:
-        self.initial, self.per_block = initial, per_block
+    def __init__(self, initial: Tensor, rows: int, per_block: bool, told: int | None) -> None:
+        self.initial, self.per_block, self.told = initial, per_block, told
+        self.known = [] if told is None else [told] * rows
         self.value = initial.expand(rows, *initial.shape).clone()
 
 
@@ -157,14 +160,15 @@ class BatchState:
         whole, rest = divmod(self.config.block_length, self.config.steps_per_block)
         return whole + (self.step_in_block < rest).long() if rest else torch.full_like(self.step_in_block, whole)
 
-    def register(self, initial: Tensor, per_block: bool = False) -> RowTensor:
+    def register(self, initial: Tensor, per_block: bool = False, told: int | None = None) -> RowTensor:
         """Makes a tensor that follows the rows; the caller owns it.
 
         Args:
             initial: ``(...)``, what a row begins with, on the state's device.
             per_block: A row begins anew with every block.
+            told: For an ``initial`` of shape ``(1,)`` int64 that number: a step's read then tells the host each row's.
         """
-        self.owned.append(RowTensor(initial, len(self.scheduler.slots), per_block))
+        self.owned.append(RowTensor(initial, len(self.scheduler.slots), per_block, told))
         return self.owned[-1]
 
     def commit(self, transfer: Tensor, tokens: Tensor) -> None:
@@ -196,12 +200,18 @@ class BatchState:
         of_blocks = self.masked.unflatten(1, (-1, self.config.block_length)).sum(2)
         # A confidence is at most 1: what is not finite is no number at all.
         broken = confidence.isnan().sum(1, keepdim=True)
-        known = self.read(torch.cat((of_blocks, self.end[:, None], broken), 1))
-        if any(row[-1] for row in known):
+        told = [tensor for tensor in self.owned if tensor.told is not None]
+        numbers = (tensor.value for tensor in told)
+        known = self.read(torch.cat((broken, self.end[:, None], *numbers, of_blocks), 1))
+        if any(row[0] for row in known):
             raise InputError("base model: confidence", "not finite", "weights and a dtype whose logits are finite")
-        progress = [_progress(of_block, end) for *of_block, end, _ in known]
+        progress = [_progress(row[2 + len(told) :], row[1]) for row in known]
+        moved = [row[2] != slot.block for row, slot in zip(progress, self.scheduler.slots, strict=True)]
+        for place, tensor in enumerate(told, 2):
+            begins = [new and tensor.per_block for new in moved]
+            tensor.known = [tensor.told if new else row[place] for row, new in zip(known, begins, strict=True)]
         self._step_in_block.value += 1
-        if any(row[2] != slot.block for row, slot in zip(progress, self.scheduler.slots, strict=True)):
+        if any(moved):
             self._move_on()
         self.masked_block = self.masked.gather(1, self.columns)
         return self.scheduler.advance(progress)
@@ -227,10 +237,15 @@ class BatchState:
         for tensor in self.owned:
             for source, target in changes.moves:
                 tensor.value[target] = tensor.value[source]
+                if tensor.told is not None:
+                    tensor.known[target] = tensor.known[source]
             tensor.value = tensor.value[: len(self.scheduler.slots)]
+            tensor.known = tensor.known[: len(self.scheduler.slots)]
         for slot in changes.admitted:
             for tensor in self.owned:
                 tensor.value[slot] = tensor.initial
+                if tensor.told is not None:
+                    tensor.known[slot] = tensor.told
             self._admit(slot)
         if self.scheduler.slots:
             self._look()

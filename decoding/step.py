@@ -24,6 +24,7 @@ class Step:
         draw_entropy: ``(b, K)`` float32, nats: entropy of the distribution that the guess is drawn from, at the decode's
             temperature and within the strategy's ``top_p``; ``None`` unless the strategy asks for it.
         memory: What :meth:`BlockStrategy.memory` began the row's block with, or the row's last decision left.
+        told: What of it the host knows, too, where the strategy asks for it: a number for each row.
     """
 
     evidence: Evidence
@@ -34,6 +35,7 @@ class Step:
     divergence: Tensor | None = None
     draw_entropy: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    told: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
