@@ -35,9 +35,7 @@ class BlockRun(Run):
         self.history = History(state) if "history" in self.needs else None
         self.distributions = Distributions(state, predictor.vocab_size) if "divergence" in self.needs else None
         self.memory = {
-            name: state.register(
-                value[0].to(state.device), per_block=True, told=int(value[0]) if name in strategy.told else None
-            )
+            name: state.register(value[0].to(state.device), per_block=True, told=strategy.told.get(name))
             for name, value in strategy.memory(1, request.config.block_length).items()
         }
         self.references = None if request.references is None else request.references.to(state.device)

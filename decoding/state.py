@@ -229,7 +229,12 @@ class BatchState:
         self._look()
 
     def read(self, known: Tensor) -> list[list[int]]:
-        """The one place where a step waits for the device."""
+        """The one place where a step waits for the device.
+
+        Args:
+            known: ``(b, 2 + n + G / K)`` int64, of each row: confidences that are not finite, ``end``, the ``n`` numbers
+                that the host is told, and how many positions of each block are masked.
+        """
         return known.tolist()
 
     def follow(self, changes: Changes) -> None:

@@ -1,6 +1,8 @@
 """What a strategy is."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -55,13 +57,14 @@ class BlockStrategy(Strategy):
     Attributes:
         needs: Evidence beyond token and confidence: any of ``margin``, ``entropy``, ``draw_entropy``, ``divergence``, ``decoded``
             and ``history``, which stands for ``stable`` and ``previous``.
-        told: Which of its memory, ``(b, 1)`` int64, our own loop tells it on the host, too, in :attr:`Step.told`.
+        told: Which of its memory, ``(b, 1)`` int64, our own loop tells it on the host, too, in :attr:`Step.told`: name to what a
+            block begins with.
         top_p: Tokens are drawn from the fewest most probable ones that have more than this probability together; 1: from all.
         all_positions: True if it reads token and confidence at decoded positions of the block too.
     """
 
     needs: frozenset[str] = frozenset()
-    told: frozenset[str] = frozenset()
+    told: ClassVar[Mapping[str, int]] = MappingProxyType({})
     all_positions: bool = False
     top_p: float = 1.0
 

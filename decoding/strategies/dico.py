@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class DiCo(FilterStrategy):
     config: FilterConfig | None = field(default=None, repr=False)
     name = "dico"
     needs = frozenset({"margin", "decoded"})
-    told = frozenset({"phase"})
+    told: ClassVar[dict[str, int]] = {"phase": DIVIDE}
 
     def __post_init__(self) -> None:
         check(vars(self), _RULES, f"{self.name}.")
