@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.manifest import Rollouts, open_rollouts
-from data.shards import load_sequences
+from data.rollouts import load_sequences
 from data.tables import fixed, ragged
 from models.eot import can_end, eot_columns
 from models.errors import InputError

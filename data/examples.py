@@ -215,7 +215,7 @@ def _tuples(description: Any) -> Any:
 
 def by_shard(rollouts: Rollouts, passes: Sequence[str] | None) -> Iterator[Records]:
     """The records of a set, those of one shard at a time: no decode is in two of them."""
-    from data.shards import load_records
+    from data.rollouts import load_records
 
     for shard in rollouts.manifest["shards"]:
         yield load_records(Rollouts(rollouts.folder, rollouts.manifest | {"shards": [shard]}), passes)

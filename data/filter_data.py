@@ -117,7 +117,7 @@ class FilterDataModule(LightningDataModule):
         self.records = None  # the parts are copies
 
     def _read(self, device: torch.device) -> Mapping[str, FilterBatch | StoredExamples]:
-        from data.shards import load_records
+        from data.rollouts import load_records
 
         sets = [open_rollouts(folder) for folder in self.rollouts]
         for one in sets[1:]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.manifest import open_rollouts
 from data.rollout_data import plan
-from data.shards import Sequences, load_sequences
+from data.rollouts import Sequences, load_sequences
 from data.typed import Count, Whole, checked
 from models.errors import InputError
 

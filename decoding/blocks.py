@@ -7,7 +7,7 @@ from torch import Tensor
 
 from decoding.evidence import evidence_of, lay_out
 from decoding.history import Distributions, History
-from decoding.plan import CACHES, ForwardPlan
+from decoding.plan import CACHES, ForwardPlan, begin
 from decoding.read import in_chunks, read_block, read_eot
 from decoding.run import Request, Run
 from decoding.step import Decision, Step
@@ -35,7 +35,7 @@ class BlockRun(Run):
         self.history = History(state) if "history" in self.needs else None
         self.distributions = Distributions(state, predictor.vocab_size) if "divergence" in self.needs else None
         self.memory = {
-            name: state.register(value[0].to(state.device), per_block=True)
+            name: state.register(value[0].to(state.device), per_block=True, told=strategy.told.get(name))
             for name, value in strategy.memory(1, request.config.block_length).items()
         }
         self.references = None if request.references is None else request.references.to(state.device)
@@ -55,10 +55,11 @@ class BlockRun(Run):
             fields["log_confidence"],
             state.quota,
             None if self.references is None else self.references[state.row].gather(1, state.columns),
-            1 - state.masked.float().mean(1),
+            1 - state.masked.float().mean(1) if "decoded" in self.needs else None,
             fields.get("divergence"),
             fields.get("draw_entropy"),
             {name: tensor.value for name, tensor in self.memory.items()},
+            {name: self.memory[name].known for name in self.strategy.told},
         )
         decision = self.strategy.decide(step)
         for name, tensor in self.memory.items():
@@ -74,56 +75,56 @@ class BlockRun(Run):
         """
         state, size, rows = self.state, self.config.block_length, plan.rows
         slots = [self.scheduler.slots[number] for number in plan.slots]
-        block, masked = state.block[rows, None], state.masked_block[rows]
-        low, high = state.window
-        first, length = (low, high - low) if plan.first is None else (plan.first, plan.length)
-        # Of each row's active block in the flattened forward:
-        begin = state.slots[: len(block), None] * length + state.prompt_width + block * size - first
-        numbers = state.slots[: len(state.block)][rows, None]
-        taking: Tensor | bool = True
-        if len(slots) < len(block):
+        masked, region = state.masked_block[rows], len(state.region)
+        taking = None
+        if len(slots) < len(masked):
             taking = (state.step_in_block[rows] % self.policy.period(self.config) > 0)[:, None]
+        # Each row's active block begins ``shift`` columns from where its forward begins, and that has ``length`` columns.
+        shift, length = self.predictor.left_context, plan.length
+        if plan.whole:
+            low, high = state.window
+            shift, length = begin(state, plan.slots, rows) - low, high - low
 
         # The masked positions first: only they draw noise, whatever else is looked at.
         counts = [slot.block_masked for slot in slots]
-        cells, at = numbers * size + state.offsets, begin + state.offsets
-        sparse = len(slots) < len(block) or sum(counts) < cells.numel()
+        here = state.cells[: masked.numel()]
+        sparse = sum(counts) < len(here)
         if sparse:
-            chosen = [_where(masked & taking, sum(counts))]
+            here = _where(masked, taking, sum(counts))
             if self.all_positions:
-                chosen.append(_where(~masked & taking, len(slots) * size - sum(counts)))
-            some = torch.cat(chosen)
-            cells, at = cells.view(-1)[some], at.view(-1)[some]
-        cells, wanted = cells.view(-1), [at.view(-1)]
+                here = torch.cat((here, _where(~masked, taking, len(slots) * size - sum(counts))))
+        cells, wanted = _in_batch(here, size, rows), [_placed(here, size, length, shift)]
 
         # Right of the block: what it says of EoT, and its next block's distributions.
         rest = ahead = None
         if self.reads_region and (plan.whole or self.policy.sees_ahead):
-            right = state.masked[rows] & (state.region >= (block + 1) * size) & taking
-            rest = _where(right, sum(slot.left - slot.block_masked for slot in slots))
-            wanted.append((begin - block * size + state.region).view(-1)[rest])
+            done = state.block[rows, None] * size
+            right = state.masked[rows] & (state.region >= done + size)
+            rest = _where(right, taking, sum(slot.left - slot.block_masked for slot in slots))
+            wanted.append(_placed(rest, region, length, shift - done))
         if self.distributions is not None and self.policy.sees_ahead:
-            reached = (state.offsets < state.end[rows, None] - (block + 1) * size) & taking
-            ahead = _where(reached, sum(min(max(slot.end - (slot.block + 1) * size, 0), size) for slot in slots))
-            wanted.append((begin + size + state.offsets).view(-1)[ahead])
+            reached = state.offsets < state.end[rows, None] - (state.block[rows, None] + 1) * size
+            ahead = _where(
+                reached, taking, sum(min(max(slot.end - (slot.block + 1) * size, 0), size) for slot in slots)
+            )
+            wanted.append(_placed(ahead, size, length, shift + size))
 
         hidden = self.forward(plan, torch.cat(wanted) if len(wanted) > 1 else wanted[0])
-        of_block, *others = hidden.split([len(part) for part in wanted])
+        of_block, *others = hidden.split([len(part) for part in wanted]) if len(wanted) > 1 else [hidden]
         if ahead is not None:
-            self._keep(others[-1], numbers.view(-1)[ahead // size], ahead % size)
+            stored = _in_batch(ahead, size, rows)
+            self._keep(others[-1], stored // size, stored % size)
         found = self._read(of_block, cells, [slot.row for slot in slots], counts)
         if self.reads_region:
-            where = cells // size
-            places = where * len(state.region) + state.block[where] * size + cells % size
+            places = _placed(cells, size, region, state.block[:, None] * size)
             lay_out(self.eot, {name: found.pop(f"eot_{name}") for name in _EOT}, places, state.masked.shape)
         if rest is not None:
             said = in_chunks(
                 others[0], self.logits, self.predictor.vocab_size,
                 lambda logits, _: read_eot(logits, self.predictor.ids),
             )  # fmt: skip
-            width = len(state.region)
-            lay_out(self.eot, said, numbers.view(-1)[rest // width] * width + rest % width, state.masked.shape)
-        every = not sparse and len(block) == len(state.block)
+            lay_out(self.eot, said, _in_batch(rest, region, rows), state.masked.shape)
+        every = not sparse and len(masked) == len(state.block)
         lay_out(fields, found, None if every else cells, state.masked_block.shape)
 
     def _read(self, hidden: Tensor, cells: Tensor, rows: list[int], counts: list[int]) -> dict[str, Tensor]:
@@ -166,6 +167,37 @@ class BlockRun(Run):
 _EOT = ("probability", "log_probability", "top")
 
 
-def _where(flags: Tensor, count: int) -> Tensor:
-    """Places of the ``count`` True entries of the flattened ``flags``, ``(count,)`` int64, without asking the device."""
+def _where(flags: Tensor, taking: Tensor | None, count: int) -> Tensor:
+    """Places of the ``count`` True entries of the flattened ``flags``, ``(count,)`` int64, without asking the device.
+
+    Args:
+        flags: ``(n, width)`` bool.
+        taking: ``(n, 1)`` bool, the rows that count; ``None``: all.
+        count: How many there are.
+    """
+    flags = flags if taking is None else flags & taking
     return flags.reshape(-1).nonzero_static(size=count)[:, 0]
+
+
+def _placed(places: Tensor, width: int, length: int, shift: Tensor | int) -> Tensor:
+    """Places of a flattened ``(n, width)``, ``(N,)`` int64, in a flattened ``(n, length)``.
+
+    Args:
+        places: ``(N,)`` int64.
+        width: Columns of what they are places in.
+        length: Columns of what they are to be places in.
+        shift: Column there of a row's first column here, ``(n, 1)`` int64 or the same number for all.
+    """
+    if isinstance(shift, int):
+        if width == length:
+            return places + shift if shift else places
+        return places + (places // width * (length - width) + shift)
+    row = places // width
+    return places + row * (length - width) + shift[row, 0]
+
+
+def _in_batch(places: Tensor, width: int, rows: slice | Tensor) -> Tensor:
+    """Places of the flattened ``(n, width)`` of some ``rows``, ``(N,)`` int64, in the flattened ``(b, width)`` of all."""
+    if isinstance(rows, slice):
+        return places + rows.start * width if rows.start else places
+    return places + (rows - torch.arange(len(rows), device=rows.device))[places // width] * width

@@ -94,8 +94,8 @@ class Engine:
         state = {f"memory.{name}": value for name, value in self.rule.memory(*shape).items()}
         state["step"] = torch.zeros(rows, dtype=torch.long)
         if "history" in self.rule.needs:
-            state |= {"token": torch.zeros(shape).long(), "confidence": torch.zeros(shape)}
-            state["stable"] = state["token"].clone()
+            state |= {"token": torch.full(shape, -1), "confidence": torch.zeros(shape)}
+            state["stable"] = torch.zeros(shape, dtype=torch.long)
         if "divergence" in self.rule.needs:
             state["log_probability"] = torch.zeros(*shape, size)
         return {name: value.to(device) for name, value in state.items()}
@@ -149,7 +149,7 @@ class Engine:
 
         def compare(token: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:
             known = before["token"], before["confidence"], before["stable"]
-            stable, previous = compare_guesses(masked, before["step"][:, None] == 0, (token, confidence), known)
+            stable, previous = compare_guesses(masked, (token, confidence), known)
             after.update(token=token, confidence=confidence, stable=stable)
             return stable, previous
 

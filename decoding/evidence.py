@@ -13,13 +13,20 @@ Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def lay_out(laid: dict[str, Tensor], fields: dict[str, Tensor], places: Tensor | None, shape: torch.Size) -> None:
     """Writes fields ``(N, ...)`` to their ``places`` ``(N,)`` in ``laid``, of ``shape``; ``None``: they are all of it."""
+    alike: dict[tuple[torch.dtype, torch.Size], list[str]] = {}
     for name, values in fields.items():
-        whole = (*shape, *values.shape[1:])
+        rest = values.shape[1:]
         if places is None:
-            laid[name] = values.view(whole)
+            laid[name] = values.view(*shape, *rest)
+        elif name in laid:
+            laid[name].view(-1, *rest).index_copy_(0, places, values)
         else:
-            target = laid.setdefault(name, values.new_zeros(whole))
-            target.view(-1, *values.shape[1:]).index_copy_(0, places, values)
+            alike.setdefault((values.dtype, rest), []).append(name)
+    for (_, rest), names in alike.items():  # fields of one kind are laid down together
+        values = torch.stack([fields[name] for name in names])
+        target = values.new_zeros(len(names), *shape, *rest)
+        target.view(len(names), -1, *rest).index_copy_(1, places, values)
+        laid |= zip(names, target.unbind(), strict=True)
 
 
 def evidence_of(
@@ -50,19 +57,18 @@ def evidence_of(
 
 
 def compare_guesses(
-    masked: Tensor, first: Tensor, now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor, Tensor]
+    masked: Tensor, now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """``stable`` ``(b, K)`` int64 and ``previous`` ``(b, K)`` float32.
 
     Args:
         masked: ``(b, K)`` bool.
-        first: ``(b, 1)`` bool, the block's first step: there is nothing to compare with.
         now: This step's token ``(b, K)`` int64 and confidence ``(b, K)`` float32.
-        before: The last step's, and its ``stable``.
+        before: The last step's, and its ``stable``; token -1 and zeros at a block's first step.
     """
-    same = masked & (now[0] == before[0]) & ~first
+    same = masked & (now[0] == before[0])
     stable = torch.where(same, before[2] + 1, 0)
-    return stable, (before[1] * masked).masked_fill_(first, 0.0)
+    return stable, before[1] * masked
 
 
 def divergence(now: Tensor, before: Tensor) -> Tensor:

@@ -17,9 +17,11 @@ class History:
     def __init__(self, state: BatchState) -> None:
         zero = torch.zeros(state.config.block_length, device=state.device)
         self.state = state
-        self.token = state.register(zero.long())
-        self.confidence = state.register(zero)
-        self.steps = state.register(zero.long())
+        self.token = state.register(
+            zero.long() - 1, per_block=True
+        )  # no id: a block's first step is like nothing before
+        self.confidence = state.register(zero, per_block=True)
+        self.steps = state.register(zero.long(), per_block=True)
 
     def compare(self, token: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:
         """``stable`` and ``previous`` of :class:`models.features.Evidence`; remembers this step's guesses instead.
@@ -28,11 +30,9 @@ class History:
             token: ``(b, K)`` int64, this step's guesses.
             confidence: ``(b, K)`` float32.
         """
-        masked, first = self.state.masked_block, (self.state.step_in_block == 0)[:, None]
         before = self.token.value, self.confidence.value, self.steps.value
-        stable, previous = compare_guesses(masked, first, (token, confidence), before)
-        # Copies: what a row leaves behind is written over when the next comes, and the evidence may be kept.
-        self.token.value, self.confidence.value, self.steps.value = token.clone(), confidence.clone(), stable.clone()
+        stable, previous = compare_guesses(self.state.masked_block, (token, confidence), before)
+        self.token.value, self.confidence.value, self.steps.value = token, confidence, stable
         return stable, previous
 
 
@@ -62,11 +62,14 @@ class Distributions:
             cells: ``(N,)`` int64, positions in the flattened ``(b, K)`` of the active blocks.
         """
         state, size = self.state, self.state.config.block_length
-        row = cells // size
-        place = self._place(row, state.block[row], cells % size)
+        row, place = cells // size, cells
+        if self.kept == 2:
+            place = self._place(row, state.block[row], cells % size)
         stored = self.stored.value.view(-1, now.shape[1])
         changed = divergence(now, stored[place])
         stored.index_copy_(0, place, now)
+        if not any(slot.step_in_block == 0 for slot in state.scheduler.slots):
+            return changed
         first = state.step_in_block == 0
         if self.kept == 2:
             first = first & (state.block == 0)

@@ -207,8 +207,9 @@ def _worst_case(run: Run) -> Iterator[None]:
     region, size, steps = run.config.gen_length, run.config.block_length, iter(range(1, run.config.block_length))
 
     def told(known: Tensor) -> list[list[int]]:
-        rows, done = known.shape[1], next(steps)
-        return [[value] * rows for value in (region - done, size - done, 0, region, 0)]
+        blocks, done = region // size, next(steps)
+        others = [0] * (known.shape[1] - 2 - blocks)
+        return [[0, region, *others, size - done, *[size] * (blocks - 1)]] * len(known)
 
     run.state.read = told
     try:

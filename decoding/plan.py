@@ -106,7 +106,8 @@ class Prefix(CachePolicy):
         blocks = [slot.block for slot in state.scheduler.slots[rows]]
         length = high - state.prompt_width - min(blocks) * size + context
         last = None if len(set(blocks)) == 1 else torch.full_like(state.block[rows, None], high - 1)
-        return ForwardPlan(taking, rows, _begin(state, rows) - context, length, last)
+        first = begin(state, range(rows.start, rows.stop), rows) - context
+        return ForwardPlan(taking, rows, first, length, last)
 
 
 class Dual(CachePolicy):
@@ -117,7 +118,8 @@ class Dual(CachePolicy):
 
     def part(self, state: BatchState, taking: list[int], context: int) -> ForwardPlan:
         rows = _range(taking)
-        return ForwardPlan(taking, rows, _begin(state, rows) - context, state.config.block_length + context)
+        first = begin(state, range(rows.start, rows.stop), rows) - context
+        return ForwardPlan(taking, rows, first, state.config.block_length + context)
 
 
 CACHES: dict[str, CachePolicy] = {policy.name: policy for policy in (NoCache(), Prefix(), Dual())}
@@ -129,9 +131,9 @@ def _range(taking: Sequence[int]) -> slice:
     return slice(min(taking), max(taking) + 1)
 
 
-def _begin(state: BatchState, rows: slice) -> Tensor | int:
-    """Storage column of each row's active block; one number where all are at the same."""
-    blocks = {slot.block for slot in state.scheduler.slots[rows]}
+def begin(state: BatchState, slots: Sequence[int], rows: slice | Tensor) -> Tensor | int:
+    """Storage column of the active block of each of ``slots``, which are ``rows``; one number where all are at the same."""
+    blocks = {state.scheduler.slots[number].block for number in slots}
     if len(blocks) == 1:
         return state.prompt_width + blocks.pop() * state.config.block_length
     return state.prompt_width + state.block[rows, None] * state.config.block_length

@@ -85,9 +85,9 @@ def in_chunks(
     """
     size = max(1, CHUNK_BYTES // (4 * vocab_size))
     parts = [slice(start, min(start + size, len(hidden))) for start in range(0, max(1, len(hidden)), size)]
+    if len(parts) == 1:
+        return read(logits(hidden), parts[0])
     read_parts = [read(logits(hidden[part]), part) for part in parts]
-    if len(read_parts) == 1:
-        return read_parts[0]
     return {name: torch.cat([fields[name] for fields in read_parts]) for name in read_parts[0]}
 
 
@@ -111,8 +111,9 @@ def read_block(
     """
     fields: dict[str, Tensor] = {}
     wide = logits.float()
-    mask = wide[:, ids.mask].clone()
-    wide[:, ids.mask] = -torch.inf
+    of_mask = wide[:, ids.mask]
+    mask = of_mask.clone()
+    of_mask.fill_(-torch.inf)
     choice = wide if top_p == 1 else nucleus(wide, temperature or 1.0, top_p)
     if "draw_entropy" in needs:
         fields["draw_entropy"] = torch.special.entr(_at(choice, temperature or 1.0).softmax(-1)).sum(-1)
@@ -121,21 +122,23 @@ def read_block(
     else:
         token = noisy(choice).argmax(-1)
         best = wide.gather(-1, token[:, None])[:, 0]
-    wide[:, ids.mask] = mask  # only the choice of the token excludes MASK
-    others = wide.scatter_(-1, token[:, None], -torch.inf).logsumexp(-1)
-    wide.scatter_(-1, token[:, None], best[:, None])
+        if "margin" in needs:
+            two = wide.topk(2, dim=-1).values
+            fields["margin"] = two[:, 0] - two[:, 1]
+    wide.scatter_(-1, token[:, None], -torch.inf)
+    if "margin" in needs and noisy is None:
+        fields["margin"] = best - wide.amax(-1)
+    of_mask.copy_(mask)  # only the choice of the token excludes MASK
+    others = wide.logsumexp(-1)
     log_confidence = _log_share(best, others)
     fields |= {"token": token, "confidence": log_confidence.exp(), "log_confidence": log_confidence}
     if needs & {"entropy", "divergence"}:
+        wide.scatter_(-1, token[:, None], best[:, None])
         log_probability = wide - torch.logaddexp(best, others)[:, None]
         if "entropy" in needs:
             fields["entropy"] = torch.special.entr(log_probability.exp()).sum(-1)
         if "divergence" in needs:
             fields["log_probability"] = log_probability
-    wide[:, ids.mask] = -torch.inf
-    if "margin" in needs:
-        two = wide.topk(2, dim=-1).values
-        fields["margin"] = two[:, 0] - two[:, 1]
     return fields
 
 

@@ -71,6 +71,7 @@ class Run(ABC):
     Attributes:
         scheduler: Which prompt is in which row.
         state: The rows' tensors.
+        rows: ``(b,)`` int64 on the CPU, index of each live row's prompt.
         cache: The predictor's keys and values, a row a slot, from storage column ``cache_first`` on, where a subclass keeps them.
         eot: EoT evidence of the step over the generated region, ``(b, G)`` fields; empty where none was looked at.
     """
@@ -94,6 +95,7 @@ class Run(ABC):
         self.cache: KVCache | None = None
         self.cache_first = 0
         self.finished: list[int] = []
+        self.rows = torch.tensor(self.scheduler.rows)
         self.eot: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -104,7 +106,6 @@ class Run(ABC):
         """One forward of every live row, and what follows from it."""
         state, output, ids = self.state, self.output, self.predictor.ids
         evidence, decision = self.decide()
-        rows = torch.tensor(self.scheduler.rows)
         transfer = decision.transfer & state.masked_block
         tokens = evidence.token if decision.token is None else decision.token
         for name, count in decision.counts.items():
@@ -112,9 +113,9 @@ class Run(ABC):
                 output.counts[name] = count.new_zeros(len(output.nfe))
             output.counts[name].index_add_(0, state.row, count)
         if self.request.record:
-            output.trace.append(self._trace(rows, evidence, transfer, tokens))
+            output.trace.append(self._trace(evidence, transfer, tokens))
 
-        was_masked = state.masked.clone()
+        was_masked = state.masked
         state.commit(transfer, tokens)
         if self.config.eot != "off":
             committed = torch.where(transfer & (tokens == ids.eot), state.columns, self.config.gen_length).amin(1)
@@ -123,7 +124,7 @@ class Run(ABC):
         self.finished = state.advance(evidence.confidence)
         if self.request.stop is not None:
             self._stop(self.request.stop)
-        result = StepResult(output.forward_calls, rows, was_masked & ~state.masked, state.generated)
+        result = StepResult(output.forward_calls, self.rows, was_masked ^ state.masked, state.generated)
         output.seconds, output.predictor_seconds = time.perf_counter() - self.started, self.timer.total
         if any(slot.steps > self.config.gen_length for slot in self.scheduler.slots):
             raise RuntimeError(f"strategy {self.request.strategy.name!r} left a row without a commit")
@@ -145,7 +146,7 @@ class Run(ABC):
         ids, positions = state.ids[rows], state.positions[rows]
         seen = None
         if not self.scheduler.unpadded or plan.end is not None:
-            seen = state.attention[rows, low:high]
+            seen = state.attention(rows, low, high)
             seen = seen if plan.end is None else seen & (state.storage[low:high] < plan.end)
         arguments: dict[str, Any] = {}
         if self.cache is not None:
@@ -156,6 +157,10 @@ class Run(ABC):
             arguments["cache_rows"] = None if every else rows
         if plan.whole:
             ids, positions = ids[:, low:high], positions[:, low:high]
+        elif isinstance(plan.first, int):
+            first, last = plan.first, plan.first + plan.length
+            arguments["cache_index"] = state.storage[first - low : last - low].expand(len(ids), -1)
+            ids, positions = ids[:, first:last], positions[:, first:last]
         else:
             assert plan.first is not None
             columns = (plan.first + state.storage[: plan.length]).expand(len(ids), -1)
@@ -206,6 +211,7 @@ class Run(ABC):
         state.follow(changes)
         for source, target in changes.moves:
             self.moved(source, target)
+        self.rows = torch.tensor(self.scheduler.rows)
         self._shrink()
 
     def moved(self, source: int, target: int) -> None:
@@ -237,16 +243,17 @@ class Run(ABC):
         output.counts = {name: count.cpu() for name, count in output.counts.items()}
         output.seconds = time.perf_counter() - self.started
 
-    def _trace(self, rows: Tensor, evidence: Evidence, transfer: Tensor, tokens: Tensor) -> StepTrace:
+    def _trace(self, evidence: Evidence, transfer: Tensor, tokens: Tensor) -> StepTrace:
         state, slots = self.state, self.scheduler.slots
         eot = self.eot if self.request.record_eot else {}
         return StepTrace(
-            rows=rows,
+            rows=self.rows,
             block=torch.tensor([slot.block for slot in slots]),
             step=torch.tensor([slot.steps for slot in slots]),
-            evidence=evidence.to("cpu"),
+            # Copies: what the decode remembers of it is written over when another row comes.
+            evidence=evidence.each(torch.clone).to("cpu"),
             transfer=transfer.cpu(),
-            committed=tokens.cpu(),
+            committed=tokens.clone().cpu(),
             eot_probability=(eot["probability"] * state.masked).cpu() if eot else None,
             eot_top=(eot["top"] & state.masked).cpu() if eot else None,
         )

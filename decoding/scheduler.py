@@ -96,15 +96,16 @@ class Scheduler:
         width, end = self.slots[0].width, self.end
         return all(slot.width == width and slot.end == end for slot in self.slots)
 
-    def advance(
-        self, left: Sequence[int], block_masked: Sequence[int], block: Sequence[int], end: Sequence[int]
-    ) -> list[int]:
-        """Counts a step, given what the device says of each row afterwards; see :class:`Slot`.
+    def advance(self, progress: Sequence[tuple[int, int, int, int]]) -> list[int]:
+        """Counts a step.
+
+        Args:
+            progress: What the device says of each row afterwards: ``left``, ``block_masked``, ``block`` and ``end`` of a slot.
 
         Returns:
             Slots whose row has nothing masked any more.
         """
-        for slot, *known in zip(self.slots, left, block_masked, block, end, strict=True):
+        for slot, known in zip(self.slots, progress, strict=True):
             slot.steps += 1
             slot.step_in_block = slot.step_in_block + 1 if known[2] == slot.block else 0
             slot.left, slot.block_masked, slot.block, slot.end = known

@@ -20,10 +20,13 @@ class RowTensor:
             another row comes: nobody else may hold it.
         initial: ``(...)``, what an admitted row begins with.
         per_block: Back to ``initial`` whenever the row goes on to another block.
+        told: What ``initial`` is, where the host is told a number of every row; else ``None``.
+        known: What the host knows of each row: ``value``, as it was when the last step ended.
     """
 
-    def __init__(self, initial: Tensor, rows: int, per_block: bool) -> None:
-        self.initial, self.per_block = initial, per_block
+    def __init__(self, initial: Tensor, rows: int, per_block: bool, told: int | None) -> None:
+        self.initial, self.per_block, self.told = initial, per_block, told
+        self.known = [] if told is None else [told] * rows
         self.value = initial.expand(rows, *initial.shape).clone()
 
 
@@ -83,7 +86,7 @@ class BatchState:
     Attributes:
         prompt_width: ``P``.
         region: ``(G,)`` int64, 0 to ``G - 1``; ``offsets`` are the first ``K`` of them.
-        storage: ``(P + G,)`` int64, likewise, and ``slots``, one for each row that the batch began with.
+        storage: ``(P + G,)`` int64, likewise, and ``cells``, ``K`` for each row that the batch began with.
         columns: ``(b, K)`` int64, the active block's positions in the generated region.
         masked_block: ``(b, K)`` bool, which of them are masked.
     """
@@ -104,11 +107,11 @@ class BatchState:
         self.region = torch.arange(config.gen_length, device=device)
         self.offsets = self.region[: config.block_length]
         self.storage = torch.arange(self.prompt_width + config.gen_length, device=device)
+        self.cells = torch.arange(len(scheduler.slots) * config.block_length, device=device)
         number = torch.zeros((), dtype=torch.long, device=device)
-        self.slots = torch.arange(len(scheduler.slots), device=device)
         self._row = self.register(number)
         self._ids = self.register(torch.full_like(self.storage, ids.mask))
-        self._attention = self.register(torch.ones_like(self.storage, dtype=torch.bool))
+        self._pad = self.register(number)
         self._positions = self.register(self.storage)
         self._masked = self.register(torch.ones_like(self.region, dtype=torch.bool))
         self._end = self.register(torch.full_like(number, config.gen_length))
@@ -119,10 +122,6 @@ class BatchState:
 
     row = property(lambda self: self._row.value, doc="``(b,)`` int64, index of each row's prompt.")
     ids = property(lambda self: self._ids.value, doc="``(b, P + G)`` int64.")
-    attention = property(
-        lambda self: self._attention.value,
-        doc="``(b, P + G)`` bool, False on padding and right of an accepted end of text.",
-    )
     positions = property(
         lambda self: self._positions.value, doc="``(b, P + G)`` int64, from the row's first real token."
     )
@@ -135,6 +134,15 @@ class BatchState:
     step_in_block = property(
         lambda self: self._step_in_block.value, doc="``(b,)`` int64, forwards so far in that block."
     )
+
+    def attention(self, rows: slice | Tensor, low: int, high: int) -> Tensor:
+        """What some rows see of the columns ``low`` to ``high``: all but padding and what is right of an accepted end of text.
+
+        Returns:
+            ``(n, high - low)`` bool.
+        """
+        columns = self.storage[low:high]
+        return (columns >= self._pad.value[rows, None]) & (columns < self.prompt_width + self.end[rows, None])
 
     @property
     def generated(self) -> Tensor:
@@ -152,29 +160,29 @@ class BatchState:
         whole, rest = divmod(self.config.block_length, self.config.steps_per_block)
         return whole + (self.step_in_block < rest).long() if rest else torch.full_like(self.step_in_block, whole)
 
-    def register(self, initial: Tensor, per_block: bool = False) -> RowTensor:
+    def register(self, initial: Tensor, per_block: bool = False, told: int | None = None) -> RowTensor:
         """Makes a tensor that follows the rows; the caller owns it.
 
         Args:
             initial: ``(...)``, what a row begins with, on the state's device.
             per_block: A row begins anew with every block.
+            told: For an ``initial`` of shape ``(1,)`` int64 that number: a step's read then tells the host each row's.
         """
-        self.owned.append(RowTensor(initial, len(self.scheduler.slots), per_block))
+        self.owned.append(RowTensor(initial, len(self.scheduler.slots), per_block, told))
         return self.owned[-1]
 
     def commit(self, transfer: Tensor, tokens: Tensor) -> None:
-        """Writes ``tokens`` ``(b, K)`` where ``transfer`` is True, in place."""
+        """Writes ``tokens`` ``(b, K)`` where ``transfer`` is True; ``ids`` are written in place, ``masked`` is made anew."""
         generated = self.generated
         generated.scatter_(1, self.columns, torch.where(transfer, tokens, generated.gather(1, self.columns)))
         self.masked_block = self.masked_block & ~transfer
-        self.masked.scatter_(1, self.columns, self.masked_block)
+        self._masked.value = self.masked.scatter(1, self.columns, self.masked_block)
 
     def finish_at(self, last: Tensor) -> None:
         """Ends rows: right of ``last`` ``(b,)`` everything becomes EoT, decoded, and invisible to later forwards."""
-        text = self.region <= last[:, None]
-        self.generated.masked_fill_(~text, self.token_ids.eot)
-        self.masked.logical_and_(text)
-        self.attention[:, self.prompt_width :].logical_and_(text)
+        beyond = self.region > last[:, None]
+        self.generated.masked_fill_(beyond, self.token_ids.eot)
+        self.masked.masked_fill_(beyond, False)
         self._end.value = torch.minimum(self.end, last + 1)
 
     def advance(self, confidence: Tensor) -> list[int]:
@@ -189,23 +197,44 @@ class BatchState:
         Raises:
             InputError: A confidence is not finite: whatever is committed then means nothing.
         """
+        of_blocks = self.masked.unflatten(1, (-1, self.config.block_length)).sum(2)
+        # A confidence is at most 1: what is not finite is no number at all.
+        broken = confidence.isnan().sum(1, keepdim=True)
+        told = [tensor for tensor in self.owned if tensor.told is not None]
+        numbers = (tensor.value for tensor in told)
+        known = self.read(torch.cat((broken, self.end[:, None], *numbers, of_blocks), 1))
+        if any(row[0] for row in known):
+            raise InputError("base model: confidence", "not finite", "weights and a dtype whose logits are finite")
+        progress = [_progress(row[2 + len(told) :], row[1]) for row in known]
+        moved = [row[2] != slot.block for row, slot in zip(progress, self.scheduler.slots, strict=True)]
+        for place, tensor in enumerate(told, 2):
+            begins = [new and tensor.per_block for new in moved]
+            tensor.known = [tensor.told if new else row[place] for row, new in zip(known, begins, strict=True)]
+        self._step_in_block.value += 1
+        if any(moved):
+            self._move_on()
+        self.masked_block = self.masked.gather(1, self.columns)
+        return self.scheduler.advance(progress)
+
+    def _move_on(self) -> None:
+        """Lets every row go on to its first block with a masked position."""
         block = self.masked.int().argmax(1) // self.config.block_length
         moved = block != self.block
         self._block.value = block
-        self._step_in_block.value = (self.step_in_block + 1).masked_fill_(moved, 0)
-        self._look()
+        self._step_in_block.value.masked_fill_(moved, 0)
         for tensor in self.owned:
             if tensor.per_block:
                 begins = moved.view(-1, *(1,) * tensor.initial.dim())
                 tensor.value = torch.where(begins, tensor.initial, tensor.value)
-        broken = (~confidence.isfinite()).sum(1)
-        *left, broken = self.read(torch.stack((self.masked.sum(1), self.masked_block.sum(1), block, self.end, broken)))
-        if any(broken):
-            raise InputError("base model: confidence", "not finite", "weights and a dtype whose logits are finite")
-        return self.scheduler.advance(*left)
+        self._look()
 
     def read(self, known: Tensor) -> list[list[int]]:
-        """The one place where a step waits for the device."""
+        """The one place where a step waits for the device.
+
+        Args:
+            known: ``(b, 2 + n + G / K)`` int64, of each row: confidences that are not finite, ``end``, the ``n`` numbers
+                that the host is told, and how many positions of each block are masked.
+        """
         return known.tolist()
 
     def follow(self, changes: Changes) -> None:
@@ -213,10 +242,15 @@ class BatchState:
         for tensor in self.owned:
             for source, target in changes.moves:
                 tensor.value[target] = tensor.value[source]
+                if tensor.told is not None:
+                    tensor.known[target] = tensor.known[source]
             tensor.value = tensor.value[: len(self.scheduler.slots)]
+            tensor.known = tensor.known[: len(self.scheduler.slots)]
         for slot in changes.admitted:
             for tensor in self.owned:
                 tensor.value[slot] = tensor.initial
+                if tensor.told is not None:
+                    tensor.known[slot] = tensor.told
             self._admit(slot)
         if self.scheduler.slots:
             self._look()
@@ -229,14 +263,19 @@ class BatchState:
         self.row[slot] = row
         self.ids[slot, :pad] = self.token_ids.pad
         self.ids[slot, pad : self.prompt_width] = prompt.to(self.device)
-        self.attention[slot, :pad] = False
+        self._pad.value[slot] = pad
         self.positions[slot] = (self.storage - pad).clamp_(min=0)
         if (begun := self.begun) is not None:
             self.generated[slot], self.masked[slot] = begun.ids[row].to(self.device), begun.masked[row].to(self.device)
             self.end[slot], self.block[slot] = begun.end[row], begun.block[row]
-            self.attention[slot, self.prompt_width :] = self.region < self.end[slot]
 
     def _look(self) -> None:
         """Brings what follows from the active blocks up to date."""
         self.columns = self.block[:, None] * self.config.block_length + self.offsets
         self.masked_block = self.masked.gather(1, self.columns)
+
+
+def _progress(of_blocks: Sequence[int], end: int) -> tuple[int, int, int, int]:
+    """A slot's ``left``, ``block_masked``, ``block`` and ``end``, given how much of each block is masked."""
+    block = next((number for number, masked in enumerate(of_blocks) if masked), 0)
+    return sum(of_blocks), of_blocks[block], block, end

@@ -17,13 +17,14 @@ class Step:
             confidences round to the same number and their logarithms do not.
         quota: ``(b,)`` int64, tokens a fixed schedule commits at this step, at least 1.
         reference: ``(b, K)`` int64, the reference decode's tokens, where the call was given one.
-        decoded: ``(b,)`` float32, share of the row's whole generated region that is decoded.
+        decoded: ``(b,)`` float32, share of the row's whole generated region that is decoded; ``None`` unless asked for.
         divergence: ``(b, K)`` float32, nats: KL divergence of the position's distribution from the one a step earlier
             (``KL(p_t || p_{t-1})``), infinite at the row's first step, and with a dual cache at a block's first step;
             ``None`` unless the strategy asks for it.
         draw_entropy: ``(b, K)`` float32, nats: entropy of the distribution that the guess is drawn from, at the decode's
             temperature and within the strategy's ``top_p``; ``None`` unless the strategy asks for it.
         memory: What :meth:`BlockStrategy.memory` began the row's block with, or the row's last decision left.
+        told: What of it the host knows, too, where the strategy asks for it: a number for each row.
     """
 
     evidence: Evidence
@@ -34,6 +35,7 @@ class Step:
     divergence: Tensor | None = None
     draw_entropy: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    told: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """What the predictor said in one block at one step, and the columns a filter reads from it."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EVIDENCE = frozenset({"margin", "entropy", "history", "text"})
@@ -65,23 +67,13 @@ class Evidence:
 
 def run_to_the_left(masked: Tensor) -> Tensor:
     """Length of the unbroken run of masked positions immediately left of each position; ``(B, K)`` bool to int64."""
-    index = torch.arange(masked.shape[1], device=masked.device).expand_as(masked)
-    last_known = torch.where(masked, -1, index).cummax(dim=1).values  # at or left of each position
-    before = torch.cat((torch.full_like(last_known[:, :1], -1), last_known[:, :-1]), dim=1)
-    return index - 1 - before
-
-
-def _shift(flag: Tensor, by: int) -> Tensor:
-    out = torch.zeros_like(flag)
-    if by > 0:
-        out[:, by:] = flag[:, :-by]
-    else:
-        out[:, :by] = flag[:, -by:]
-    return out
+    place = torch.arange(masked.shape[1], device=masked.device)
+    last_known = torch.where(masked, -1, place).cummax(dim=1).values  # at or left of each position
+    return place - 1 - F.pad(last_known[:, :-1], (1, 0), value=-1)
 
 
 def _rank(evidence: Evidence) -> Tensor:
-    confidence = evidence.confidence.masked_fill(~evidence.masked, -1.0)
+    confidence = torch.where(evidence.masked, evidence.confidence, -1.0)
     order = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return order / evidence.masked.shape[1]
 
@@ -109,8 +101,8 @@ FEATURES: dict[str, Feature] = {
     "stable": Feature(lambda e: e.stable.float().log1p(), _HISTORY),
     "previous_confidence": Feature(lambda e: e.previous, _HISTORY),
     "masked": Feature(lambda e: e.masked.float(), flag=True),
-    "masked_left": Feature(lambda e: _shift(e.masked, 1).float(), flag=True),
-    "masked_right": Feature(lambda e: _shift(e.masked, -1).float(), flag=True),
+    "masked_left": Feature(lambda e: F.pad(e.masked.float(), (1, -1)), flag=True),
+    "masked_right": Feature(lambda e: F.pad(e.masked.float(), (-1, 1)), flag=True),
     "run_left": Feature(lambda e: run_to_the_left(e.masked) / e.masked.shape[1]),
     "share_masked": Feature(lambda e: e.masked.float().mean(1, keepdim=True).expand_as(e.confidence)),
     "rank": Feature(_rank),
@@ -126,5 +118,10 @@ def needs_of(names: Iterable[str]) -> frozenset[str]:
 def feature_columns(evidence: Evidence, names: list[str] | tuple[str, ...]) -> Tensor:
     """The named columns, ``(B, K, F)`` float32; zero at positions that are already decoded, save for the mask flags."""
     columns = torch.stack([FEATURES[name].column(evidence) for name in names], dim=-1)
-    keep = evidence.masked[..., None] | torch.tensor([FEATURES[name].flag for name in names], device=columns.device)
-    return torch.where(keep, columns, 0.0)
+    return torch.where(evidence.masked[..., None] | _flags(tuple(names), columns.device), columns, 0.0)
+
+
+@functools.lru_cache(maxsize=8)
+def _flags(names: tuple[str, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # for training, too
+        return torch.tensor([FEATURES[name].flag for name in names], device=device)

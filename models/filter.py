@@ -147,7 +147,8 @@ class ConvFilter(Filter):
         """Logits ``(B, K)`` float32 for any K."""
         columns = (feature_columns(evidence, self.features) - self.mean) / self.std
         if self.embedding is not None:
-            words = F.dropout(self.embedding(evidence.text), self.dropout, self.training)
+            words = self.embedding(evidence.text)
+            words = F.dropout(words, self.dropout) if self.training else words
             columns = torch.cat((columns, words), dim=-1)
         hidden = columns.transpose(1, 2)[:, :, None]  # (B, F, 1, K)
         for conv in self.convs:

@@ -9,7 +9,8 @@ from data.labels import Completions, collect, regions
 from data.manifest import open_rollouts
 from data.prompts import prompt_hash, tokenizer_hash
 from data.rollout_data import PromptBatch, RolloutSettings
-from data.shards import RolloutBatch, RolloutKey, load_sequences
+from data.rollouts import load_sequences
+from data.shards import RolloutBatch, RolloutKey
 from decoding.loop import decode
 from decoding.output import DecodeOutput
 from decoding.strategies import Strategy, make_strategy

@@ -119,7 +119,7 @@ def rollout(settings: RolloutSettings, *, accelerator: str = "auto", devices: in
         num_nodes: Number of nodes.
 
     Returns:
-        The finished set, as :func:`data.shards.load_records` takes it.
+        The finished set, as :func:`data.rollouts.load_records` takes it.
 
     Raises:
         InputError: Bad prompts, or a folder with rollouts of another model or other settings.

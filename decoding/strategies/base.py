@@ -1,6 +1,8 @@
 """What a strategy is."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -53,13 +55,16 @@ class BlockStrategy(Strategy):
     """Maps what was seen at a step to the positions of the active block that are committed.
 
     Attributes:
-        needs: Evidence beyond token and confidence: any of ``margin``, ``entropy``, ``draw_entropy``, ``divergence`` and
-            ``history``, which stands for ``stable`` and ``previous``.
+        needs: Evidence beyond token and confidence: any of ``margin``, ``entropy``, ``draw_entropy``, ``divergence``, ``decoded``
+            and ``history``, which stands for ``stable`` and ``previous``.
+        told: Which of its memory, ``(b, 1)`` int64, our own loop tells it on the host, too, in :attr:`Step.told`: name to what a
+            block begins with.
         top_p: Tokens are drawn from the fewest most probable ones that have more than this probability together; 1: from all.
         all_positions: True if it reads token and confidence at decoded positions of the block too.
     """
 
     needs: frozenset[str] = frozenset()
+    told: ClassVar[Mapping[str, int]] = MappingProxyType({})
     all_positions: bool = False
     top_p: float = 1.0
 
@@ -90,14 +95,12 @@ def top_k(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
     Returns:
         ``(b, K)`` bool. Ties go to the leftmost position.
     """
-    order = score.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    return (rank < count[:, None]) & masked
+    order = torch.where(masked, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(order.shape[1], device=order.device) < count[:, None]
+    return torch.empty_like(masked).scatter_(1, order, chosen) & masked
 
 
 def top_1(score: Tensor, masked: Tensor) -> Tensor:
     """The best masked position of each row, ``(b, K)`` bool; the leftmost of equals."""
-    best = score.masked_fill(~masked, -torch.inf).argmax(dim=1, keepdim=True)
+    best = torch.where(masked, score, -torch.inf).argmax(dim=1, keepdim=True)
     return torch.zeros_like(masked).scatter_(1, best, True) & masked

@@ -3,13 +3,13 @@
 import functools
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from decoding.config import DecodeConfig
-from decoding.strategies.base import Decision, Step
+from decoding.strategies.base import Decision, Step, top_1
 from decoding.strategies.learn2pd import FilterStrategy
 from models.filter import FilterConfig
 from models.predictor import MaskPredictor
@@ -94,13 +94,14 @@ class DiCo(FilterStrategy):
     network: nn.Module | None = field(default=None, repr=False)
     config: FilterConfig | None = field(default=None, repr=False)
     name = "dico"
-    needs = frozenset({"margin"})
+    needs = frozenset({"margin", "decoded"})
+    told: ClassVar[dict[str, int]] = {"phase": DIVIDE}
 
     def __post_init__(self) -> None:
         check(vars(self), _RULES, f"{self.name}.")
         if (self.filter, self.network, self.config) != (None, None, None):
             self.take_filter()
-            self.needs = self.needs | {"margin"}
+            self.needs = self.needs | DiCo.needs
             self.component = "filter_commits"
 
     @property
@@ -122,19 +123,24 @@ class DiCo(FilterStrategy):
         return {"phase": count, "steps": count.clone(), "stalled": count.clone(), "inside": inside}
 
     def decide(self, step: Step) -> Decision:
-        # Every row goes through every phase's computations and keeps those of its own: rows are in different phases, and
-        # asking which are needed would wait for the device.
-        assert step.decoded is not None
+        # Each row goes through every phase that any row is in, and keeps its own; an engine does not say which these are.
+        phases = set(step.told.get("phase", (DIVIDE, CONQUER, FINALIZE)))
+        if phases == {FINALIZE}:
+            return self._finalize(step)
         evidence, before = step.evidence, step.memory["inside"]
         masked = evidence.masked
         c = evidence.confidence * masked
-        w = c * self._guidance(masked, step.decoded)
-        places, found = self._pick(w)
-        divide = step.memory["phase"] == DIVIDE
-        dividing = divide & found
         run, members = _run(before), before & masked
-        conquering = (step.memory["phase"] == CONQUER) | (divide & ~found & members.any(1, keepdim=True))
-        seeds = torch.zeros_like(masked).scatter_(1, places, dividing.expand_as(places))
+        conquering, seeds = step.memory["phase"] == CONQUER, torch.zeros_like(masked)
+        w, dividing = c, seeds[:, :1]
+        if DIVIDE in phases:
+            assert step.decoded is not None
+            w = c * self._guidance(masked, step.decoded)
+            places, found = self._pick(w)
+            divide = step.memory["phase"] == DIVIDE
+            dividing = divide & found
+            conquering = conquering | (divide & ~found & members.any(1, keepdim=True))
+            seeds.scatter_(1, places, dividing.expand_as(places))
 
         score, order = c, step.log_confidence
         if self.network is not None:
@@ -159,6 +165,15 @@ class DiCo(FilterStrategy):
             transfer, counts=counts,
             memory=self._next(step.memory, inside, masked & ~transfer, strength, dividing, conquering, progress),
         )  # fmt: skip
+
+    def _finalize(self, step: Step) -> Decision:
+        """A step of rows that are all in Finalize, where they stay until their blocks end."""
+        evidence, masked = step.evidence, step.evidence.masked
+        transfer = ((evidence.margin > self.margin) | (evidence.confidence > self.sure)) & masked
+        best = top_1(step.log_confidence, masked)
+        none = masked.new_zeros(len(masked), dtype=torch.long)
+        counts = {"forced": none} | ({} if self.network is None else {"filter_commits": none})
+        return Decision(torch.where(transfer.any(1, keepdim=True), transfer, best), counts=counts, memory=step.memory)
 
     def settings(self) -> dict[str, Any]:
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("network", "config")}

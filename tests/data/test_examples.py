@@ -113,7 +113,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-import data.shards  # what it imports is not what is measured
+import data.rollouts  # what it imports is not what is measured
 from data.filter_data import FilterDataModule
 
 def status(name):

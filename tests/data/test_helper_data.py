@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from data.helper_data import HelperDataModule, TextBatches, Texts, split_texts
-from data.shards import Sequences, ShardWriter
+from data.rollouts import Sequences
+from data.shards import ShardWriter
 from models.errors import InputError
 
 EOT = 62

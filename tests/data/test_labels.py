@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from data.labels import PASSES, Records, after_eot, collect, first_eot, history, labels, of_block, records_of
-from data.shards import ShardWriter, load_records
+from data.rollouts import load_records
+from data.shards import ShardWriter
 from decoding.config import DecodeConfig
 from decoding.loop import decode
 from decoding.strategies import make_strategy

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from data.labels import collect, records_of
-from data.manifest import MANIFEST, describe
-from data.shards import RolloutKey, ShardWriter, load_records, load_sequences, open_rollouts
+from data.manifest import MANIFEST, describe, open_rollouts
+from data.rollouts import load_records, load_sequences
+from data.shards import RolloutKey, ShardWriter
 from models.errors import InputError
 
 EOT = 62

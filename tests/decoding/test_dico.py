@@ -397,7 +397,7 @@ def test_a_filter_decides_in_conquer_and_its_commits_are_counted(tmp_path):
     save_filter(tmp_path / "filter", build_filter(config), config, "# any\n")
     loaded = make_strategy("dico", filter=tmp_path / "filter")
     assert loaded.component == "filter_commits"
-    assert loaded.needs == {"margin", "entropy", "history"}
+    assert loaded.needs == {"margin", "entropy", "history", "decoded"}
     assert loaded.settings()["filter"] == str(tmp_path / "filter")
 
     strategy = make_strategy("dico", network=Script(), config=CONFIG)
@@ -418,7 +418,7 @@ def test_a_filter_decides_in_conquer_and_its_commits_are_counted(tmp_path):
 def test_without_a_filter_there_is_no_component_to_report():
     strategy = make_strategy("dico")
     assert strategy.component == ""
-    assert strategy.needs == {"margin"}
+    assert strategy.needs == {"margin", "decoded"}
     assert "filter_commits" not in first_step([0.9, 0.5]).counts
     with pytest.raises(InputError, match="dico.config"):
         make_strategy("dico", network=Script())

@@ -111,12 +111,10 @@ def test_a_step_reads_the_device_once(random_helper, name, cache, record):
 
         def told(known):
             reads.append(known)
-            # Rows at different steps of different blocks.
-            return (
-                [[60, 30, 62], [28, 30, 30], [0, 1, 0], [64, 64, 64], [0] * 3]
-                if name != "apd"
-                else [[50] * 3] * 2 + [[0] * 3, [64] * 3, [0] * 3]
-            )
+            # Rows at different steps of different blocks, and in different phases.
+            of_blocks = [[50]] * 3 if name == "apd" else [[28, 32], [0, 30], [30, 32]]
+            numbers = known.shape[1] - 2 - len(of_blocks[0])
+            return [[0, 64, *[row] * numbers, *masked] for row, masked in enumerate(of_blocks)]
 
         run.state.read = told
         for _ in range(steps):

@@ -12,8 +12,9 @@ import torch
 import yaml
 
 from data.labels import PASSES
+from data.manifest import open_rollouts
 from data.prompts import split_of
-from data.shards import load_records, load_sequences, open_rollouts
+from data.rollouts import load_records, load_sequences
 from decoding import Decoder
 from models.errors import InputError
 from models.filter import load_filter

@@ -8,7 +8,7 @@ import torch
 from data.eot_data import load_eot_states
 from data.prompts import PromptSource
 from data.rollout_data import RolloutSettings
-from data.shards import load_sequences
+from data.rollouts import load_sequences
 from decoding import Decoder
 from decoding.config import DecodeConfig
 from decoding.loop import decode

@@ -184,7 +184,7 @@ def test_records_come_from_the_rollout_folder(monkeypatch):
         manifest = {"settings": settings, "counts": {"steps": {"full_step": 200, "oracle": 200}}}
         return SimpleNamespace(folder=folder, digest="abc", manifest=manifest)
 
-    monkeypatch.setattr("data.shards.load_records", lambda *given: asked.append(given) or records(400))
+    monkeypatch.setattr("data.rollouts.load_records", lambda *given: asked.append(given) or records(400))
     monkeypatch.setattr("data.filter_data.open_rollouts", opened)
     module = FilterDataModule(Path("rollouts"), passes=["oracle"])
     module.setup("fit")

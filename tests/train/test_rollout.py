@@ -17,7 +17,8 @@ from data.labels import PASSES
 from data.manifest import RolloutKey, Rollouts
 from data.prompts import PromptSource, prompt_hash
 from data.rollout_data import RolloutSettings, plan
-from data.shards import ShardWriter, load_records, load_sequences
+from data.rollouts import load_records, load_sequences
+from data.shards import ShardWriter
 from decoding.config import DecodeConfig
 from decoding.loop import decode
 from decoding.strategies import make_strategy
