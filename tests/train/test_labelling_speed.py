@@ -10,9 +10,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import pytest
 import torch
@@ -69,14 +70,11 @@ class Plain:
                 confidence = shares.gather(1, guess)[:, 0]
                 margin, entropy = best[:, 0] - best[:, 1], torch.special.entr(shares).sum(-1)
                 states.append((block, masked, token, confidence, margin, entropy))
-                if reference is None:
-                    chosen = torch.zeros_like(masked)
-                else:
-                    wanted = reference[block * length :][:length]
-                    chosen = masked & (token == wanted)
+                wanted = token if reference is None else reference[block * length :][:length]
+                chosen = torch.zeros_like(masked) if reference is None else masked & (token == wanted)
                 if not chosen.any():
                     chosen[confidence.masked_fill(~masked, -1).argmax()] = True
-                    token = token if reference is None else torch.where(chosen, wanted, token)
+                    token = torch.where(chosen, wanted, token)
                 part[chosen] = token[chosen]
                 if self.config.eot == "commit" and (ends := (region == eot).nonzero()[:, 0]).numel():
                     region[ends[0] :] = eot
@@ -86,18 +84,17 @@ class Plain:
 def rolled_out(settings: RolloutSettings, predictor: MaskPredictor) -> Rollouts:
     """Rolls out as a rank or an actor does: the same function, files and locks."""
     roller = Roller(settings, predictor)
-    prompts, tokens, _ = settings.encode(settings.prompts(), predictor)
+    prompts, lengths, _ = settings.encode(settings.prompts(), predictor)
     shards = ShardWriter(settings.folder, roller.key, [settings.request()])
-    for batch in waiting(settings, prompts, tokens, shards):
-        shards.write(roller.roll(batch))
+    for index in waiting(settings, prompts, lengths, shards):
+        shards.write(roller.roll(settings.batch(prompts, index, predictor)))
     return shards.finish([])
 
 
-def looped(settings: RolloutSettings, predictor: MaskPredictor, eot: str) -> int:
+def looped(settings: RolloutSettings, predictor: MaskPredictor, eot: Literal["commit", "off"]) -> int:
     """Labels by the loop, and saves it; returns the number of states."""
-    _, tokens, _ = settings.encode(settings.prompts(), predictor)
     plain = Plain(predictor, DecodeConfig(settings.gen_length, settings.block_length, eot=eot))
-    found = [plain.label(ids) for ids in tokens]
+    found = [plain.label(settings.tokens(prompt, predictor)) for prompt in settings.prompts()]
     torch.save(found, settings.folder)
     return sum(len(states) for passes in found for states in passes.values())
 
@@ -125,8 +122,7 @@ def main(base: str, prompts: int, gen_length: int, batch_size: int, repeats: int
 
         for number in range(repeats + 1):  # the first time, on two prompts, warms up
             for place, name in enumerate(ways(asked)):
-                few = {} if number else {"limit": 2}
-                own = RolloutSettings(**vars(asked) | {"folder": Path(folder, f"{number}-{place}")} | few)
+                own = replace(asked, folder=Path(folder, f"{number}-{place}"), limit=prompts if number else 2)
                 began = time.perf_counter()
                 ways(own)[name]()
                 if number:
@@ -143,7 +139,9 @@ def main(base: str, prompts: int, gen_length: int, batch_size: int, repeats: int
 
 
 @pytest.mark.parametrize("eot", ["off", "commit"])
-def test_the_loop_gives_the_labels_that_rollouts_do(tiny_checkpoint: Path, tmp_path: Path, eot: str) -> None:
+def test_the_loop_gives_the_labels_that_rollouts_do(
+    tiny_checkpoint: Path, tmp_path: Path, eot: Literal["commit", "off"]
+) -> None:
     file = tmp_path / "sums.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": f"What is {n} plus {'1' * (n % 4 + 1)}?"}) for n in range(6)))
     settings = RolloutSettings(
@@ -152,9 +150,9 @@ def test_the_loop_gives_the_labels_that_rollouts_do(tiny_checkpoint: Path, tmp_p
     )  # fmt: skip
     predictor = MaskPredictor.from_pretrained(tiny_checkpoint)
     records = load_records(rolled_out(settings, predictor))
-    _, tokens, _ = settings.encode(settings.prompts(), predictor)
     plain = Plain(predictor, settings.decoding)
-    states = [state for ids in tokens for states in plain.label(ids).values() for state in states]
+    labelled = [plain.label(settings.tokens(prompt, predictor)) for prompt in settings.prompts()]
+    states = [state for passes in labelled for states in passes.values() for state in states]
     block, masked, token, confidence, margin, entropy, final = zip(*states, strict=True)
     assert records.block.tolist() == list(block)
     assert torch.equal(records.evidence.masked, torch.stack(masked))
