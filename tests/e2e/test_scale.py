@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from data.prompts import split_of
 from models import LLaDAModelLM
 from models.filter import load_filter
-from train.cards import metadata
+from train.cards import made_from, metadata
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,4 +74,11 @@ def test_a_card_names_what_the_hub_knows(tmp_path: Path) -> None:
     found = yaml.safe_load(text)
     assert (found["base_model"], found["datasets"]) == ("GSAI-ML/LLaDA-8B-Instruct", ["openai/gsm8k"])
     assert "learn2pd" in found["tags"]
+    assert (found["library_name"], found["metrics"]) == ("dlm-accel", ["exact_match"])
+    manifest = {
+        "schema_version": 4, "complete": False, "model_fingerprint": "f", "tokenizer_hash": "a", "shards": [],
+        "settings": {"block_length": 32, "eot_id": 1, "passes": ["oracle"]}, "sources": [{"sources": rollout["sources"]}],
+    }  # fmt: skip
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert made_from(rollout["base"], tmp_path) == rollout
     assert "base_model" not in yaml.safe_load(metadata("helper", rollout | {"base": str(tmp_path)}).split("---\n")[1])
