@@ -82,41 +82,6 @@ def test_two_actors_one_killed_write_what_one_process_does(tiny_checkpoint: Path
     assert not actors(mark)
 
 
-@pytest.mark.slow  # starts Ray
-def test_ray_and_lightning_share_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray.data")
-    file, out = tmp_path / "sums.jsonl", tmp_path / "set"
-    file.write_text("\n".join(json.dumps({"prompt": f"What is {n} plus {'1' * (n % 5 + 1)}?"}) for n in range(640)))
-    asked = [
-        "--rollout.base", str(tiny_checkpoint), "--rollout.folder", str(out), "--rollout.batch_size", "2",
-        "--rollout.sources", json.dumps([{"path": str(file)}]), "--rollout.gen_length", "32", "--rollout.block_length", "8",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-    def start(*words: str) -> subprocess.Popen:
-        command = [sys.executable, "train/rollout.py", *words, *asked]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    with start("ray", "--actors", "[1, 1]") as cluster:
-        while not list(out.glob("shard-*.json")) and cluster.poll() is None:
-            time.sleep(0.01)
-        with start("predict", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu") as ranks:
-            said, errors = ranks.communicate(timeout=900)
-        told, complaints = cluster.communicate(timeout=900)
-    assert ranks.returncode == 0, errors
-    assert cluster.returncode == 0, complaints
-    decoded = int(said.split("decoded ")[1].split(",")[0])
-    assert 0 < decoded < 640
-    assert "640 prompts, complete" in told or "what is left is with other runs" in told
-    settings = RolloutSettings(
-        str(tiny_checkpoint), tmp_path / "one", [PromptSource(str(file))], batch_size=2, gen_length=32, block_length=8
-    )
-    rollout(settings, accelerator="cpu")
-    assert contents(out) == contents(tmp_path / "one")
-
-
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"ray: found not installed .*; accepted: the extra `cluster`: pip install"):
