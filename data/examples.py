@@ -217,5 +217,5 @@ def by_shard(rollouts: Rollouts, passes: Sequence[str] | None) -> Iterator[Recor
     """The records of a set, those of one shard at a time: no decode is in two of them."""
     from data.rollouts import load_records
 
-    for shard in rollouts.manifest["shards"]:
+    for shard in rollouts.shards:
         yield load_records(Rollouts(rollouts.folder, rollouts.manifest | {"shards": [shard]}), passes)

@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +16,9 @@ from pydantic import BaseModel, Field
 from data.tables import SEQUENCE_COLUMNS, STEP_COLUMNS
 from data.typed import Count, Whole, checked
 from models.checkpoint import writing
-from models.errors import InputError
+from models.errors import InputError, first_line
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 COLUMNS = {"steps": STEP_COLUMNS, "sequences": SEQUENCE_COLUMNS}
 """The two kinds of files of a shard and their columns."""
@@ -55,17 +56,20 @@ class RolloutKey:
         return table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: key})
 
 
+_Name = Annotated[str, Field(pattern=r"^[^/\\\\]+$")]  # nothing outside the folder is read or removed
+
+
 class _File(BaseModel):
     """What is known of one file of a shard."""
 
-    file: Annotated[str, Field(pattern=r"^[^/\\\\]+$")]  # a name: nothing outside the folder is read or removed
+    file: _Name
     rows: Whole
     bytes: Whole
     sha256: str
 
 
 class ShardRecord(BaseModel):
-    """What ``shard-NAME.json`` holds, and the manifest of each shard."""
+    """What ``shard-NAME.json`` holds; before schema version 4 the manifest repeated it."""
 
     name: str
     prompts: list[str]
@@ -101,9 +105,16 @@ class _Manifest(BaseModel):
     tokenizer_hash: str
     settings: _Settings
     sources: list[dict[str, Any]]
-    shards: list[ShardRecord]
+    shards: list[_Name]
     counts: _Counts | None = None
+    digest: str | None = None
     skipped: dict[str, Whole] = {}  # tokens of the prompts that were too long, by hash
+
+
+class _Older(_Manifest):
+    """A manifest before schema version 4."""
+
+    shards: list[ShardRecord]  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 @dataclass
@@ -113,21 +124,47 @@ class Rollouts:
     folder: Path
     manifest: dict[str, Any] = field(repr=False)
 
+    @cached_property
+    def shards(self) -> list[dict[str, Any]]:
+        """The records of the shards, of which a manifest has the names."""
+        return [record if isinstance(record, dict) else self._record(record) for record in self.manifest["shards"]]
+
+    def _record(self, name: str) -> dict[str, Any]:
+        path = self.folder / f"shard-{name}.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            record = renamed(record) if isinstance(record, dict) else record
+            checked(ShardRecord, record, path)
+        except (OSError, ValueError) as error:
+            found = first_line(error)
+            raise InputError(str(path), found, f"the shard that {MANIFEST} lists; run the rollout again") from error
+        return record
+
     @property
     def digest(self) -> str:
         """16 hex digits that change with every prompt, label and setting in the set, and with nothing else."""
-        files = sorted(shard[kind]["sha256"] for shard in self.manifest["shards"] for kind in COLUMNS)
-        names = ("model_fingerprint", "tokenizer_hash", "settings")
-        content = json.dumps([files, {name: self.manifest[name] for name in names}], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return digest(self.manifest, self.shards)
 
     def tables(self, kind: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The ``"steps"`` or ``"sequences"`` tables, in the order of the shards."""
-        for shard in self.manifest["shards"]:
+        for shard in self.shards:
             file = self.folder / shard[kind]["file"]
             there = _columns(file)
             names = [name for name in columns or COLUMNS[kind] if name in there or name not in _OPTIONAL]
             yield pq.read_table(file, columns=[there[name] for name in names]).rename_columns(names)
+
+
+def digest(key: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """See :attr:`Rollouts.digest`.
+
+    Args:
+        key: A manifest, or what :meth:`RolloutKey.described` gives.
+        records: Records of the shards.
+    """
+    files = sorted(record[kind]["sha256"] for record in records for kind in COLUMNS)
+    names = ("model_fingerprint", "tokenizer_hash", "settings")
+    content = json.dumps([files, {name: key[name] for name in names}], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def open_rollouts(
@@ -149,12 +186,15 @@ def open_rollouts(
     check_key(folder / MANIFEST, manifest, fingerprint, settings=settings)
     if not manifest["complete"]:
         raise InputError(f"{folder / MANIFEST}: complete", False, "a finished set; run the rollout again, it continues")
-    for shard in manifest["shards"]:
+    rollouts = Rollouts(folder, manifest)
+    for shard in rollouts.shards:
         for kind, columns in COLUMNS.items():
             path = folder / shard[kind]["file"]
             _check_file(path, shard[kind], columns)
             check_shard(path, manifest)
-    return Rollouts(folder, manifest)
+    if (known := manifest.get("digest")) not in (None, rollouts.digest):
+        raise InputError(f"{folder / MANIFEST}: digest", known, f"{rollouts.digest}, of the shards that are there")
+    return rollouts
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -169,8 +209,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(str(path), error, "the manifest of a rollout set") from error
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if found not in (1, 2, SCHEMA_VERSION):
-        raise InputError(f"{path}: schema_version", found, f"1 | 2 | {SCHEMA_VERSION}")
+    if found not in (1, 2, 3, SCHEMA_VERSION):
+        raise InputError(f"{path}: schema_version", found, f"1 | 2 | 3 | {SCHEMA_VERSION}")
     if found == 1:
         checked(_First, manifest, path)
         warnings.warn(
@@ -178,12 +218,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
         settings = renamed(manifest["settings"])
         settings |= {"eot": "commit"} if settings.get("eot") == "filter" else {}
-        manifest |= {
-            "schema_version": SCHEMA_VERSION,
-            "settings": settings,
-            "shards": list(map(renamed, manifest["shards"])),
-        }
-    checked(_Manifest, manifest, path)
+        manifest |= {"settings": settings, "shards": list(map(renamed, manifest["shards"]))}
+    checked(_Manifest if found == SCHEMA_VERSION else _Older, manifest, path)
     if manifest["complete"] and "counts" not in manifest:
         raise InputError(f"{path}: counts", "nothing", "what a finished set holds; run the rollout again")
     return manifest

@@ -1,8 +1,12 @@
 """One prompt, whatever source it comes from, and the part of a response to it that is judged."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
+
+Split = Literal["train", "validation", "test"]
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
@@ -26,6 +30,25 @@ class Prompt:
     response: str = ""
     answer: str = ""
     metadata: str = "{}"
+
+
+def prompt_hash(text: str) -> str:
+    """First 16 hex digits of the SHA-256 of the prompt text without surrounding white space."""
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
+def split_of(text: str, validation: float = 0.05, test: float = 0.05) -> Split:
+    """Split of a prompt by the hash of its text: stable under reordering, and equal prompts never part.
+
+    Args:
+        text: Prompt text, before the chat template.
+        validation: Share of prompts in the validation split.
+        test: Share of prompts in the test split.
+    """
+    place = int(prompt_hash(text), 16) / 16**16
+    if place < test:
+        return "test"
+    return "validation" if place < test + validation else "train"
 
 
 def final_answer(text: str, numeric: bool = False) -> str:

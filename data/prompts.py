@@ -7,20 +7,21 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from data import gym, stories
 from data.gym import GymTask
-from data.prompt import Prompt, final_answer
+from data.prompt import Prompt, Split, final_answer, prompt_hash, split_of
+from data.prompt_list import SPLITS, PromptList, Spool, first_of_each, in_turn, unique_ids
 from data.stories import StoryTask
 from data.typed import Count, Text, Whole, check_fields, checked
 from decoding.text import MARK, encode, is_unicode
 from models.errors import InputError, first_line
 
-Split = Literal["train", "validation", "test"]
 BUNDLED = Path(__file__).resolve().parent / "bundled"
 
 
@@ -64,29 +65,19 @@ class PromptSource:
         check_fields(self)
 
 
-def prompt_hash(text: str) -> str:
-    """First 16 hex digits of the SHA-256 of the prompt text without surrounding white space."""
-    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
-
-
-def split_of(text: str, validation: float = 0.05, test: float = 0.05) -> Split:
-    """Split of a prompt by the hash of its text: stable under reordering, and equal prompts never part.
-
-    Args:
-        text: Prompt text, before the chat template.
-        validation: Share of prompts in the validation split.
-        test: Share of prompts in the test split.
-    """
-    place = int(prompt_hash(text), 16) / 16**16
-    if place < test:
-        return "test"
-    return "validation" if place < test + validation else "train"
-
-
 def load_prompts(
     sources: Sequence[PromptSource], split: Split | None = None, limit: int | None = None, per_task: int | None = None
 ) -> list[Prompt]:
+    """The prompts of :func:`read_prompts`, all of them in memory."""
+    return list(read_prompts(sources, split, limit, per_task))
+
+
+def read_prompts(
+    sources: Sequence[PromptSource], split: Split | None = None, limit: int | None = None, per_task: int | None = None
+) -> PromptList:
     """Prompts of a mixture; a prompt text that occurs twice is taken once.
+
+    Rows become objects one at a time, save those of ``.json`` files and generators; texts stay on disk.
 
     Args:
         sources: The sources, whose order decides between duplicates.
@@ -101,20 +92,30 @@ def load_prompts(
     Raises:
         InputError: A source cannot be read, lacks a column or holds an empty prompt; or nothing is left.
     """
-    if split not in (None, *get_args(Split)):
-        raise InputError("split", repr(split), " | ".join(get_args(Split)))
+    if split not in (None, *SPLITS):
+        raise InputError("split", repr(split), " | ".join(SPLITS))
     for name, value in (("limit", limit), ("per_task", per_task)):
         checked(Count | None, value, name)
     if not sources:
         raise InputError("sources", "none", "at least one source of prompts")
-    unique: dict[str, Prompt] = {}
-    for source in sources:
-        for prompt in _take(_read(source), source.size):
-            unique.setdefault(prompt_hash(prompt.prompt), prompt)
-    chosen = [prompt for prompt in unique.values() if split is None or split_of(prompt.prompt) == split]
-    if not chosen:
+    with Spool() as spool:
+        taken = []
+        for source in sources:
+            first = len(spool)
+            spool.add(_read(source))
+            tasks, splits = np.array(spool.tasks[first:]), np.array(spool.splits[first:])
+            taken.append(
+                first + (np.arange(len(tasks)) if source.size is None else in_turn(tasks, splits)[: source.size])
+            )
+        batches, rows = spool.batches(), np.concatenate(taken)
+        tasks, splits, hashes = np.array(spool.tasks), np.array(spool.splits), np.array(spool.hashes)
+    rows = rows[first_of_each(hashes[rows])]
+    if split is not None:
+        rows = rows[splits[rows] == SPLITS.index(split)]
+    if not len(rows):
         raise InputError("prompts", f"none in split {split or 'any'}", "sources with at least one prompt")
-    return _with_unique_ids(_in_turn(chosen, per_task)[:limit])
+    rows = rows[in_turn(tasks[rows], splits[rows], per_task)[:limit]]
+    return unique_ids(PromptList(batches, rows, hashes[rows], {}))
 
 
 def encode_prompts(
@@ -143,32 +144,6 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _in_turn(prompts: Iterable[Prompt], per_task: int | None = None) -> list[Prompt]:
-    """The tasks in turn, in the order they first occur; within a task the splits in proportion."""
-    groups: dict[str, dict[Split, list[Prompt]]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.task, {}).setdefault(split_of(prompt.prompt), []).append(prompt)
-    tasks = []
-    for splits in groups.values():
-        placed = [((n + 0.5) / len(part), prompt) for part in splits.values() for n, prompt in enumerate(part)]
-        tasks.append([prompt for _, prompt in sorted(placed, key=lambda pair: pair[0])][:per_task])
-    return [prompt for row in itertools.zip_longest(*tasks) for prompt in row if prompt is not None]
-
-
-def _take(prompts: Iterable[Prompt], size: int | None) -> Iterable[Prompt]:
-    return prompts if size is None else _in_turn(prompts)[:size]
-
-
-def _with_unique_ids(prompts: list[Prompt]) -> list[Prompt]:
-    """Ids are unique within a source only; where two sources share one, the later prompt's gets its hash appended."""
-    seen: set[str] = set()
-    for n, prompt in enumerate(prompts):
-        if prompt.id in seen:
-            prompts[n] = Prompt(**vars(prompt) | {"id": f"{prompt.id}-{prompt_hash(prompt.prompt)}"})
-        seen.add(prompts[n].id)
-    return prompts
-
-
 def _read(source: PromptSource) -> Iterator[Prompt]:
     if source.path == "bundled":
         return _bundled(source)
@@ -178,9 +153,9 @@ def _read(source: PromptSource) -> Iterator[Prompt]:
 
 
 def _bundled(source: PromptSource) -> Iterator[Prompt]:
-    for name in get_args(Split) if source.split is None else (source.split,):
-        if name not in get_args(Split):
-            raise InputError("bundled prompts: split", repr(name), " | ".join(get_args(Split)))
+    for name in SPLITS if source.split is None else (source.split,):
+        if name not in SPLITS:
+            raise InputError("bundled prompts: split", repr(name), " | ".join(SPLITS))
         path = BUNDLED / f"{name}.parquet"
         for row, record in enumerate(_file_rows(path)):
             if record.keys() != Prompt.__annotations__.keys():
@@ -254,37 +229,49 @@ def _hub_rows(source: PromptSource) -> Iterable[Mapping[str, Any]]:
         raise InputError(f"prompt source {source.path!r}", first_line(error), accepted) from error
 
 
-def _file_rows(path: Path) -> list[dict[str, Any]]:
+def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        rows = _READERS[path.suffix](path)
+        for row in _READERS[path.suffix](path):
+            if not isinstance(row, dict):
+                break
+            yield row
+        else:
+            return
     except Exception as error:  # each format has its own
         raise InputError(f"prompt source {path}", first_line(error), f"a readable {path.suffix} file") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"prompt source {path}", "something else", "a list of records with named columns")
-    return rows
+    raise InputError(f"prompt source {path}", "something else", "a list of records with named columns")
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8-sig").split("\n")
-    ):  # splitlines would cut at U+2028 too
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"line {number + 1}: {error}") from error
-    return rows
+def _json_lines(path: Path) -> Iterator[Any]:
+    # Without newline it would cut at a lone carriage return too.
+    with path.open(encoding="utf-8-sig", newline="\n") as stream:
+        for number, line in enumerate(stream):
+            try:
+                if line.strip():
+                    yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number + 1}: {error}") from error
 
 
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
+def _json_rows(path: Path) -> list[Any]:
+    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    return rows if isinstance(rows, list) else [None]
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(newline="", encoding="utf-8-sig") as stream:
-        return list(csv.DictReader(stream, strict=True))
+        yield from csv.DictReader(stream, strict=True)
 
 
-_READERS: dict[str, Callable[[Path], Any]] = {
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(1024):
+            yield from batch.to_pylist()
+
+
+_READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
     ".jsonl": _json_lines,
-    ".json": lambda path: json.loads(path.read_text(encoding="utf-8-sig")),
+    ".json": _json_rows,
     ".csv": _csv_rows,
-    ".parquet": lambda path: pq.read_table(path).to_pylist(),
+    ".parquet": _parquet_rows,
 }

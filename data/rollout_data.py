@@ -1,16 +1,18 @@
 """What is rolled out, and in which batches; the same settings for every command that makes or reads rollouts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 
 from data.labels import PASSES
-from data.prompt import Prompt
-from data.prompts import PromptSource, Split, encode_prompts, load_prompts, prompt_hash
+from data.prompt import Prompt, Split
+from data.prompt_list import PromptList
+from data.prompts import PromptSource, encode_prompts, read_prompts
 from data.shards import ShardWriter
 from data.typed import Count, Length, Text, check_fields
 from decoding.config import DecodeConfig
@@ -98,38 +100,46 @@ class RolloutSettings:
         sources = [asdict(source) for source in self.sources]
         return {"sources": sources, "split": self.split, "limit": self.limit, "per_task": self.per_task}
 
-    def prompts(self, split: Split | None = None, limit: Count | None = None) -> list[Prompt]:
+    def prompts(self, split: Split | None = None, limit: Count | None = None) -> PromptList:
         """The prompts to roll out; or the first ``limit`` of a split, whatever is rolled out of it."""
         if split is not None:
-            return load_prompts(self.sources, split, limit)
-        return load_prompts(self.sources, self.split, self.limit, self.per_task)
+            return read_prompts(self.sources, split, limit)
+        return read_prompts(self.sources, self.split, self.limit, self.per_task)
 
-    def encode(
-        self, prompts: Sequence[Prompt], predictor: MaskPredictor
-    ) -> tuple[list[Prompt], list[list[int]], dict[str, int]]:
-        """Token ids of the prompts that leave room for ``gen_length``.
+    def encode(self, prompts: PromptList, predictor: MaskPredictor) -> tuple[PromptList, np.ndarray, dict[str, int]]:
+        """Lengths of the prompts that leave room for ``gen_length``.
 
         Args:
             prompts: The prompts.
             predictor: The base model; its weights are not needed.
 
         Returns:
-            These prompts, token ids of each, and the number of tokens of those left out, by the hash of their text.
+            These prompts, tokens of each ``(P,)`` int32, and the number of tokens of those left out, by the hash of their text.
 
         Raises:
             InputError: A prompt leaves no room and is not to be skipped, or none does.
         """
-        assert predictor.tokenizer is not None
-        tokens = encode_prompts(prompts, predictor.tokenizer, self.chat_template)
+        lengths = np.fromiter((len(self.tokens(prompt, predictor)) for prompt in prompts), np.int32, len(prompts))
         room = predictor.max_length - self.gen_length
         accepted = f"at most {room}: the model's {predictor.max_length} less gen_length"
-        long = [(prompt, len(ids)) for prompt, ids in zip(prompts, tokens, strict=True) if len(ids) > room]
-        if long and (self.too_long == "refuse" or len(long) == len(prompts)):
+        long = np.flatnonzero(lengths > room)
+        if len(long) and (self.too_long == "refuse" or len(long) == len(prompts)):
             more = "; or too_long skip" if self.too_long == "refuse" else "; no prompt is left"
-            raise InputError(f"prompt {long[0][0].id}", f"{long[0][1]} tokens", accepted + more)
-        pairs = [(prompt, ids) for prompt, ids in zip(prompts, tokens, strict=True) if len(ids) <= room]
-        skipped = {prompt_hash(prompt.prompt): count for prompt, count in long}
-        return [prompt for prompt, _ in pairs], [ids for _, ids in pairs], skipped
+            first = int(long[0])
+            raise InputError(f"prompt {prompts[first].id}", f"{lengths[first]} tokens", accepted + more)
+        skipped = {prompts.hash(index): int(lengths[index]) for index in long.tolist()}
+        keep = np.flatnonzero(lengths <= room)
+        return prompts.take(keep), lengths[keep], skipped
+
+    def tokens(self, prompt: Prompt, predictor: MaskPredictor) -> list[int]:
+        """Token ids of a prompt."""
+        assert predictor.tokenizer is not None
+        return encode_prompts([prompt], predictor.tokenizer, self.chat_template)[0]
+
+    def batch(self, prompts: PromptList, index: list[int], predictor: MaskPredictor) -> "PromptBatch":
+        """The prompts at ``index``, ready to be decoded."""
+        chosen = [prompts[n] for n in index]
+        return PromptBatch(index, chosen, [self.tokens(prompt, predictor) for prompt in chosen], self.batch_size)
 
 
 @dataclass
@@ -172,23 +182,20 @@ def plan(lengths: Sequence[int], size: int, window: int = _WINDOW) -> list[list[
 
 
 def waiting(
-    settings: RolloutSettings, prompts: Sequence[Prompt], tokens: Sequence[list[int]], shards: ShardWriter
-) -> list[PromptBatch]:
-    """The batches that are not written yet.
+    settings: RolloutSettings, prompts: PromptList, lengths: np.ndarray, shards: ShardWriter
+) -> list[list[int]]:
+    """The batches that are not written yet, as indices of their prompts.
 
     Args:
         settings: What is rolled out.
         prompts: All prompts.
-        tokens: Token ids of each.
+        lengths: ``(P,)`` tokens of each.
         shards: What is written.
     """
     done = {prompt for record in shards.written() for prompt in record["prompts"]}
-    batches, size = [], settings.batch_size
-    for planned in plan([len(ids) for ids in tokens], size * SHARD, _WINDOW // SHARD):
-        index = [n for n in planned if prompt_hash(prompts[n].prompt) not in done]
-        if index:
-            batches.append(PromptBatch(index, [prompts[n] for n in index], [tokens[n] for n in index], size))
-    return batches
+    planned = plan(lengths.tolist(), settings.batch_size * SHARD, _WINDOW // SHARD)
+    left = ([n for n in index if prompts.hash(n) not in done] for index in planned)
+    return [index for index in left if index]
 
 
 class RolloutData(LightningDataModule):
@@ -201,7 +208,6 @@ class RolloutData(LightningDataModule):
     def __init__(self, settings: RolloutSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.prompts: list[Prompt] = []
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards may be left than there are ranks
 
     def setup(self, stage: str) -> None:
@@ -211,11 +217,17 @@ class RolloutData(LightningDataModule):
         """The batches that are not written yet."""
         trainer: Any = self.trainer
         module = trainer.lightning_module  # a train.rollout_module.RolloutModule
-        self.prompts, tokens, skipped = self.settings.encode(self.prompts, module.roller.predictor)
+        predictor, shards = module.roller.predictor, module.shards
+        self.prompts, lengths, skipped = self.settings.encode(self.prompts, predictor)
         if trainer.is_global_zero:
-            module.shards.skip(skipped)
-        batches = waiting(self.settings, self.prompts, tokens, module.shards)
-        return PromptBatches(batches, trainer.global_rank, trainer.world_size, module.shards)
+            shards.skip(skipped)
+        batches = waiting(self.settings, self.prompts, lengths, shards)
+
+        def make(index: list[int]) -> PromptBatch:
+            return self.settings.batch(self.prompts, index, predictor)
+
+        names = [shards.name(index[0], map(self.prompts.hash, index)) for index in batches]
+        return PromptBatches(batches, names, make, trainer.global_rank, trainer.world_size, shards)
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
         """Returns the batch: the decode loop moves what it needs."""
@@ -228,14 +240,26 @@ class PromptBatches:
     Nothing is handed out beforehand, so no rank waits for a slower one, a process that dies costs its current batch, and
     further ones may join: any number of runs on one folder share its work.
 
+    Args:
+        batches: Their prompts' indices.
+        names: Names of their shards.
+        make: Makes a batch of indices when it is this process's.
+        rank: This process's rank.
+        ranks: Number of ranks.
+        shards: What is written, and who is at what.
+
     Attributes:
         share: About how many of them one rank decodes.
     """
 
-    def __init__(self, batches: list[PromptBatch], rank: int, ranks: int, shards: ShardWriter) -> None:
-        own = batches[rank::ranks]
-        self.batches = own + [batch for n, batch in enumerate(batches) if n % ranks != rank]
-        self.share, self.shards = len(own), shards
+    def __init__(
+        self, batches: list[list[int]], names: list[str], make: Callable[[list[int]], PromptBatch], rank: int, ranks: int,
+        shards: ShardWriter,
+    ) -> None:  # fmt: skip
+        named = list(zip(batches, names, strict=True))
+        own = named[rank::ranks]
+        self.batches = own + [batch for n, batch in enumerate(named) if n % ranks != rank]
+        self.share, self.make, self.shards = len(own), make, shards
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -245,11 +269,10 @@ class PromptBatches:
         while took:  # once more over what others had taken: one of them may have died
             took, before = False, left
             left = []
-            for batch in before:
-                name = self.shards.name(batch.index, batch.prompts)
+            for index, name in before:
                 with self.shards.claim(name) as mine:
                     if mine:
                         took = True
-                        yield batch  # until the next one is asked for, when this one is written
+                        yield self.make(index)  # until the next one is asked for, when this one is written
                     elif not self.shards.has(name):
-                        left.append(batch)
+                        left.append((index, name))

@@ -1,9 +1,9 @@
 """The rollout set on disk: Parquet shards and a manifest, written so that a run can be killed at any instant.
 
 A folder holds, for every batch of prompts, ``steps-NAME.parquet`` (one row a forward), ``sequences-NAME.parquet`` (one
-row a prompt) and ``shard-NAME.json``, which is written last and makes the pair count; ``manifest.json`` describes the
-finished set. Every file is written aside and renamed. NAME is the place of the shard's first prompt in the run's list
-and a hash of its prompts, so it depends neither on ranks nor on interruptions.
+row a prompt) and ``shard-NAME.json``, which is written last and makes the pair count; ``manifest.json`` sums up the
+finished set and names its shards. Every file is written aside and renamed. NAME is the place of the shard's first prompt in
+the run's list and a hash of its prompts, so it depends neither on ranks nor on interruptions.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ from data.manifest import (
     check_key,
     check_shard,
     describe,
+    digest,
     intact,
     read_manifest,
     renamed,
     write_json,
 )
 from data.prompt import Prompt
-from data.prompts import prompt_hash
 from data.provenance import now, versions
 from data.tables import RolloutBatch, sequences_table, steps_table
 from data.typed import checked
@@ -131,10 +131,9 @@ class ShardWriter:
         for kind in COLUMNS:
             check_shard(self.folder / record[kind]["file"], self.key.described(), required)
 
-    def name(self, index: Sequence[int], prompts: Sequence[Prompt]) -> str:
-        """Name of the shard of these prompts, the first of which has this place in the run's list."""
-        hashes = " ".join(prompt_hash(prompt.prompt) for prompt in prompts)
-        return f"{index[0]:07d}-{hashlib.sha256(hashes.encode()).hexdigest()[:8]}"
+    def name(self, first: int, hashes: Iterable[str]) -> str:
+        """Name of the shard of the prompts with these hashes, the first of which has this place in the run's list."""
+        return f"{first:07d}-{hashlib.sha256(' '.join(hashes).encode()).hexdigest()[:8]}"
 
     def has(self, name: str) -> bool:
         """Whether a shard is written."""
@@ -170,7 +169,7 @@ class ShardWriter:
 
     def write(self, batch: RolloutBatch) -> None:
         """Writes one batch. Killed before this returns, it does not count; written again, it has the same bytes."""
-        name = self.name(batch.index, batch.prompts)
+        name = self.name(batch.index[0], batch.hashes)
         record = {
             "name": name,
             "prompts": batch.hashes,
@@ -220,7 +219,14 @@ class ShardWriter:
             splits.update(record["splits"])
             passes.update(record["passes"])
         counts = {"prompts": len(count), "splits": dict(sorted(splits.items())), "steps": dict(sorted(passes.items()))}
-        self.manifest |= {"complete": True, "finished": now(), "counts": counts, "shards": records}
+        self.manifest |= {
+            "schema_version": SCHEMA_VERSION,
+            "complete": True,
+            "finished": now(),
+            "counts": counts,
+            "shards": [record["name"] for record in records],
+            "digest": digest(self.manifest, records),
+        }
         write_json(self.folder / MANIFEST, self.manifest)
         return Rollouts(self.folder, self.manifest)
 

@@ -27,7 +27,7 @@ from models.errors import InputError
 from models.filter import FilterConfig, save_filter
 from models.predictor import MaskPredictor, fingerprint
 from train.callbacks import checkpoints, progress
-from train.cards import metadata
+from train.cards import made_from, metadata
 from train.cli import Command, log_export, run
 from train.filter_module import FilterModule
 from train.folder import load_checkpoint, made_by
@@ -282,9 +282,8 @@ def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: Sh
         module.load_state_dict(content["state_dict"])
     predictor = MaskPredictor.from_pretrained(base)
     config = replace(describe(module.config, predictor, rollouts, {}), threshold=threshold)
-    save_filter(
-        out, module.net, config, f"# Learn2PD filter ({config.architecture})\n\nExported from `{checkpoint.name}`.\n"
-    )
+    title = metadata("filter", made_from(base, rollouts)) + f"# Learn2PD filter ({config.architecture})"
+    save_filter(out, module.net, config, f"{title}\n\nExported from `{checkpoint.name}`.\n")
     print(f"exported {out}")
 
 

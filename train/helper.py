@@ -24,7 +24,7 @@ from eval.risk import CHOSEN, calibrate, keep, promises
 from models.errors import InputError
 from models.helper import Helper, HelperConfig, check_replaceable, save_helper
 from models.predictor import MaskPredictor
-from train.cards import metadata
+from train.cards import made_from, metadata
 from train.cli import Command, log_export, run
 from train.folder import load_checkpoint, made_by
 from train.helper_module import HelperModule
@@ -220,9 +220,8 @@ def export(checkpoint: Path, rollouts: Path, out: Path, base: str | None = None,
     net = module.net
     if merge:
         net, config = net.merge_and_unload(), replace(config, adapter=False)
-    save_helper(
-        out, net, config, f"# APD helper\n\nExported from `{checkpoint.name}` for `{config.base_fingerprint}`.\n"
-    )
+    title = metadata("helper", made_from(base or settings["base"], rollouts)) + "# APD helper"
+    save_helper(out, net, config, f"{title}\n\nExported from `{checkpoint.name}` for `{config.base_fingerprint}`.\n")
     print(f"exported {out}")
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from data.disk import check_writable
-from data.prompts import PromptSource, load_prompts, prompt_hash, split_of
+from data.prompt import split_of
+from data.prompts import PromptSource, read_prompts
 from data.rollout_data import SHARD, RolloutData, RolloutSettings
 from data.shards import ShardWriter
 from data.typed import Count
@@ -71,7 +72,7 @@ def estimate(rollout: RolloutSettings, accelerator: str = "auto") -> None:
     with TemporaryDirectory() as folder:
         sample = replace(rollout, folder=Path(folder), limit=min(len(prompts), SHARD * rollout.batch_size))
         module = run_rollout(sample, accelerator=accelerator, devices=1)
-        (*_, record) = module.rollouts.manifest["shards"]
+        (*_, record) = module.rollouts.shards
         summary = module.summary()
     share = len(prompts) / summary["rollout/prompts"]
     for kind in ("steps", "sequences"):
@@ -95,8 +96,8 @@ def merge(folder: Path) -> None:
     expected: dict[str, None] = {}
     for request in shards.manifest["sources"]:
         sources = [PromptSource(**source) for source in request["sources"]]
-        prompts = load_prompts(sources, request["split"], request["limit"], request["per_task"])
-        expected |= dict.fromkeys(prompt_hash(prompt.prompt) for prompt in prompts)
+        prompts = read_prompts(sources, request["split"], request["limit"], request["per_task"])
+        expected |= dict.fromkeys(prompts.hashes())
     counts = shards.finish(expected).manifest["counts"]
     print(f"{folder}: {counts['prompts']} prompts, complete")
 

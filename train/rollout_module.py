@@ -10,7 +10,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from data.manifest import read_manifest
-from data.prompts import prompt_hash
 from data.rollout_data import PromptBatch, RolloutData, RolloutSettings
 from data.shards import RolloutBatch, Rollouts, ShardWriter
 from models.predictor import MaskPredictor
@@ -73,8 +72,7 @@ class RolloutModule(LightningModule):
         """
         self.trainer.strategy.barrier("rollout-done")
         if self.trainer.is_global_zero:
-            prompts = self.trainer.datamodule.prompts  # type: ignore[attr-defined]
-            expected = [prompt_hash(prompt.prompt) for prompt in prompts]
+            expected = list(self.trainer.datamodule.prompts.hashes())  # type: ignore[attr-defined]
             if (others := self.shards.claimed()) and (missing := self.shards.missing(expected)):
                 print(f"{self.folder}: {len(missing)} prompts are left, {others} batches of them with other runs")
             else:

@@ -20,6 +20,7 @@ from train.roller import Roller
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_AT_ONCE = 2048  # shards whose prompts are with Ray at one time
 _PAUSE = 2.0  # seconds before what others had taken is looked at again
 
 
@@ -43,7 +44,8 @@ class RolloutActor:
         names, decoded = [], []
         for row in table.to_pylist():
             batch = PromptBatch(row["index"], [Prompt(**prompt) for prompt in row["prompts"]], row["tokens"], self.size)
-            name = self.shards.name(batch.index, batch.prompts)
+            hashes = (prompt_hash(prompt.prompt) for prompt in batch.prompts)
+            name = self.shards.name(batch.index[0], hashes)
             with self.shards.claim(name) as mine:
                 if mine:
                     self.shards.write(self.roller.roll(batch))
@@ -81,11 +83,11 @@ def rollout_by_ray(
         gpus = ray.cluster_resources().get("GPU", 0)
         settings = _everywhere(settings, bool(gpus))
         outline = MaskPredictor.outline(settings.base, dtype=getattr(torch, str(settings.dtype)))
-        prompts, tokens, skipped = settings.encode(settings.prompts(), outline)
+        prompts, lengths, skipped = settings.encode(settings.prompts(), outline)
         shards = ShardWriter(settings.folder, Roller(settings, outline).key, [settings.request()])
         shards.skip(skipped)
-        while batches := waiting(settings, prompts, tokens, shards):
-            rows = [_row(batch) for batch in batches]
+        while batches := waiting(settings, prompts, lengths, shards):
+            rows = [_row(settings.batch(prompts, index, outline)) for index in batches[:_AT_ONCE]]
             # A block for each shard: what an actor that dies was at is all that is done again.
             done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 RolloutActor, fn_constructor_args=(settings,), batch_size=1, batch_format="pyarrow",
@@ -95,7 +97,7 @@ def rollout_by_ray(
             if not decoded and shards.claimed():
                 return None
             time.sleep(0 if decoded else _PAUSE)
-        return shards.finish([prompt_hash(prompt.prompt) for prompt in prompts])
+        return shards.finish(prompts.hashes())
     finally:
         if started:
             ray.shutdown()

@@ -145,7 +145,7 @@ def test_a_set_larger_than_its_memory_is_read_in_bounded_memory(tiny_checkpoint:
     )
     rollout(settings, accelerator="cpu")
     file = tmp_path / "set" / "manifest.json"
-    manifest = json.loads(file.read_text())
+    manifest = {name: value for name, value in json.loads(file.read_text()).items() if name != "digest"}
     peaks = []
     for times in (20, 80):
         counts = manifest["counts"] | {"steps": {n: times * rows for n, rows in manifest["counts"]["steps"].items()}}

@@ -198,13 +198,22 @@ def test_a_set_can_be_extended_and_stays_readable_meanwhile(folder: Path, key, b
     assert open_rollouts(folder).manifest["counts"]["prompts"] == 11
 
 
+def inline(folder: Path) -> dict:
+    """The manifest as it was before schema version 4, with the records of the shards in it."""
+    found = open_rollouts(folder)
+    return {name: value for name, value in found.manifest.items() if name != "digest"} | {
+        "schema_version": 3,
+        "shards": found.shards,
+    }
+
+
 def as_version_1(folder: Path) -> None:
     """Rewrites a set as the first schema had it."""
 
     def older(record: dict) -> dict:
         return {"states" if name == "passes" else name: value for name, value in record.items()}
 
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = inline(folder)
     for number, shard in enumerate(manifest["shards"]):
         file = folder / shard["steps"]["file"]
         table = pq.read_table(file)
@@ -237,7 +246,7 @@ def test_a_set_of_the_first_schema_is_read_extended_and_told(tmp_path: Path, key
 
 def test_a_set_without_ends_takes_them_from_the_references(folder: Path) -> None:
     before = load_records(folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = inline(folder)
     for shard in manifest["shards"]:
         steps, sequences = (folder / shard[kind]["file"] for kind in ("steps", "sequences"))
         pq.write_table(pq.read_table(steps).drop_columns("end"), steps)
@@ -256,7 +265,7 @@ def test_a_set_without_ends_takes_them_from_the_references(folder: Path) -> None
 
 def test_a_set_without_text_is_read_without_it(folder: Path) -> None:
     assert load_records(folder).evidence.text is not None
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = inline(folder)
     shard = manifest["shards"][0]["steps"]
     path = folder / shard["file"]
     pq.write_table(pq.read_table(path).drop_columns(["text"]), path)
@@ -358,7 +367,10 @@ def test_a_damaged_record_is_decoded_again(folder: Path, key, batches, damage: s
         ),
         ({"complete": "yes"}, "complete: found 'yes'; accepted: .*boolean"),
         ({"shards": {}}, "shards: found {}; accepted: .*list"),
-        ({"shards": [{"name": "a"}]}, r"shards\.0\.prompts: found nothing; accepted: Field required"),
+        (
+            {"schema_version": 3, "shards": [{"name": "a"}]},
+            r"shards\.0\.prompts: found nothing; accepted: Field required",
+        ),
         (
             {"counts": {"prompts": -1, "steps": {}}},
             r"counts\.prompts: found -1; accepted: a whole number of at least 0",
@@ -372,10 +384,36 @@ def test_a_damaged_manifest_names_file_and_field(folder: Path, change: dict, mes
         open_rollouts(folder)
 
 
+def test_a_manifest_sums_up_and_its_shards_keep_their_own_records(folder: Path, key, batches) -> None:
+    # One JSON with every prompt in it would be rewritten whole with each of a million.
+    manifest = json.loads((folder / MANIFEST).read_text())
+    names = sorted(file.stem.removeprefix("shard-") for file in folder.glob("shard-*.json"))
+    assert manifest["shards"] == names
+    assert not [text for text in batches[0].hashes if text in json.dumps(manifest)]
+    assert manifest["digest"] == open_rollouts(folder).digest
+    record = folder / f"shard-{names[1]}.json"
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"shards": names[:2]}))
+    with pytest.raises(InputError, match=rf"manifest\.json: digest: found {manifest['digest']}"):
+        open_rollouts(folder)
+    record.unlink()
+    with pytest.raises(InputError, match=rf"{record.name}: found .*No such file.*run the rollout again"):
+        open_rollouts(folder)
+
+
+def test_a_set_with_all_records_in_its_manifest_is_read_and_extended(folder: Path, key, batches, decoded) -> None:
+    before = load_records(folder)
+    (folder / MANIFEST).write_text(json.dumps(inline(folder)))
+    assert torch.equal(load_records(folder).final, before.final)
+    write_all(folder, key, [*batches, decoded(4, 8)])
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert (manifest["schema_version"], manifest["counts"]["prompts"]) == (4, 12)
+    assert torch.equal(load_records(folder).final[: len(before.final)], before.final)
+
+
 def test_another_schema_is_refused(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    with pytest.raises(InputError, match=r"schema_version: found 99; accepted: 1 \| 2 \| 3"):
+    with pytest.raises(InputError, match=r"schema_version: found 99; accepted: 1 \| 2 \| 3 \| 4"):
         load_records(folder)
 
 
