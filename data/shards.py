@@ -35,7 +35,6 @@ from data.manifest import (
     renamed,
     write_json,
 )
-from data.prompt import Prompt
 from data.provenance import now, versions
 from data.tables import RolloutBatch, sequences_table, steps_table
 from data.typed import checked

@@ -23,6 +23,7 @@ def lay_out(laid: dict[str, Tensor], fields: dict[str, Tensor], places: Tensor |
         else:
             alike.setdefault((values.dtype, rest), []).append(name)
     for (_, rest), names in alike.items():  # fields of one kind are laid down together
+        assert places is not None
         values = torch.stack([fields[name] for name in names])
         target = values.new_zeros(len(names), *shape, *rest)
         target.view(len(names), -1, *rest).index_copy_(1, places, values)

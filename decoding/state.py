@@ -200,16 +200,16 @@ class BatchState:
         of_blocks = self.masked.unflatten(1, (-1, self.config.block_length)).sum(2)
         # A confidence is at most 1: what is not finite is no number at all.
         broken = confidence.isnan().sum(1, keepdim=True)
-        told = [tensor for tensor in self.owned if tensor.told is not None]
-        numbers = (tensor.value for tensor in told)
+        told = [(tensor, tensor.told) for tensor in self.owned if tensor.told is not None]
+        numbers = (tensor.value for tensor, _ in told)
         known = self.read(torch.cat((broken, self.end[:, None], *numbers, of_blocks), 1))
         if any(row[0] for row in known):
             raise InputError("base model: confidence", "not finite", "weights and a dtype whose logits are finite")
         progress = [_progress(row[2 + len(told) :], row[1]) for row in known]
         moved = [row[2] != slot.block for row, slot in zip(progress, self.scheduler.slots, strict=True)]
-        for place, tensor in enumerate(told, 2):
+        for place, (tensor, first) in enumerate(told, 2):
             begins = [new and tensor.per_block for new in moved]
-            tensor.known = [tensor.told if new else row[place] for row, new in zip(known, begins, strict=True)]
+            tensor.known = [first if new else row[place] for row, new in zip(known, begins, strict=True)]
         self._step_in_block.value += 1
         if any(moved):
             self._move_on()

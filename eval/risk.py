@@ -5,6 +5,7 @@ Then ``Decoder.from_pretrained(base, "threshold", risk=0.02, calibration="runs/r
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -133,7 +134,7 @@ def main(
 
 
 def calibrate(
-    full: dict[str, Any], rows: list[dict[str, Any]], prompts: list[Prompt], strategy: str, options: dict[str, Any],
+    full: dict[str, Any], rows: list[dict[str, Any]], prompts: Sequence[Prompt], strategy: str, options: dict[str, Any],
     option: str, loss: Literal["answer", "text"], confidence: float = CONFIDENCE,
 ) -> Calibration:  # fmt: skip
     """What the rows of a comparison vouch for.

@@ -5,6 +5,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def pick_threshold(
         the validation prompts vouch for at each threshold.
     """
 
-    def decode(split: Split, prompts: list[Prompt], runs: list[Run]) -> list[dict[str, Any]]:
+    def decode(split: Split, prompts: Sequence[Prompt], runs: list[Run]) -> list[dict[str, Any]]:
         ready: dict[str, Strategy] = {
             run.label: make_strategy("learn2pd", network=module.net, config=config, **run.options)
             for run in runs

@@ -1,6 +1,7 @@
 """DiCo: divide a block into clusters, conquer them in parallel, finalize the rest."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -95,7 +96,7 @@ class DiCo(FilterStrategy):
     config: FilterConfig | None = field(default=None, repr=False)
     name = "dico"
     needs = frozenset({"margin", "decoded"})
-    told: ClassVar[dict[str, int]] = {"phase": DIVIDE}
+    told: ClassVar[Mapping[str, int]] = {"phase": DIVIDE}
 
     def __post_init__(self) -> None:
         check(vars(self), _RULES, f"{self.name}.")
