@@ -22,7 +22,8 @@ from torch import Tensor
 from data.prompts import PromptSource
 from data.provenance import environment
 from data.rollout_data import RolloutSettings, waiting
-from data.shards import Rollouts, ShardWriter, load_records
+from data.rollouts import load_records
+from data.shards import Rollouts, ShardWriter
 from decoding.config import DecodeConfig
 from models.predictor import MaskPredictor
 from train.roller import Roller
