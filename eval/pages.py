@@ -115,6 +115,15 @@ def _apd(result: dict[str, Any]) -> list[str]:
     return table([row for row in result["rows"] if _beside_apd(row)], _APD)
 
 
+_DREAM = {name: _APD[name] for name in ("decode", "exact match", "difference (95 %)", "same text")}
+_DREAM |= {name: helper_sizes.COLUMNS[name] for name in ("acceptance", "NFE", "tokens/forward", "tokens/s")}
+
+
+def _dream(result: dict[str, Any]) -> list[str]:
+    where = f"{result['rows'][0]['prompts']} prompts, batch {result['rows'][0]['settings']['batch_size']}."
+    return [*table(result["rows"], _DREAM), "", where]
+
+
 _SIZES = helper_sizes.COLUMNS | {"exact match": _COST["exact match"], "difference (95 %)": difference}
 
 
@@ -143,6 +152,7 @@ _TABLES = {
     "cost": ("cost.json", "docs/decoders.md", _costs),
     "apd": ("bench.json", "docs/apd.md", _apd),
     "helper_sizes": ("helper_sizes/bench.json", "docs/apd.md", _helper_sizes),
+    "dream": ("dream/bench.json", "docs/families.md", _dream),
 }
 """Every table of README and docs: its result, the page it stands on, and how it is made."""
 

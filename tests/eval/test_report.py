@@ -263,10 +263,12 @@ def test_helpers_of_several_sizes_have_a_table_a_picture_and_an_optimum(tmp_path
     assert line in (tmp_path / "helper_sizes/bench.md").read_text()
     write(result(), tmp_path, 0.01)
     assert not (tmp_path / "bench_helpers.png").exists()
+    write(result(rows[:2]), tmp_path / "dream", 0.01)
     for page, names in {
         "README.md": ["front"],
         "docs/decoders.md": ["headline"],
         "docs/apd.md": ["apd", "helper_sizes"],
+        "docs/families.md": ["dream"],
     }.items():
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_text(placed(*names))
@@ -274,6 +276,8 @@ def test_helpers_of_several_sizes_have_a_table_a_picture_and_an_optimum(tmp_path
     assert f"no {tmp_path}/cost.json: cost stays as it is" in capsys.readouterr().out
     page = (tmp_path / "docs/apd.md").read_text()
     assert line.removesuffix("|") + "| 100.0 % | +0.0" in page
+    dream = "| 1 layers R 0.5 | 100.0 % | +0.0 (-0.4 to +0.4) | 90.0 % | 60.0 % | 3.0 | 1.00 | 300 |"
+    assert dream in (tmp_path / "docs/families.md").read_text()
     # One size alone has no optimum.
     assert "Most tokens a second: 1.20 M parameters at R 0.5 (400). 1000 prompts, batch 32, 2 threads." in page
 
@@ -290,7 +294,7 @@ def test_a_page_without_the_place_for_figures_is_named(tmp_path):
 def test_the_pages_that_are_committed_have_the_figures_of_the_results_beside_them(tmp_path):
     root = Path(__file__).parents[2]
     (tmp_path / "docs").mkdir()
-    pages = ["README.md", "docs/decoders.md", "docs/apd.md"]
+    pages = ["README.md", "docs/decoders.md", "docs/apd.md", "docs/families.md"]
     for page in pages:
         (tmp_path / page).write_text((root / page).read_text())
     write_pages(root / "eval/results", tmp_path)
