@@ -195,6 +195,7 @@ class Comparison:
             self.warm.add(number)
             extra["memory"] = memory.result
         out = self._generate(number, range(len(self.prompts_of(number))), progress)
+        extra["parameters"] = self.strategies[number].parameters
         self.results[number, repeat], self.extras[number, repeat] = out, extra
         if self.folder is not None:
             _save(self._file(number, repeat), out, extra)
@@ -215,6 +216,8 @@ class Comparison:
             row["seconds_all"] = [self.results[number, n].seconds for n in range(self.repeats)]
             row["times"] = [self.extras[number, n]["time"] for n in range(self.repeats)]
             row["memory"] = self.extras[number, 0].get("memory")
+            if "helper" in row:
+                row["helper"]["parameters"] = self.extras[number, 0]["parameters"]
             rows.append(row)
         for row in rows:
             without = _forwards_without_eot(row, rows)

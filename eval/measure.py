@@ -94,6 +94,10 @@ def measure(
         before each row's first EoT; ``nfe`` forwards of the predictor. ``truncated_correct_answers`` is the share of
         prompts that full_step answers rightly and this decode wrongly, in a text that ends before full_step's does.
         Figures of right answers are ``None`` where a prompt has none, ``valid`` where no scorer reads steps.
+
+        With APD there is ``helper``. Its ``acceptance`` is the share of accepted positions among those accepted or refused:
+        the first of a forward is always taken, and what is right of a refused one does not count. ``forwards`` are its own
+        for an answer; ``milliseconds`` and ``predictor_milliseconds`` are the time of one forward of the rows in a batch.
     """
     right, scorers = judge(prompts, out.text)
     reference_right = right if reference_right is None else reference_right
@@ -128,6 +132,14 @@ def measure(
         "scorers": scorers,
         "right": None if right is None else "".join("1" if value else "0" for value in right.tolist()),
     }
+    accepted, refused = (row["counts"].get(name, 0) for name in ("helper_commits", "helper_refusals"))
+    if accepted + refused:
+        row["helper"] = {
+            "acceptance": accepted / (accepted + refused),
+            "forwards": row["counts"]["helper_forwards"] / len(prompts),
+            "milliseconds": 1000 * out.helper_seconds / out.forward_calls,
+            "predictor_milliseconds": 1000 * out.predictor_seconds / out.forward_calls,
+        }
     if component:
         row["component"] = {
             "count": component,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.provenance import write_aside
+from eval import helper_sizes
 from eval.command import command
 from eval.report import ALL, Row, difference, percent, read, table, times
 from models.errors import InputError, first_line
@@ -14,13 +15,16 @@ def main(results: Path = Path("eval/results"), root: Path = Path()) -> None:
     """Writes the figures of README and docs anew, each table between the comments ``<!-- name -->`` and ``<!-- /name -->``.
 
     Args:
-        results: Folder of ``bench.json`` and ``cost.json``, as ``eval/bench.py`` writes them.
+        results: Folder of what ``eval/bench.py`` wrote; the table of a missing result other than ``bench.json`` stays as it is.
         root: Folder of README and docs.
 
     Raises:
-        InputError: A result is missing, or a page lacks the comments.
+        InputError: ``bench.json`` is missing, a result is not one, or a page lacks the comments.
     """
     for name, (result, page, made) in _TABLES.items():
+        if result != "bench.json" and not (results / result).is_file():
+            print(f"no {results / result}: {name} stays as it is in {root / page}")
+            continue
         content = read(results / result)
         if not content.get("headline"):
             raise InputError(
@@ -119,11 +123,44 @@ def _apd(result: dict[str, Any]) -> list[str]:
     return table([row for row in result["rows"] if _beside_apd(row)], _APD)
 
 
+_DREAM = {name: _APD[name] for name in ("decode", "exact match", "difference (95 %)", "same text")}
+_DREAM |= {name: helper_sizes.COLUMNS[name] for name in ("acceptance", "NFE", "tokens/forward", "tokens/s")}
+
+
+def _dream(result: dict[str, Any]) -> list[str]:
+    where = f"{result['rows'][0]['prompts']} prompts, batch {result['rows'][0]['settings']['batch_size']}."
+    return [*table(result["rows"], _DREAM), "", where]
+
+
+_SIZES = helper_sizes.COLUMNS | {"exact match": _COST["exact match"], "difference (95 %)": difference}
+
+
+def _helper_sizes(result: dict[str, Any]) -> list[str]:
+    """Helpers of several sizes, where the optimum lies, and the picture."""
+    rows = result["rows"]
+    lines = [*table(rows, _SIZES), "", helper_sizes.NOTE]
+    found = helper_sizes.by_weight(rows)
+    bests = [(weight, helper_sizes.best(own)) for weight, own in found.items()]
+    words = [
+        f"{row['helper']['parameters'] / 1e6:.2f} M parameters at R {weight:g} ({row['tokens_per_second']:.0f})"
+        for weight, row in bests
+    ]
+    lines += ["", f"Most tokens a second: {', '.join(words)}. {result['rows'][0]['prompts']} prompts, "]
+    lines[-1] += f"batch {rows[0]['settings']['batch_size']}, {result['environment']['threads']} threads."
+    return [
+        *lines,
+        "",
+        "![Acceptance against time, and speed against size](../eval/results/helper_sizes/bench_helpers.png)",
+    ]
+
+
 _TABLES = {
     "front": ("bench.json", "README.md", _front),
     "headline": ("bench.json", "docs/decoders.md", _short_headline),
     "cost": ("cost.json", "docs/decoders.md", _costs),
     "apd": ("bench.json", "docs/apd.md", _apd),
+    "helper_sizes": ("helper_sizes/bench.json", "docs/apd.md", _helper_sizes),
+    "dream": ("dream/bench.json", "docs/families.md", _dream),
 }
 """Every table of README and docs: its result, the page it stands on, and how it is made."""
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from data.disk import check_writable
 from data.provenance import write_aside
 from data.typed import checked
+from eval import helper_sizes
 from eval.command import command
 from eval.headline import MARGIN, check_margin, headline
 from eval.intervals import paired
@@ -35,6 +36,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["## All runs", "", *table(rows, ALL), "", *_NOTES]
     for title, key in (("task", "by_task"), ("length of full_step's answer, in tokens", "by_length")):
         lines += ["", f"## By {title}", "", *_parts(rows, key)]
+    if any("helper" in row for row in rows):
+        lines += ["", "## Helpers", "", *table([row for row in rows if "helper" in row], helper_sizes.COLUMNS)]
+        lines += ["", helper_sizes.NOTE]
     where = result["environment"]
     lines += [
         "",
@@ -376,7 +380,7 @@ def render(result: Path, margin: float = MARGIN) -> None:
 
 
 def write(result: dict[str, Any], folder: Path, margin: float, name: str = "bench") -> None:
-    """Writes a result as JSON, Markdown and a picture, with its headline.
+    """Writes a result as JSON, Markdown and a picture, with its headline; helpers of several sizes have a picture of their own.
 
     Args:
         result: Everything but the headline.
@@ -389,6 +393,8 @@ def write(result: dict[str, Any], folder: Path, margin: float, name: str = "benc
     write_aside(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
     write_aside(folder / f"{name}.md", markdown(result))
     draw(result["rows"], folder / f"{name}.png", margin)
+    if helper_sizes.by_weight(result["rows"]):
+        helper_sizes.draw(result["rows"], folder / f"{name}_helpers.png")
 
 
 if __name__ == "__main__":

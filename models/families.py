@@ -20,7 +20,8 @@ class Family:
 
     Attributes:
         model: Its model; ``config_class`` reads ``config.json``.
-        tokenizer: Class that reads its tokenizer's files; ``None``: the one that ``tokenizer_config.json`` names.
+        tokenizer: Class that reads its tokenizer's files where there is no ``tokenizer.json``; ``None``: the one that
+            ``tokenizer_config.json`` names.
         mask: Text of the mask token.
         eot: Text of the token that ends and pads the generated text.
         end_of_turn: Text of the token that may close a turn before ``eot``.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from models.checkpoint import check_finite
@@ -309,8 +309,11 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 
 def _load_tokenizer(folder: Path, family: Family) -> PreTrainedTokenizerBase:
+    kind = family.tokenizer or AutoTokenizer
+    if family.tokenizer and (folder / "tokenizer.json").is_file():  # which leaves nothing to a class
+        kind = PreTrainedTokenizerFast
     try:
-        return (family.tokenizer or AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
+        return kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain exceptions
         raise InputError(f"{folder}: tokenizer", first_line(error), "tokenizer.json") from error
 

@@ -91,6 +91,10 @@ class APD(Strategy):
             raise InputError("regions", "given", "none with apd, which decodes from the first position on")
         return ApdRun(request, self)
 
+    @property
+    def parameters(self) -> int:
+        return 0 if self.network is None else sum(weights.numel() for weights in self.network.model.parameters())
+
     def settings(self) -> dict[str, Any]:
         return {
             "strategy": self.name, "mixture_weight": self.mixture_weight, "kv_window": self.kv_window,
@@ -149,7 +153,7 @@ class ApdRun(Run):
     def decide(self) -> tuple[Evidence, Decision]:
         state, slots = self.state, self.scheduler.slots
         fields: dict[str, Tensor] = {}
-        accepted = torch.zeros_like(state.masked)
+        accepted, looked = torch.zeros_like(state.masked), torch.zeros_like(state.masked)
         self.noise.begin(self.scheduler.rows)
         # Rows that begin have a whole prompt to go through; the others do not wait for them.
         for begins in (True, False):
@@ -163,6 +167,7 @@ class ApdRun(Run):
             for name, values in found.items():
                 laid = fields.setdefault(name, values.new_zeros(state.masked.shape))
                 laid.view(-1).index_copy_(0, cells, values)
+            looked[draft.index] = draft.inside
             accepted[draft.index] = self._judge(draft, hidden, found["token"], fields["token"][draft.index])
         for slot in slots:
             slot.last_committed = self.config.gen_length - slot.left
@@ -170,16 +175,21 @@ class ApdRun(Run):
         if self.request.record:  # a position is judged once: it has no history
             kept |= {"stable": torch.zeros_like(fields["token"]), "previous": torch.zeros_like(fields["confidence"])}
         evidence = Evidence(state.masked_block, fields["token"], fields["confidence"], **kept)
-        asked = torch.full_like(state.block, int(self.helper_cache is not None))
-        counts = {"helper_commits": asked * (self._stays(accepted, evidence.token) - 1), "helper_forwards": asked}
-        return evidence, Decision(accepted, counts=counts)
+        return evidence, Decision(accepted, counts=self._counts(accepted, looked, evidence.token))
 
-    def _stays(self, accepted: Tensor, token: Tensor) -> Tensor:
-        """How many of the ``accepted`` ``(b, G)`` positions stay in the text, its EoT included, ``(b,)`` int64."""
+    def _counts(self, accepted: Tensor, looked: Tensor, token: Tensor) -> dict[str, Tensor]:
+        """What the helper did, ``(b,)`` int64 each, from what was looked at and accepted and the draft, ``(b, G)`` each.
+
+        ``helper_commits`` are positions accepted beyond the first that stay in the text, its EoT included;
+        ``helper_refusals`` is 1 where one was refused, not where the text or the lookahead ended first.
+        """
+        state, asked = self.state, torch.full_like(self.state.block, int(self.helper_cache is not None))
+        last = torch.full_like(asked, self.config.gen_length)
         if self.config.eot != "off":
             last = first_true(accepted & (token == self.predictor.ids.eot))
-            accepted = accepted & (self.state.region <= last[:, None])
-        return accepted.sum(1)
+        stays = (accepted & (state.region <= last[:, None])).sum(1)
+        refused = (last == self.config.gen_length) & (accepted != looked).any(1)
+        return {"helper_commits": asked * (stays - 1), "helper_refusals": asked * refused, "helper_forwards": asked}
 
     def _lookahead(self, numbers: list[int]) -> Draft:
         state, region = self.state, self.state.region

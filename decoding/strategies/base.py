@@ -38,6 +38,11 @@ class Strategy(ABC):
         return {}
 
     @property
+    def parameters(self) -> int:
+        """Weights of its learned component, once a decode has loaded it; 0 without one that is reported."""
+        return 0
+
+    @property
     def beyond_block(self) -> str:
         """What it reads beyond the logits and ids of its block; where nothing, other engines can run it."""
         return "the whole sequence"

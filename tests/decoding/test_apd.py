@@ -67,6 +67,7 @@ def test_a_helper_that_equals_the_predictor_accepts_everything(scripted, tables,
     out = decode(predictor_of(scripted, tables[0]), [[1, 2], [3] * 5], config, strategy)
     assert out.nfe.tolist() == [3, 3]
     assert out.counts["helper_commits"].tolist() == ([21, 21] if weight < 1 else [0, 0])
+    assert out.counts["helper_refusals"].tolist() == [0, 0]  # a forward ends with the lookahead
 
 
 def test_weight_1_accepts_everything_without_asking(scripted, tables):
@@ -87,7 +88,7 @@ def test_weight_0_follows_the_helpers_greedy_choice(scripted, tables):
     out = decode(predictor_of(scripted, first), [[1, 2]], config, apd(says(second), 0.0, max_lookahead=6), record=True)
     choice, draft = second[..., :MASK].argmax(-1), first[..., :MASK].argmax(-1)
     assert torch.equal(out.sequences[0], draft[2:26])
-    done = 0
+    done = refused = 0
     for step in out.trace:
         count = int(step.transfer.sum())
         assert step.transfer[0].nonzero()[:, 0].tolist() == list(range(done, done + count))
@@ -95,8 +96,10 @@ def test_weight_0_follows_the_helpers_greedy_choice(scripted, tables):
         expected = 1 + int(agreed[: 24 - done - 1].long().cumprod(0).sum())
         assert count == expected
         done += count
+        refused += not agreed[: 24 - step.transfer[0].nonzero()[0, 0] - 1].all()
     assert done == 24
     assert 4 < len(out.trace) < 24
+    assert out.counts["helper_refusals"].tolist() == [refused]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.4])
@@ -202,6 +205,7 @@ def test_an_accepted_eot_ends_the_row(scripted, tables):
         assert (out.sequences[0, :8] != EOT).all()
         # The draft's first position is nobody's merit, and what is right of the EoT is dropped.
         assert out.counts["helper_commits"].tolist() == [8 if weight < 1 else 0]
+        assert out.counts["helper_refusals"].tolist() == [0]
 
 
 def test_ids_beyond_the_helpers_vocabulary_are_never_accepted_from_it(scripted, tables):
@@ -212,6 +216,7 @@ def test_ids_beyond_the_helpers_vocabulary_are_never_accepted_from_it(scripted, 
     assert (out.sequences == 50).all()
     assert out.nfe.tolist() == [24]  # the first position of each forward, which is not the helper's
     assert out.counts["helper_commits"].tolist() == [0]
+    assert out.counts["helper_refusals"].tolist() == [23]  # of the last forward's one position it is not asked
 
 
 def test_steps_stream_and_mask_never_leaves(scripted, tables):

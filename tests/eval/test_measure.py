@@ -70,6 +70,18 @@ def test_by_task_by_length_and_what_the_component_did():
     assert row["predictor_seconds"] + row["helper_seconds"] + row["loop_seconds"] == row["seconds"]
 
 
+def test_a_helper_s_acceptance_is_of_what_it_judged():
+    reference = torch.tensor([[1, 2, 3, EOT]] * 2)
+    said = {"helper_commits": [3, 0], "helper_refusals": [0, 1], "helper_forwards": [1, 2]}
+    prompts = [Prompt("a", "t", "p"), Prompt("b", "t", "q")]
+    out = generation(reference.tolist(), [1, 2], ["x"] * 2, **said)
+    out.helper_seconds = 0.5
+    found = measure(out, prompts, reference, None, EOT)["helper"]
+    assert found == {"acceptance": 0.75, "forwards": 1.5, "milliseconds": 100.0, "predictor_milliseconds": 200.0}
+    unasked = generation(reference.tolist(), [1, 2], ["x"] * 2, helper_commits=[0, 0], helper_refusals=[0, 0])
+    assert "helper" not in measure(unasked, prompts, reference, None, EOT)
+
+
 def test_spans_of_lengths():
     assert [span(n) for n in (0, 1, 2, 3, 4, 5, 8, 9, 128)] == [
         "0 tokens", "1 to 2", "1 to 2", "3 to 4", "3 to 4", "5 to 8", "5 to 8", "9 to 16", "65 to 128",

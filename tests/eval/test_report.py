@@ -251,6 +251,45 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
     ]  # fmt: skip
 
 
+def helper_row(layers, weight, speed, acceptance):
+    figures = {
+        "acceptance": acceptance, "forwards": 3.0, "milliseconds": 2.0 * layers, "predictor_milliseconds": 8.0,
+        "parameters": 400_000 * (1 + layers),
+    }  # fmt: skip
+    name = f"{layers} layers R {weight:g}"
+    return row("apd", name, 0, 3.0, speed, mixture_weight=weight) | {"helper": figures}
+
+
+def test_helpers_of_several_sizes_have_a_table_a_picture_and_an_optimum(tmp_path, capsys):
+    rows = [
+        ROWS[0],
+        *(helper_row(*one) for one in ((1, 0.5, 300, 0.6), (6, 0.5, 200, 0.9), (2, 0.5, 400, 0.8), (1, 0, 9, 0.5))),
+    ]
+    write(result(rows), tmp_path / "helper_sizes", 0.01)
+    assert (tmp_path / "helper_sizes/bench_helpers.png").stat().st_size > 10_000
+    line = "| 2 layers R 0.5 | 1.20 M | 80.0 % | 4.0 | 8.0 | 0.50 | 3.0 | 1.00 | 400 |"
+    assert line in (tmp_path / "helper_sizes/bench.md").read_text()
+    write(result(), tmp_path, 0.01)
+    assert not (tmp_path / "bench_helpers.png").exists()
+    write(result(rows[:2]), tmp_path / "dream", 0.01)
+    for page, names in {
+        "README.md": ["front"],
+        "docs/decoders.md": ["headline"],
+        "docs/apd.md": ["apd", "helper_sizes"],
+        "docs/families.md": ["dream"],
+    }.items():
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text(placed(*names))
+    write_pages(tmp_path, tmp_path)
+    assert f"no {tmp_path}/cost.json: cost stays as it is" in capsys.readouterr().out
+    page = (tmp_path / "docs/apd.md").read_text()
+    assert line.removesuffix("|") + "| 100.0 % | +0.0" in page
+    dream = "| 1 layers R 0.5 | 100.0 % | +0.0 (-0.4 to +0.4) | 90.0 % | 60.0 % | 3.0 | 1.00 | 300 |"
+    assert dream in (tmp_path / "docs/families.md").read_text()
+    # One size alone has no optimum.
+    assert "Most tokens a second: 1.20 M parameters at R 0.5 (400). 1000 prompts, batch 32, 2 threads." in page
+
+
 def test_a_page_without_the_place_for_figures_is_named(tmp_path):
     write(result(), tmp_path, 0.01)
     page = tmp_path / "README.md"
@@ -263,7 +302,7 @@ def test_a_page_without_the_place_for_figures_is_named(tmp_path):
 def test_the_pages_that_are_committed_have_the_figures_of_the_results_beside_them(tmp_path):
     root = Path(__file__).parents[2]
     (tmp_path / "docs").mkdir()
-    pages = ["README.md", "docs/decoders.md", "docs/apd.md"]
+    pages = ["README.md", "docs/decoders.md", "docs/apd.md", "docs/families.md"]
     for page in pages:
         (tmp_path / page).write_text((root / page).read_text())
     write_pages(root / "eval/results", tmp_path)
