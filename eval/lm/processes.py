@@ -37,6 +37,9 @@ def launch(devices: int, device: str | None) -> None:
 
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # every process would introduce itself
     on_gpu = torch.cuda.is_available() and device != "cpu"
+    cores = max(2, os.cpu_count() or 1)
+    if not on_gpu and devices > cores:  # as many copies of the model would fill the memory, and none would get on
+        raise InputError("devices", devices, f"at most {cores}, without a GPU the number of cores")
     try:
         strategy = DDPStrategy(process_group_backend=BACKEND, timeout=TIMEOUT)
         Fabric(accelerator="cuda" if on_gpu else "cpu", devices=devices, strategy=strategy).launch()

@@ -499,6 +499,7 @@ unsafe_code: true
         (["--tasks", "short", "--strategy", "fullstep"], "strategy: found 'fullstep'; accepted: full_step |"),
         (["--tasks", "short", "--limit", "-1"], "limit: found -1; accepted: null | a number above 0, and finite"),
         (["--tasks", "short", "--devices", "0"], "devices: found 0"),
+        (["--tasks", "short", "--devices", "9999", "--device", "cpu"], "devices: found 9999; accepted: at most"),
         (["--tasks", "short", "--options", '{"seed": 1}'], "options.seed: found 1; accepted: --seed"),
         (["--tasks", "short", "--startegy", "x"], "Unrecognized arguments: --startegy x; accepted: strategy"),
         (["--tasks", "short", "--apply_chat_template", "false", "--fewshot_as_multiturn", "true"], "fewshot_as_mult"),
