@@ -21,8 +21,8 @@ from data.prompt import Prompt
 from data.wording import ASIDES, BOXES, CLOSINGS, ITEMS, LEADS, NAMES, OPENINGS, PROMPT, STEPS, THINGS, WEIGHTS
 from models.errors import InputError
 
-Step = tuple[str, int, int, int]
-"""A step of an answer: what is done, two operands and the result; operands that a step does not have are 0."""
+Step = tuple[str, int, int, int, str]
+"""A step of an answer: what is done, two operands, the result, and whose it is; what a step does not have is 0 or empty."""
 
 _EVENTS = (
     ("gain", 0.3),
@@ -33,6 +33,9 @@ _EVENTS = (
     ("share", 0.08),
     ("distract", 0.07),
 )
+
+_PERSONAL = ("gain", "lose", "double", "share", "pack")
+"""Steps about what one person has: in a story about two, each says whose it is."""
 
 
 @dataclass
@@ -128,10 +131,10 @@ def score(text: str, prompt: Prompt) -> Score:
         if sentence in fillers or (start and known["start"].get(start["p"]) == start["c"]):
             continue
         step = expected[len(said)] if len(said) < len(expected) else None
-        numbers = _says(sentence, step[0]) if step else None
-        if step and numbers is not None:
-            known_numbers = dict(zip("abc", step[1:], strict=True))
-            said.append(all(known_numbers.get(name, value) == value for name, value in numbers.items()))
+        slots = _says(sentence, step[0]) if step else None
+        if step and slots is not None:
+            known_slots = dict(zip("abcp", step[1:], strict=True))
+            said.append(all(known_slots.get(name, value) == value for name, value in slots.items()))
             continue
         said.append(False)
         well_formed = well_formed and any(_says(sentence, kind) is not None for kind in STEPS)
@@ -142,14 +145,18 @@ def _says(sentence: str, kind: str) -> dict[str, int | str] | None:
     """The numbers and the person ``p`` of a sentence that says a step of this kind; ``None`` if it does not."""
     for form in _forms(kind):
         if match := form.fullmatch(sentence):
-            return {name: value if name == "p" else int(value) for name, value in match.groupdict().items()}
+            return {name: value if name == "p" else int(value) for name, value in match.groupdict().items() if value}
     return None
 
 
 @functools.cache
 def _forms(kind: str) -> list[re.Pattern[str]]:
     leads = "|".join(lead for lead, _ in LEADS if lead)
-    return [re.compile(f"(?:{leads})?{_pattern(form)}", re.IGNORECASE) for form in STEPS[kind]]
+    named = "(?:for (?P<p>[A-Za-z]+), )?"
+    return [
+        re.compile(f"(?:{leads})?{'' if '{p}' in form else named}{_pattern(form)}", re.IGNORECASE)
+        for form in STEPS[kind]
+    ]
 
 
 def _pattern(form: str) -> str:
@@ -176,6 +183,7 @@ class _Writer:
         self.sentences: list[str] = []
         self.steps: list[Step] = []
         self.start: dict[str, int] = {}
+        """What each person has at first. Where there are two people, each step says whose it is."""
 
     def ask(self, kind: str, **slots: Any) -> None:
         """Adds a sentence to the prompt."""
@@ -187,11 +195,14 @@ class _Writer:
         forms = STEPS[kind]
         (form,) = self.rng.choices(forms, WEIGHTS[: len(forms)])
         lead = self._draw(LEADS) if self.sentences else ""
+        name = slots.get("p", "") if kind != "start" else ""
+        if name and len(self.start) > 1 and "{p}" not in form and kind in _PERSONAL:
+            lead += f"for {name}, "
         text = lead + form.format(a=a, b=b, c=c, **slots)
         aside = self._draw(ASIDES) if self.steps and kind != "start" else ""
         self.sentences += [text[0].upper() + text[1:], aside]
         if kind != "start":
-            self.steps.append((kind, a, b, c))
+            self.steps.append((kind, a, b, c, name))
 
     def response(self, answer: str, opening: bool = True) -> str:
         """The whole answer."""
