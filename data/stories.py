@@ -183,7 +183,7 @@ class _Writer:
         self.sentences: list[str] = []
         self.steps: list[Step] = []
         self.start: dict[str, int] = {}
-        """What each person has at first. Where there are two people, each step says whose it is."""
+        self.people = 1
 
     def ask(self, kind: str, **slots: Any) -> None:
         """Adds a sentence to the prompt."""
@@ -196,7 +196,7 @@ class _Writer:
         (form,) = self.rng.choices(forms, WEIGHTS[: len(forms)])
         lead = self._draw(LEADS) if self.sentences else ""
         name = slots.get("p", "") if kind != "start" else ""
-        if name and len(self.start) > 1 and "{p}" not in form and kind in _PERSONAL:
+        if name and self.people > 1 and "{p}" not in form and kind in _PERSONAL:
             lead += f"for {name}, "
         text = lead + form.format(a=a, b=b, c=c, **slots)
         aside = self._draw(ASIDES) if self.steps and kind != "start" else ""
@@ -224,13 +224,18 @@ class _Story:
         self.words: dict[str, Any] = {"t": rng.choice(THINGS), "box": rng.choice(BOXES)}
         self.have: dict[str, int] = {}
 
-    def begin(self, people: int) -> None:
-        """Says what each of the first ``people`` has."""
-        for name in self.names[:people]:
-            self.have[name] = self.writer.start[name] = self.rng.randint(2, self.most // 2)
-            self.writer.ask("start", p=name, c=self.have[name], **self.words)
-            if self.rng.random() < 0.35:
-                self.writer.say("start", p=name, c=self.have[name], **self.words)
+    @property
+    def last(self) -> str:
+        """The person told of last."""
+        return self.names[len(self.have) - 1]
+
+    def begin(self) -> None:
+        """Says what the next person has."""
+        name = self.names[len(self.have)]
+        self.have[name] = self.writer.start[name] = self.rng.randint(2, self.most // 2)
+        self.writer.ask("start", p=name, c=self.have[name], **self.words)
+        if self.rng.random() < 0.35:
+            self.writer.say("start", p=name, c=self.have[name], **self.words)
 
     def happen(self) -> None:
         """One event, of those that keep all numbers in range."""
@@ -240,7 +245,7 @@ class _Story:
 
     def _happen(self, kind: str) -> bool:
         rng, have = self.rng, self.have
-        p = self.names[0] if len(have) == 1 or rng.random() < 0.6 else self.names[1]
+        p = rng.choice(list(have)) if kind == "move" else self.last
         q = next(name for name in self.names if name != p)
         a, b, k = have[p], rng.randint(2, 12), rng.randint(2, 5)
         possible = {
@@ -286,9 +291,8 @@ class _Story:
                 asks |= {"difference": 0.0, "more": 0.0}
         (kind,) = rng.choices(list(asks), list(asks.values()))
         if kind == "end":
-            name = rng.choice(list(self.have))
-            writer.ask("ask_end", p=name, **words)
-            return str(self.have[name])
+            writer.ask("ask_end", p=self.last, **words)
+            return str(self.have[self.last])
         if kind == "price":
             price = rng.randint(2, min(9, self.most // most))
             writer.ask("price", b=price, **words)
@@ -303,10 +307,13 @@ class _Story:
 
 def _story(rng: random.Random, task: StoryTask, writer: _Writer) -> str:
     story = _Story(rng, task, writer)
-    story.begin(1 if rng.random() < 1 - task.pairs else 2)
+    writer.people = 1 if rng.random() < 1 - task.pairs else 2
     counts = range(2, task.max_events + 1)
     (events,) = rng.choices(counts, _LENGTHS[: len(counts)])
-    for _ in range(events):
+    second = rng.randint(1, events - 1)  # who is told of second comes in here
+    for number in range(events):
+        if number == 0 or (number == second and writer.people == 2):
+            story.begin()
         story.happen()
     while not writer.steps:  # nothing but distractors so far
         story.happen()
