@@ -133,7 +133,7 @@ def score(text: str, prompt: Prompt) -> Score:
         step = expected[len(said)] if len(said) < len(expected) else None
         slots = _says(sentence, step[0]) if step else None
         if step and slots is not None:
-            known_slots = dict(zip("abcp", step[1:], strict=True))
+            known_slots = dict(zip("abcp", step[1:], strict=False))  # earlier prompts do not say whose a step is
             said.append(all(known_slots.get(name, value) == value for name, value in slots.items()))
             continue
         said.append(False)
