@@ -21,8 +21,8 @@ from data.prompt import Prompt
 from data.wording import ASIDES, BOXES, CLOSINGS, ITEMS, LEADS, NAMES, OPENINGS, PROMPT, STEPS, THINGS, WEIGHTS
 from models.errors import InputError
 
-Step = tuple[str, int, int, int]
-"""A step of an answer: what is done, two operands and the result; operands that a step does not have are 0."""
+Step = tuple[str, int, int, int, str]
+"""A step of an answer: what is done, two operands, the result, and whose it is; what a step does not have is 0 or empty."""
 
 _EVENTS = (
     ("gain", 0.3),
@@ -33,6 +33,9 @@ _EVENTS = (
     ("share", 0.08),
     ("distract", 0.07),
 )
+
+_PERSONAL = ("gain", "lose", "double", "share", "pack")
+"""Steps about what one person has: in a story about two, each says whose it is."""
 
 
 @dataclass
@@ -128,10 +131,10 @@ def score(text: str, prompt: Prompt) -> Score:
         if sentence in fillers or (start and known["start"].get(start["p"]) == start["c"]):
             continue
         step = expected[len(said)] if len(said) < len(expected) else None
-        numbers = _says(sentence, step[0]) if step else None
-        if step and numbers is not None:
-            known_numbers = dict(zip("abc", step[1:], strict=True))
-            said.append(all(known_numbers.get(name, value) == value for name, value in numbers.items()))
+        slots = _says(sentence, step[0]) if step else None
+        if step and slots is not None:
+            known_slots = dict(zip("abcp", step[1:], strict=False))  # earlier prompts do not say whose a step is
+            said.append(all(known_slots.get(name, value) == value for name, value in slots.items()))
             continue
         said.append(False)
         well_formed = well_formed and any(_says(sentence, kind) is not None for kind in STEPS)
@@ -142,14 +145,18 @@ def _says(sentence: str, kind: str) -> dict[str, int | str] | None:
     """The numbers and the person ``p`` of a sentence that says a step of this kind; ``None`` if it does not."""
     for form in _forms(kind):
         if match := form.fullmatch(sentence):
-            return {name: value if name == "p" else int(value) for name, value in match.groupdict().items()}
+            return {name: value if name == "p" else int(value) for name, value in match.groupdict().items() if value}
     return None
 
 
 @functools.cache
 def _forms(kind: str) -> list[re.Pattern[str]]:
     leads = "|".join(lead for lead, _ in LEADS if lead)
-    return [re.compile(f"(?:{leads})?{_pattern(form)}", re.IGNORECASE) for form in STEPS[kind]]
+    named = "(?:for (?P<p>[A-Za-z]+), )?"
+    return [
+        re.compile(f"(?:{leads})?{'' if '{p}' in form else named}{_pattern(form)}", re.IGNORECASE)
+        for form in STEPS[kind]
+    ]
 
 
 def _pattern(form: str) -> str:
@@ -176,6 +183,7 @@ class _Writer:
         self.sentences: list[str] = []
         self.steps: list[Step] = []
         self.start: dict[str, int] = {}
+        self.people = 1
 
     def ask(self, kind: str, **slots: Any) -> None:
         """Adds a sentence to the prompt."""
@@ -187,11 +195,14 @@ class _Writer:
         forms = STEPS[kind]
         (form,) = self.rng.choices(forms, WEIGHTS[: len(forms)])
         lead = self._draw(LEADS) if self.sentences else ""
+        name = slots.get("p", "") if kind != "start" else ""
+        if name and self.people > 1 and "{p}" not in form and kind in _PERSONAL:
+            lead += f"for {name}, "
         text = lead + form.format(a=a, b=b, c=c, **slots)
         aside = self._draw(ASIDES) if self.steps and kind != "start" else ""
         self.sentences += [text[0].upper() + text[1:], aside]
         if kind != "start":
-            self.steps.append((kind, a, b, c))
+            self.steps.append((kind, a, b, c, name))
 
     def response(self, answer: str, opening: bool = True) -> str:
         """The whole answer."""
@@ -213,13 +224,18 @@ class _Story:
         self.words: dict[str, Any] = {"t": rng.choice(THINGS), "box": rng.choice(BOXES)}
         self.have: dict[str, int] = {}
 
-    def begin(self, people: int) -> None:
-        """Says what each of the first ``people`` has."""
-        for name in self.names[:people]:
-            self.have[name] = self.writer.start[name] = self.rng.randint(2, self.most // 2)
-            self.writer.ask("start", p=name, c=self.have[name], **self.words)
-            if self.rng.random() < 0.35:
-                self.writer.say("start", p=name, c=self.have[name], **self.words)
+    @property
+    def last(self) -> str:
+        """The person told of last."""
+        return self.names[len(self.have) - 1]
+
+    def begin(self) -> None:
+        """Says what the next person has."""
+        name = self.names[len(self.have)]
+        self.have[name] = self.writer.start[name] = self.rng.randint(2, self.most // 2)
+        self.writer.ask("start", p=name, c=self.have[name], **self.words)
+        if self.rng.random() < 0.35:
+            self.writer.say("start", p=name, c=self.have[name], **self.words)
 
     def happen(self) -> None:
         """One event, of those that keep all numbers in range."""
@@ -229,7 +245,7 @@ class _Story:
 
     def _happen(self, kind: str) -> bool:
         rng, have = self.rng, self.have
-        p = self.names[0] if len(have) == 1 or rng.random() < 0.6 else self.names[1]
+        p = rng.choice(list(have)) if kind == "move" else self.last
         q = next(name for name in self.names if name != p)
         a, b, k = have[p], rng.randint(2, 12), rng.randint(2, 5)
         possible = {
@@ -275,9 +291,8 @@ class _Story:
                 asks |= {"difference": 0.0, "more": 0.0}
         (kind,) = rng.choices(list(asks), list(asks.values()))
         if kind == "end":
-            name = rng.choice(list(self.have))
-            writer.ask("ask_end", p=name, **words)
-            return str(self.have[name])
+            writer.ask("ask_end", p=self.last, **words)
+            return str(self.have[self.last])
         if kind == "price":
             price = rng.randint(2, min(9, self.most // most))
             writer.ask("price", b=price, **words)
@@ -292,10 +307,13 @@ class _Story:
 
 def _story(rng: random.Random, task: StoryTask, writer: _Writer) -> str:
     story = _Story(rng, task, writer)
-    story.begin(1 if rng.random() < 1 - task.pairs else 2)
+    writer.people = 1 if rng.random() < 1 - task.pairs else 2
     counts = range(2, task.max_events + 1)
     (events,) = rng.choices(counts, _LENGTHS[: len(counts)])
-    for _ in range(events):
+    second = rng.randint(1, events - 1)  # who is told of second comes in here
+    for number in range(events):
+        if number == 0 or (number == second and writer.people == 2):
+            story.begin()
         story.happen()
     while not writer.steps:  # nothing but distractors so far
         story.happen()
