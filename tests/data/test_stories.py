@@ -106,6 +106,35 @@ def test_all_splits_are_there():
     assert {split_of(prompt.prompt) for prompt in take(200, name="story")} == {"train", "validation", "test"}
 
 
+def test_in_a_story_of_two_every_step_says_whose_it_is():
+    told = re.compile(r"\bfor (\w+), ", re.IGNORECASE)
+    tried = 0
+    for prompt in take(60, name="story", pairs=1.0):
+        first, second = json.loads(prompt.metadata)["start"]
+        personal = {step[4] for step in json.loads(prompt.metadata)["steps"]}
+        assert all(name in prompt.response for name in personal)
+        other = {first: second, second: first}
+        wrong = told.sub(
+            lambda found, other=other: found[0].replace(found[1], other[found[1]]), prompt.response, count=1
+        )
+        if wrong != prompt.response:
+            tried += 1
+            assert score(wrong, prompt).steps < 1
+    assert tried > 20
+
+
+def test_a_story_tells_of_one_person_after_the_other():
+    for prompt in take(60, name="story", pairs=1.0):
+        first, second = json.loads(prompt.metadata)["start"]
+        begins = re.search(
+            rf"\b(There are \d+ \w+ on the table of {second}|{second} (has|owns|starts))\b", prompt.prompt
+        )
+        assert begins
+        assert second not in prompt.prompt[: begins.start()]
+        own = re.search(rf"\b{first}\b", prompt.prompt)
+        assert own.start() < begins.start()
+
+
 def test_stories_of_two_people_may_be_all_or_none():
     for pairs, people in ((0.0, {1}), (1.0, {2}), (0.5, {1, 2})):
         assert {len(json.loads(prompt.metadata)["start"]) for prompt in take(40, name="story", pairs=pairs)} == people
