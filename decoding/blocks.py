@@ -87,13 +87,13 @@ class BlockRun(Run):
 
         # The masked positions first: only they draw noise, whatever else is looked at.
         counts = [slot.block_masked for slot in slots]
-        here = state.cells[: masked.numel()]
-        sparse = sum(counts) < len(here)
+        chosen = state.cells[: masked.numel()]
+        sparse = sum(counts) < len(chosen)
         if sparse:
-            here = _where(masked, taking, sum(counts))
+            chosen = _where(masked, taking, sum(counts))
             if self.all_positions:
-                here = torch.cat((here, _where(~masked, taking, len(slots) * size - sum(counts))))
-        cells, wanted = _in_batch(here, size, rows), [_placed(here, size, length, shift)]
+                chosen = torch.cat((chosen, _where(~masked, taking, len(slots) * size - sum(counts))))
+        cells, wanted = _in_batch(chosen, size, rows), [_placed(chosen, size, length, shift)]
 
         # Right of the block: what it says of EoT, and its next block's distributions.
         rest = ahead = None

@@ -17,9 +17,8 @@ class History:
     def __init__(self, state: BatchState) -> None:
         zero = torch.zeros(state.config.block_length, device=state.device)
         self.state = state
-        self.token = state.register(
-            zero.long() - 1, per_block=True
-        )  # no id: a block's first step is like nothing before
+        # No id: a block's first step is like nothing before.
+        self.token = state.register(zero.long() - 1, per_block=True)
         self.confidence = state.register(zero, per_block=True)
         self.steps = state.register(zero.long(), per_block=True)
 
@@ -68,12 +67,11 @@ class Distributions:
         stored = self.stored.value.view(-1, now.shape[1])
         changed = divergence(now, stored[place])
         stored.index_copy_(0, place, now)
-        if not any(slot.step_in_block == 0 for slot in state.scheduler.slots):
+        # A row may begin at any block, where part of its region is given.
+        first = [(slot.steps if self.kept == 2 else slot.step_in_block) == 0 for slot in state.scheduler.slots]
+        if not any(first):
             return changed
-        first = state.step_in_block == 0
-        if self.kept == 2:
-            first = first & (state.block == 0)
-        return changed.masked_fill_(first[row], torch.inf)
+        return changed.masked_fill_(torch.tensor(first).to(state.device)[row], torch.inf)
 
     def keep(self, ahead: Tensor, row: Tensor, offset: Tensor) -> None:
         """Remembers log-probabilities ``(N, V)`` float32 at places ``offset`` ``(N,)`` of the next block of ``row`` ``(N,)``."""

@@ -1,12 +1,13 @@
 """What the predictor said in one block at one step, and the columns a filter reads from it."""
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.constants import constant
 
 EVIDENCE = frozenset({"margin", "entropy", "history", "text"})
 """What can be asked for beyond token and confidence and is worth keeping: all that records hold."""
@@ -121,7 +122,6 @@ def feature_columns(evidence: Evidence, names: list[str] | tuple[str, ...]) -> T
     return torch.where(evidence.masked[..., None] | _flags(tuple(names), columns.device), columns, 0.0)
 
 
-@functools.lru_cache(maxsize=8)
+@constant
 def _flags(names: tuple[str, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # for training, too
-        return torch.tensor([FEATURES[name].flag for name in names], device=device)
+    return torch.tensor([FEATURES[name].flag for name in names], device=device)

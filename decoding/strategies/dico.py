@@ -1,6 +1,5 @@
 """DiCo: divide a block into clusters, conquer them in parallel, finalize the rest."""
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from decoding.config import DecodeConfig
 from decoding.strategies.base import Decision, Step, top_1
 from decoding.strategies.learn2pd import FilterStrategy
+from models.constants import constant
 from models.filter import FilterConfig
 from models.predictor import MaskPredictor
 from models.rules import COUNT, LONGEST, NOT_NEGATIVE, POSITIVE, SHARE, check, number, whole
@@ -233,12 +233,12 @@ class DiCo(FilterStrategy):
         }
 
 
-@functools.lru_cache(maxsize=8)
+@constant
 def _places(size: int, device: torch.device) -> Tensor:
     return torch.arange(size, device=device)
 
 
-@functools.lru_cache(maxsize=8)
+@constant
 def _decay(size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What a seed at ``i`` leaves of the weight at ``j`` under Soft-NMS, ``(size, size)``."""
     place = _places(size, device).to(dtype)

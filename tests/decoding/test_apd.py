@@ -133,7 +133,8 @@ def test_committed_tokens_have_the_distribution_of_the_coupling(scripted, weight
 def test_a_row_decodes_as_it_does_alone(random_base, random_helper, prompts, window, lookahead, eot, temperature):
     config = DecodeConfig(24, 24, eot=eot, temperature=temperature)
     strategy = apd(random_helper, 0.5, kv_window=window, max_lookahead=lookahead)
-    together = decode(random_base, prompts, config, strategy, seeds=range(5), batch_size=3)
+    together = decode(random_base, prompts, config, strategy, seeds=range(5), batch_size=3, record=True)
+    assert torch.bincount(torch.cat([step.rows for step in together.trace])).tolist() == together.nfe.tolist()
     for row, prompt in enumerate(prompts):
         alone = decode(random_base, [prompt], config, strategy, seeds=[row])
         assert torch.equal(together.sequences[row], alone.sequences[0])

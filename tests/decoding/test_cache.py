@@ -9,6 +9,8 @@ from torch._dynamo.utils import counters
 
 from decoding.config import DecodeConfig
 from decoding.loop import decode
+from decoding.output import empty_output
+from decoding.run import Request
 from decoding.strategies import make_strategy
 from models.errors import InputError
 from models.predictor import MaskPredictor
@@ -134,6 +136,44 @@ def test_cache_storage_is_allocated_once_a_call(random_base, prompts, monkeypatc
     made.clear()
     decode(random_base, prompts, DecodeConfig(32, 8), make_strategy("full_step"))
     assert made == []
+
+
+def test_keys_are_given_back_once_the_long_prompts_are_done(random_base, prompts):
+    # Sized by the longest prompt of the call, they would take three times the memory until the last row ends.
+    prompts = [[5] * 64, [6] * 9, [7] * 5]
+    config, strategy = DecodeConfig(32, 8, cache="dual"), make_strategy("full_step")
+    output, sizes = empty_output(3, config), []
+    with torch.inference_mode():
+        run = strategy.start(Request(random_base, prompts, config, strategy, output, batch_size=2))
+        assert run.cache is not None
+        while run.scheduler.slots:
+            sizes.append(run.cache.keys.shape[1] * run.cache.keys.shape[3])
+            run.step()
+            run.retire()
+        run.close()
+    assert (sizes[0], sizes[-1]) == (2 * (64 + 32), 5 + 32)
+    alone = decode(random_base, prompts[2:], config, strategy)
+    assert torch.equal(output.sequences[2], alone.sequences[0])
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("name", ["threshold", "dico"])
+def test_no_mask_is_made_where_no_row_is_padded(random_base, cache, name, monkeypatch):
+    # With a mask, however empty, attention does without its fastest kernel.
+    masks, forward = [], random_base.forward
+
+    def watched(input_ids, attention_mask, *arguments, **options):
+        masks.append(attention_mask)
+        return forward(input_ids, attention_mask, *arguments, **options)
+
+    monkeypatch.setattr(random_base, "forward", watched)
+    config = DecodeConfig(32, 8, cache=cache, eot="off")
+    decode(random_base, [[1, 2, 3], [4, 5, 6], [7, 8, 9]], config, make_strategy(name), batch_size=2)
+    assert masks
+    assert all(mask is None for mask in masks)
+    masks.clear()
+    decode(random_base, [[1, 2, 3], [4, 5]], config, make_strategy(name))
+    assert any(mask is not None for mask in masks)
 
 
 def test_a_model_that_keeps_no_keys_is_refused_by_name(table):

@@ -357,6 +357,17 @@ def test_klass_compares_a_blocks_first_step_with_the_last_of_the_block_before(
     assert (out.nfe == forwards).all() if eot == "off" else (out.nfe <= forwards).all()
 
 
+@pytest.mark.parametrize(("cache", "forwards"), [("none", 4), ("prefix", 4), ("dual", 6)])
+def test_klass_has_nothing_to_compare_a_rows_first_step_with_wherever_it_begins(random_base, prompts, cache, forwards):
+    # The first block is given, and everything is stable: the second takes a forward more for want of a step before it.
+    regions = torch.full((len(prompts), 32), MASK)
+    regions[:, :8] = 7
+    strategy = make_strategy("klass", threshold=0.0, divergence=1e9, history=1)
+    config = DecodeConfig(32, 8, eot="off", cache=cache)
+    out = decode(random_base, prompts, config, strategy, regions=regions, batch_size=2)
+    assert (out.nfe == forwards).all()
+
+
 def plain_dream(predictor, prompt, config, top_p):
     """One row by Dream's "entropy", greedy: each position's distribution sorted and cut in float64, in plain Python."""
     start, size = len(prompt), config.block_length

@@ -72,6 +72,21 @@ def test_the_count_is_what_a_real_step_allocates(folder, cache, name):
     assert plan.peak - plan.weights == pytest.approx(allocated(steps), rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["dico", "learn2pd"])
+def test_a_decode_after_a_plan_has_nothing_of_it(folder, name):
+    # What is made once and kept would be a tensor without contents.
+    size, config = 16, DecodeConfig(32, 16)
+    described = FilterConfig(
+        block_length=size, gen_length=32, threshold=0.5, base_fingerprint="unsaved", vocab_size=3000, mask_id=0,
+        features=("log_margin", "masked", "confidence"),
+    )  # fmt: skip
+    options = {"network": build_filter(described).eval(), "config": described} if name == "learn2pd" else {}
+    plan_memory(folder, config, make_strategy(name, **options), dtype="float32")
+    predictor = MaskPredictor(LLaDAModelLM(SHAPE), TokenIds(0, 1, 2, 1, 3), 3000, 512)
+    out = decode(predictor, [[4] * 5], config, make_strategy(name, **options))
+    assert (out.sequences != 0).all()
+
+
 def test_evidence_does_not_grow_with_the_positions(tmp_path):
     wide = LLaDAConfig(**SHAPE.to_diff_dict() | {"vocab_size": 200_000, "max_sequence_length": 4096})
     wide.save_pretrained(tmp_path)

@@ -112,7 +112,9 @@ def test_rows_do_not_see_each_other(step):
         for at in range(len(step.quota)):
             evidence = step.evidence.each(lambda value, at=at: row(value, at))
             rest = {
-                f.name: row(getattr(step, f.name), at) for f in fields(Step) if f.name not in ("evidence", "memory", "told")
+                f.name: row(getattr(step, f.name), at)
+                for f in fields(Step)
+                if f.name not in ("evidence", "memory", "told")
             }
             single = Step(evidence, memory={key: row(value, at) for key, value in begun.memory.items()}, **rest)
             assert torch.equal(strategy.decide(single).transfer, row(decision.transfer, at)), name

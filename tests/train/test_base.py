@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from models.errors import InputError
 from models.predictor import MaskPredictor
-from train.base import export
+from train.base import export, precision
 from train.base_module import BaseModule, WideMuon
 
 
@@ -86,3 +86,15 @@ def test_training_can_begin_from_an_exported_model(trained, tmp_path: Path):
     settings = {**module.hparams, "start": tmp_path / "out"}
     begun = BaseModule(**settings)
     assert all(torch.equal(one, other) for one, other in zip(module.parameters(), begun.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "instructions", "expected"),
+    [(False, True, "bf16-mixed"), (False, False, "32-true"), (True, True, "bf16-mixed"), (True, False, "32-true")],
+)
+def test_bf16_is_chosen_only_where_it_is_not_slower(monkeypatch, gpu, instructions, expected):
+    # A CPU without the instructions takes four times as long, and says nothing.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: gpu and instructions)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions and not gpu)
+    assert precision() == expected

@@ -160,6 +160,14 @@ def test_help_tells_of_ten_settings_first_and_of_all(
     assert {"--run", "--model.channels", "--rollout.passes", "--pipeline.loss", "--wandb.project"} <= set(told)
 
 
+@pytest.mark.parametrize(("given", "expected"), [("", "bf16-mixed"), ("--trainer.precision 32-true", "32-true")])
+def test_precision_is_the_commands_unless_it_is_set(toy, monkeypatch: pytest.MonkeyPatch, given: str, expected: str):
+    found = []
+    monkeypatch.setattr(Toy, "on_train_start", lambda self: found.append(self.trainer.precision))
+    assert toy(f"fit --trainer.max_steps 1 {given}", precision="bf16-mixed")[0] == 0
+    assert found == [expected]
+
+
 def test_a_verb_is_a_typed_function(toy):
     assert toy("double --number 4")[:2] == (0, "8\n")
 
