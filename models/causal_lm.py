@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from models.checkpoint import check_files
 from models.errors import InputError, first_line
 from models.predictor import MaskPredictor, check_tensors, checkpoint_folder, quiet_loading
 from models.rules import COUNT, POSITIVE, check
@@ -164,6 +165,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str = "auto") -> PreTraine
     Raises:
         InputError: It cannot be read, is of an unknown architecture, or tensors are missing, unexpected or misshapen.
     """
+    check_files(folder)
     try:
         with quiet_loading():
             model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
