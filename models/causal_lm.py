@@ -20,6 +20,9 @@ from models.errors import InputError, first_line
 from models.predictor import MaskPredictor, check_tensors, checkpoint_folder, quiet_loading
 from models.rules import COUNT, POSITIVE, check
 
+_MOST_WEIGHTS = 1 << 32
+"""A helper from scratch of 16 GiB is a mistake in its sizes."""
+
 
 def within(ids: Tensor, vocab_size: int, eot_id: int) -> Tensor:
     """Ids that an embedding of ``vocab_size`` rows can look up: others become EoT, or 0 where EoT is beyond too."""
@@ -55,6 +58,12 @@ def scratch_model(
         if size % other:
             accepted = "a multiple of n_kv_heads" if name == "n_heads" else "an even multiple of n_heads"
             raise InputError(name, size, f"{accepted}: of {other}")
+    weights = 2 * vocab_size * d_model + n_layers * d_model * (4 * d_model + 3 * mlp_hidden_size)
+    if n_layers > 1024 or weights > _MOST_WEIGHTS:
+        found = f"{n_layers:,} blocks, {weights:,} weights"
+        raise InputError(
+            "n_layers, d_model, mlp_hidden_size", found, f"at most 1,024 blocks, {_MOST_WEIGHTS:,} weights"
+        )
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=d_model, intermediate_size=mlp_hidden_size, num_hidden_layers=n_layers,
         num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, max_position_embeddings=max_length,

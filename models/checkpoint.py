@@ -257,7 +257,9 @@ def check_files(folder: Path) -> None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(str(index), f"{type(error).__name__}: {first_line(error)}", accepted) from None
     if missing or not files:
-        found = f"{len(missing)} of {len(files)} files missing: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}"
+        found = (
+            f"{len(missing)} of {len(files)} files missing: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}"
+        )
         raise InputError(str(index), found if files else "no files", "a folder with all of them")
 
 
