@@ -43,7 +43,7 @@ _UNION = re.compile(
 _INNER = re.compile(r"(?:Problem with given class_path|Not a valid subclass) .*$")
 # A setting of a group that may be null.
 _NESTED = re.compile(r"(\S+): found NestedArg\(key='([^']+)', val='?(.*?)'?\); accepted: .*Parser key \"\2\": (.*)$")
-_SETTINGS = "a mapping of settings"
+_SETTINGS = "a mapping with at least one setting"
 
 
 def one_line(message: str, settings: Iterable[str]) -> str:

@@ -11,9 +11,9 @@ from models.errors import InputError
 
 _NUMBERS = {
     "accumulate_grad_batches": Count,
-    "check_val_every_n_epoch": Count | None,
-    "gradient_clip_val": NotNegative | None,
-    "log_every_n_steps": Whole | None,
+    "check_val_every_n_epoch": Count,
+    "gradient_clip_val": NotNegative,
+    "log_every_n_steps": Whole,
 }
 
 
@@ -28,7 +28,8 @@ def check_trainer(settings: Mapping[str, Any], exports: bool) -> None:
         InputError: The first that is not accepted.
     """
     for name, kind in _NUMBERS.items():
-        checked(kind, settings[name], f"trainer.{name}")
+        if settings[name] is not None:
+            checked(kind, settings[name], f"trainer.{name}")
     if settings["val_check_interval"] in (0, False):
         raise InputError("trainer.val_check_interval", 0, "null, a number of batches, or a share of them above 0")
     if not exports:
