@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data import gym, stories
+from data.disk import check_writable
 from data.gym import GymTask
 from data.prompt import Prompt
 from data.prompts import split_of
@@ -232,6 +233,13 @@ class BaseDataModule(LightningDataModule):
         self.validation_batches = validation_batches
         self.batches_done = 0
         self.counts: list[int] = []
+        if not any(more_blocks):
+            raise InputError("more_blocks", more_blocks, "weights, at least one of them above 0")
+        if not (tokenizer / "tokenizer.json").is_file():
+            check_writable("tokenizer", tokenizer)
+            if tokenizer.is_dir() and any(tokenizer.iterdir()):
+                accepted = "a tokenizer's, or a new or empty folder for the one that is trained"
+                raise InputError("tokenizer", f"{tokenizer}, a folder of something else", accepted)
         if not 0 < length_step <= max_length <= tokens:
             raise InputError(
                 "tokens, max_length, length_step", (tokens, max_length, length_step), "falling, from above 0"

@@ -24,7 +24,11 @@ def check_writable(field: str, path: Path, folder: bool = True) -> None:
     """
     accepted = f"a path that can be written, with {ROOM >> 20} MiB free"
     path = Path(path).absolute()
+    if "\0" in str(path):
+        raise InputError(field, repr(str(path)), accepted)
     try:
+        if astray := [place for place in (path, *path.parents) if place.is_symlink() and not place.exists()]:
+            raise InputError(field, f"{astray[0]}, a link that leads nowhere", accepted)
         there = next(place for place in (path, *path.parents) if place.exists())
         if there.is_dir() is (there != path or folder):
             with tempfile.TemporaryFile(dir=there if there.is_dir() else there.parent):

@@ -86,6 +86,8 @@ class FilterDataModule(LightningDataModule):
         checked(Whole, memory, "memory")
         checked(Count | None, batch_size, "batch_size")
         checked(NotNegative, tail_weight, "tail_weight")
+        if passes == []:
+            raise InputError("passes", "none", f"null, or some of {', '.join(PASSES)}")
         for name in passes or []:
             if name not in PASSES:
                 raise InputError("passes", name, ", ".join(PASSES))

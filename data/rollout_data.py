@@ -121,6 +121,8 @@ class RolloutSettings:
         """
         lengths = np.fromiter((len(self.tokens(prompt, predictor)) for prompt in prompts), np.int32, len(prompts))
         room = predictor.max_length - self.gen_length
+        if room < 1:
+            raise InputError("gen_length", self.gen_length, f"below {predictor.max_length}, the model's longest text")
         accepted = f"at most {room}: the model's {predictor.max_length} less gen_length"
         long = np.flatnonzero(lengths > room)
         if len(long) and (self.too_long == "refuse" or len(long) == len(prompts)):

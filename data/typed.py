@@ -63,10 +63,12 @@ def checked(kind: Any, content: Any, where: str | Path) -> None:
         first = error.errors(include_url=False)[0]
         # Of a union pydantic names the branch, too.
         field = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
-        found = "nothing" if first["type"] == "missing" else repr(first["input"])[:80]
+        found = "nothing" if first["type"].startswith("missing") else repr(first["input"])[:80]
         accepted = (
             first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").partition(" or instance of")[0]
         )
+        if first["type"] in ("missing", "missing_argument", "unexpected_keyword_argument", "extra_forbidden"):
+            accepted = "a value; every key is required" if "missing" in first["type"] else "no such key"
         if first["type"] == "literal_error":
             accepted = " | ".join(re.findall(r"'([^']+)'", first.get("ctx", {})["expected"]))
         raise InputError(f"{where}: {field}" if field else str(where), found, accepted) from None

@@ -3,31 +3,26 @@
 The only file here that knows a command line and a terminal, and only while it runs: both are imported in functions.
 """
 
-import difflib
 import inspect
-import os
-import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from decoding.command_line import ReadsConfigs, entry, one_line, refuse_repeated_keys
 from decoding.config import CacheRule, DecodeConfig, EotRule
 from decoding.decoder import Decoder
 from decoding.eot import first_true
-from decoding.heap import keep_freed_memory
 from decoding.memory_plan import plan_memory
 from decoding.output import empty_output
-from decoding.settings_file import refuse_repeated_keys
 from decoding.strategies import STRATEGIES, make_strategy
 from decoding.strategies.full_step import FullStep
-from models.errors import InputError, did_you_mean
+from models.errors import InputError
 from models.rules import check, number
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 COLOURS = ["bright_yellow", "bright_green", "bright_cyan", "bright_blue", "bright_magenta", "bright_red"]
-_EXPECTED = re.compile(r"Expected a (?:typing\.Literal\[|<class ')(.+?)'?[>\]]\. Got value: (.*)$")
 
 
 def generate(
@@ -184,33 +179,18 @@ def main() -> None:
     """
     from jsonargparse import ArgumentParser, auto_cli
 
-    class Parser(ArgumentParser):
-        def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return super().parse_path(cfg_path, *args, **kwargs)
-            except UnicodeDecodeError as error:
-                raise InputError(str(cfg_path), error, "YAML in UTF-8") from None
-
+    class Parser(ReadsConfigs, ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            sys.stderr.write(f"{self.prog}: {_in_our_words(message)} (see {self.prog} --help)\n")
+            line = one_line(message, inspect.signature(generate).parameters)
+            sys.stderr.write(f"{self.prog}: {line} (see {self.prog} --help)\n")
             raise SystemExit(2)
 
-    keep_freed_memory()
     refuse_repeated_keys()
-    try:
-        auto_cli(generate, as_positional=False, args=_flagged(sys.argv[1:]), parser_class=Parser, allow_abbrev=False)
-    except InputError as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno is None:  # raised by a library, not by the system
-            raise
-        where = "" if error.filename is None else f"{error.filename}: "
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {where}{error.strerror}\n")
-        raise SystemExit(os.EX_IOERR) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
-        raise SystemExit(130) from None
+    entry(
+        lambda: auto_cli(
+            generate, as_positional=False, args=_flagged(sys.argv[1:]), parser_class=Parser, allow_abbrev=False
+        )
+    )
 
 
 def _flagged(words: list[str]) -> list[str]:
@@ -220,19 +200,6 @@ def _flagged(words: list[str]) -> list[str]:
         f"{word}=true" if word == "--interactive" and following.startswith("--") else word
         for word, following in zip(words, after, strict=False)  # without any word, one more follows
     ]
-
-
-def _in_our_words(message: str) -> str:
-    """A message of the parser on one line: the setting, what was found, what would be accepted."""
-    message = re.sub(r'^Parser key "([^"]+)":', r"\1:", " ".join(message.split()))
-    if kind := _EXPECTED.search(message):
-        accepted = kind[1].replace("'", "").replace(", ", " | ")
-        hint = did_you_mean(kind[2], accepted.split(" | "))
-        message = f"{message[: kind.start()]}found {kind[2]}; accepted: {accepted}{hint}"
-    if unknown := re.search(r"Unrecognized arguments: --([^\s=]+)", message):
-        names = list(inspect.signature(generate).parameters)
-        return f"{message}; accepted: {', '.join(difflib.get_close_matches(unknown[1], names) or names)}"
-    return message
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the commands of ``eval/`` and ``train/`` share: one-line errors, exit statuses, default config files, the W&B mode."""
 
-import difflib
 import netrc
 import os
 import re
@@ -15,31 +14,11 @@ from urllib.parse import urlsplit
 from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter, Namespace, auto_cli
 from jsonargparse._typehints import type_to_str  # what the formatter itself uses
 
-from decoding.heap import keep_freed_memory
-from decoding.settings_file import refuse_repeated_keys
-from models.errors import InputError, did_you_mean
+from decoding.command_line import ReadsConfigs, entry, one_line, refuse_repeated_keys
+from models.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """The YAML files, one folder for each command, wherever the command is started from."""
-
-# How jsonargparse words the two ways of naming something it does not know.
-_UNKNOWN = re.compile(
-    r"Unrecognized arguments: (?:--)?([^\s=]+)|does not accept (?:option|nested key) '([^']+)'|Option '([^']+)' is not accepted"
-)
-_LITERAL = re.compile(r"typing\.Literal\[([^\]]+)\]")
-_KEY = re.compile(r'Parser key "([^"]+)": ?(.*)')
-_TYPE = re.compile(r"Expected a (?:<class ')?(.+?)(?:'>)?\. Got value: ?(.*)$")
-_NAMES = re.compile(r"found (\S+); accepted: ([^;]+)$")
-# And how it hands on what pydantic says, and what each part of a union says.
-_PYDANTIC = re.compile(
-    r"1 validation error for (?:.*?(?:Input should be |Value error, )|\S+ )(.+?) \[type=.*?\]"
-    r"(?: For further information visit https://\S+?)?(?=\.? Got value| Given value| - |$)"
-)
-_UNION = re.compile(
-    r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*) Given value type: .*? Given value: (.*)$"
-)
-# A setting of a group that may be null.
-_NESTED = re.compile(r"(\S+): found NestedArg\(key='([^']+)', val='?(.*?)'?\); accepted: .*Parser key \"\2\": (.*)$")
 
 
 class _Help(DefaultHelpFormatter):
@@ -61,7 +40,7 @@ def _bare(hint: Any) -> Any:
     return list[_bare(parts[0])] if origin is list and parts else hint
 
 
-class CommandParser(ArgumentParser):
+class CommandParser(ReadsConfigs, ArgumentParser):
     """A parser whose errors are one line: the key, what was found, what would be accepted; exit status 2.
 
     Attributes:
@@ -100,70 +79,16 @@ class CommandParser(ArgumentParser):
             for group, actions in zip(usual, before, strict=True):
                 group._group_actions = actions
 
-    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().parse_path(cfg_path, *args, **kwargs)
-        except UnicodeDecodeError as error:
-            raise InputError(str(cfg_path), error, "YAML in UTF-8") from None
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
         parser: ArgumentParser = getattr(ex, "subcommand_parser", None) or self
-        message = " ".join(message.split())
-        if key := _KEY.fullmatch(message):
-            message = f"{key[1]}: {key[2]}"
-        message = _LITERAL.sub(lambda found: found[1].replace("'", "").replace(", ", " | "), message)
-        message = _PYDANTIC.sub(r"Expected a \1", message)
-        if union := _UNION.search(message):
-            parts = [_TYPE.sub(r"\1", f"{part}. Got value: ") for part in union[1].split(" - ")]
-            message = f"{message[: union.start()]}found {union[2]}; accepted: {' | '.join(dict.fromkeys(parts))}"
-        message = _TYPE.sub(lambda part: f"found {part[2] or repr('')}; accepted: {part[1]}", message).replace(
-            "NoneType", "null"
-        )
-        message = _NESTED.sub(r"\1.\2: found \3; accepted: \4", message)
-        if names := _NAMES.search(message):
-            message += did_you_mean(names[1], names[2].split(" | "))
-        if unknown := _UNKNOWN.search(message):
-            message += f"; accepted: {_accepted(parser, unknown[1] or unknown[2] or unknown[3])}"
+        options = (option for action in parser._actions for option in action.option_strings)
+        settings = [name[2:] for name in options if name.startswith("--") and not name.endswith(("help", "config"))]
+        message = one_line(message, settings)
         prog = re.sub(r" \[options\]", "", parser.prog)
         sys.stderr.write(f"{prog}: {message} (see {prog} --help)\n")
         raise SystemExit(2)
-
-
-def _accepted(parser: ArgumentParser, unknown: str) -> str:
-    """The parser's keys most like ``unknown``, or all at the top level if none is."""
-    options = (option for action in parser._actions for option in action.option_strings)
-    keys = [option[2:] for option in options if option.startswith("--") and not option.endswith(("help", "config"))]
-    return ", ".join(difflib.get_close_matches(unknown, keys, n=3) or [key for key in keys if "." not in key])
-
-
-def entry(main: Callable[[], object]) -> None:
-    """Runs a command; bad input ends it with one line on stderr and status 2, Ctrl-C with one line and status 130.
-
-    A disk that is full, or a file that the system does not let it read or write, ends it with one line and status 74.
-
-    Args:
-        main: The command. A ``KeyboardInterrupt`` with a message replaces the line printed on Ctrl-C.
-
-    Raises:
-        SystemExit: The command failed; any other exception is a bug and keeps its traceback.
-    """
-    keep_freed_memory()
-    try:
-        main()
-    except InputError as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno is None:  # raised by a library, not by the system
-            raise
-        where = "" if error.filename is None else f"{error.filename}: "
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {where}{error.strerror}\n")
-        raise SystemExit(os.EX_IOERR) from None
-    except KeyboardInterrupt as stop:
-        sys.stderr.write(f"\n{stop or 'interrupted'}\n")
-        raise SystemExit(130) from None
 
 
 def command(
@@ -179,7 +104,7 @@ def command(
         args: Words of the command line; ``None`` takes those the script was started with.
 
     Raises:
-        SystemExit: See :func:`entry`.
+        SystemExit: See :func:`decoding.command_line.entry`.
     """
     components: Any = functions if callable(functions) else dict(functions)
     files = [] if config is None else [CONFIGS / f"{config}.yaml"]

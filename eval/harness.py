@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from data.disk import check_writable
 from data.provenance import write_aside, write_run_file
 from data.typed import Count, Length, Positive, Share, Temperature, Whole
+from decoding.command_line import entry
 from decoding.config import CacheRule, EotRule
-from eval.command import command, entry, wandb_mode
+from eval.command import command, wandb_mode
 from eval.lm import processes
 from eval.lm.presets import PRESETS, resolve
 from eval.tracking import USUAL, WandbSettings, evaluation_run
@@ -151,6 +152,9 @@ def main(
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raises an InputError for what would be misread later."""
+    limit = settings["limit"]
+    if limit is not None and limit > 1 and limit != int(limit):
+        raise InputError("limit", limit, "a whole number of prompts, or a share of them below 1")
     for name, value in (settings["options"] or {}).items():
         if name in MODEL_SETTINGS:
             raise InputError(f"options.{name}", value, f"--{name}, which is no setting of a strategy alone")

@@ -15,9 +15,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from models.checkpoint import check_files
 from models.errors import InputError, first_line
 from models.predictor import MaskPredictor, check_tensors, checkpoint_folder, quiet_loading
 from models.rules import COUNT, POSITIVE, check
+
+_MOST_WEIGHTS = 1 << 32
+"""A helper from scratch of 16 GiB is a mistake in its sizes."""
 
 
 def within(ids: Tensor, vocab_size: int, eot_id: int) -> Tensor:
@@ -54,6 +58,12 @@ def scratch_model(
         if size % other:
             accepted = "a multiple of n_kv_heads" if name == "n_heads" else "an even multiple of n_heads"
             raise InputError(name, size, f"{accepted}: of {other}")
+    weights = 2 * vocab_size * d_model + n_layers * d_model * (4 * d_model + 3 * mlp_hidden_size)
+    if n_layers > 1024 or weights > _MOST_WEIGHTS:
+        found = f"{n_layers:,} blocks, {weights:,} weights"
+        raise InputError(
+            "n_layers, d_model, mlp_hidden_size", found, f"at most 1,024 blocks, {_MOST_WEIGHTS:,} weights"
+        )
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=d_model, intermediate_size=mlp_hidden_size, num_hidden_layers=n_layers,
         num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, max_position_embeddings=max_length,
@@ -164,6 +174,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str = "auto") -> PreTraine
     Raises:
         InputError: It cannot be read, is of an unknown architecture, or tensors are missing, unexpected or misshapen.
     """
+    check_files(folder)
     try:
         with quiet_loading():
             model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.errors import InputError
+from models.errors import InputError, first_line
 
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
+INDEX = f"{TENSORS}.index.json"
 _HOST = socket.gethostname()
 _ENDINGS = (".part", ".new", ".old")
 CALIBRATION, PICTURE = "risk.json", "reliability.png"
@@ -238,6 +239,28 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise InputError(str(file), "no such file", "safetensors") from None
     except (SafetensorError, OSError) as error:
         raise InputError(str(file), f"unreadable ({error})", "safetensors") from None
+
+
+def check_files(folder: Path) -> None:
+    """Raises an InputError if a file that a checkpoint in several files is made of is missing, or their index damaged.
+
+    Args:
+        folder: A checkpoint's; without an index, or with the weights in one file as well, there is nothing to check.
+    """
+    index = folder / INDEX
+    if not index.exists() or (folder / TENSORS).exists():
+        return
+    accepted = "JSON with weight_map, from each tensor's name to its file in this folder"
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in files if not (folder / Path(name).name).is_file())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(str(index), f"{type(error).__name__}: {first_line(error)}", accepted) from None
+    if missing or not files:
+        found = (
+            f"{len(missing)} of {len(files)} files missing: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}"
+        )
+        raise InputError(str(index), found if files else "no files", "a folder with all of them")
 
 
 def check_finite(where: str | Path, tensors: Mapping[str, Tensor], most: int | None = None) -> None:

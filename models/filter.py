@@ -176,7 +176,7 @@ _NETWORK_RULES: dict[str, Rule] = {
     ),
     "block_length": LENGTH,
     "channels": COUNT,
-    "kernel": Rule("an odd whole number of at least 1", lambda v: COUNT.accepts(v) and v % 2 == 1),
+    "kernel": Rule("an odd whole number from 1 to 4095", lambda v: whole(1, 4095).accepts(v) and v % 2 == 1),
     "layers": whole(1, 256),
     "embedding": whole(0),
     "needs_all_positions": FLAG,

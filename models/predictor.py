@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from models.checkpoint import check_finite
+from models.checkpoint import check_files, check_finite
 from models.errors import InputError, first_line
 from models.families import Family, described
 from models.layers import Elementwise, KVCache
@@ -323,6 +323,7 @@ def _load_model(
 ) -> nn.Module:
     # Straight to the device, tensor by tensor: eight ranks do not hold eight copies of the weights in the host's memory.
     there: dict[str, Any] = {"device_map": {"": device}} if find_spec("accelerate") else {}
+    check_files(folder)
     try:
         family.model.check_names(config, _tensor_names(folder))
         with quiet_loading():

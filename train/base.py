@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from data.base_data import BaseDataModule
+from data.disk import check_writable
 from models import LLaDAConfig, LLaDAModelLM
 from models.checkpoint import replacing
 from models.errors import InputError, first_line
@@ -34,6 +35,7 @@ def export(checkpoint: Path, tokenizer: Path, out: Path) -> None:
         InputError: The checkpoint or tokenizer cannot be read, they do not belong together, or ``out`` holds something
             else.
     """
+    check_writable("out", out)
     content = load_checkpoint(checkpoint)
     try:
         words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)

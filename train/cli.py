@@ -1,5 +1,6 @@
 """The one place for the command-line behaviour of everything that trains: configs, run folder, logging, resuming."""
 
+import inspect
 import logging
 import signal
 import sys
@@ -16,12 +17,13 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from data.disk import check_writable, hold
 from data.typed import Seed, checked
-from eval.command import CONFIGS, CommandParser, command, entry, wandb_mode
+from decoding.command_line import entry
+from eval.command import CONFIGS, CommandParser, command, wandb_mode
 from eval.tracking import WandbSettings
 from models.errors import InputError
 from train.callbacks import checkpoints, progress
@@ -35,6 +37,7 @@ from train.folder import (
     load_checkpoint,
     named_checkpoint,
 )  # fmt: skip
+from train.trainer_settings import check_trainer, refusals
 
 JOB_TYPES = {"fit": "fit", "validate": "eval", "test": "eval", "predict": "rollout"}
 """W&B job type of each subcommand."""
@@ -127,15 +130,23 @@ class Command(LightningCLI):
         if config.ckpt_path in CHECKPOINTS:
             config.ckpt_path = str(named_checkpoint(self.folder, config.ckpt_path))
         if config.ckpt_path is not None:
-            load_checkpoint(Path(config.ckpt_path))
+            self._check_module(Path(config.ckpt_path))
         if config.weights_only is None:
             config.weights_only = True  # our checkpoints are tensors and plain values, so no pickle is ever trusted
+
+    def _check_module(self, checkpoint: Path) -> None:
+        """A checkpoint of another command is named; Lightning would say which of its hyperparameters it does not know."""
+        made_with = {key for key in load_checkpoint(checkpoint).get("hyper_parameters", {}) if not key.startswith("_")}
+        if others := sorted(made_with - inspect.signature(self.spec.module).parameters.keys()):
+            accepted = f"one that `train/{self.spec.name}.py fit` wrote"
+            raise InputError(f"checkpoint {checkpoint}", f"one with {', '.join(others[:3])}", accepted)
 
     def before_instantiate_classes(self) -> None:
         subcommand = str(self.subcommand)
         dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml")
         self.settings: dict[str, Any] = yaml.safe_load(dump)[subcommand]
         config = self.config[subcommand]
+        check_trainer(self.settings["trainer"], exports=subcommand == "fit" and "fit" in self.spec.after)
         self._check_outputs(subcommand)
         last = last_checkpoint(self.folder) if subcommand == "fit" and config.resume else None
         if config.ckpt_path is None and last is not None:
@@ -174,12 +185,7 @@ class Command(LightningCLI):
             kwargs["logger"] = loggers(self.folder, JOB_TYPES[subcommand], self.settings)
         given = configured["plugins"] or []
         kwargs["plugins"] = [*(given if isinstance(given, list) else [given]), WholeFiles()]
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError, ValueError) as error:
-            raise InputError(
-                "trainer", " ".join(str(error).split()), "settings that Lightning's Trainer takes"
-            ) from error
+        return super().instantiate_trainer(**kwargs)
 
 
 def run(
@@ -216,7 +222,7 @@ def run(
         first: Settings that the help of its subcommands tells of first.
 
     Raises:
-        SystemExit: See :func:`eval.command.entry`.
+        SystemExit: See :func:`decoding.command_line.entry`.
     """
     quiet()
     verbs = verbs or {}
@@ -232,7 +238,7 @@ def run(
 
 def _lightning(spec: Spec) -> None:
     try:
-        with ExitStack() as held:
+        with ExitStack() as held, refusals():
             Command(spec, held)
     except SIGTERMException:
         raise SystemExit(128 + signal.SIGTERM) from None  # its own status is 0, as if the run had been finished

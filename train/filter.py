@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 
+from data.disk import check_writable
 from data.filter_data import FilterDataModule
 from data.manifest import open_rollouts
 from data.prompt import Prompt
@@ -275,6 +276,7 @@ def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: Sh
     Raises:
         InputError: The checkpoint, rollouts and base model cannot be read or do not belong together.
     """
+    check_writable("out", out)
     content = load_checkpoint(checkpoint)
     with made_by("train/filter.py", checkpoint):
         settings = {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}

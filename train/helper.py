@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
+from data.disk import check_writable
 from data.helper_data import HelperDataModule
 from data.manifest import open_rollouts
 from data.rollout_data import RolloutSettings
@@ -205,6 +206,7 @@ def export(checkpoint: Path, rollouts: Path, out: Path, base: str | None = None,
     Raises:
         InputError: The checkpoint, rollouts and base model cannot be read or do not belong together.
     """
+    check_writable("out", out)
     content = load_checkpoint(checkpoint)
     with made_by("train/helper.py", checkpoint):
         settings = {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}

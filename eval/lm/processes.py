@@ -31,6 +31,9 @@ def launch(devices: int, device: str | None) -> None:
         raise InputError("devices", devices, "a whole number of at least 1")
     if devices == 1 or _adopt_slurm():
         return
+    most = max(2, os.cpu_count() or 1)  # GPUs are counted by Fabric
+    if devices > most:
+        raise InputError("devices", devices, f"at most {most}, the processors here")
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
     from lightning.fabric.utilities.exceptions import MisconfigurationException

@@ -369,7 +369,7 @@ def test_a_damaged_record_is_decoded_again(folder: Path, key, batches, damage: s
         ({"shards": {}}, "shards: found {}; accepted: .*list"),
         (
             {"schema_version": 3, "shards": [{"name": "a"}]},
-            r"shards\.0\.prompts: found nothing; accepted: Field required",
+            r"shards\.0\.prompts: found nothing; accepted: a value; every key is required",
         ),
         (
             {"counts": {"prompts": -1, "steps": {}}},

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from decoding import Decoder
+from models.causal_lm import scratch_model
 from models.errors import InputError
 from models.predictor import MaskPredictor
 
@@ -75,6 +76,44 @@ def test_one_line_where_tensors_do_not_fit(folder: Path, change: str, capfd: pyt
     with pytest.raises(InputError, match=rf"safetensors: found {change} tensors"):
         load(folder)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def shards(folder: Path) -> Path:
+    """A base in two files with an index, as large ones are published."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-0000{n % 2 + 1}-of-00002.safetensors" for n, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({k: v for k, v in tensors.items() if files[k] == file}, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+def test_a_missing_file_of_several_is_named(shards: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load(shards)
+    (shards / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=r"index\.json: found 1 of 2 files missing: model-00002-of-00002\.safetensors;"
+    ):
+        load(shards)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {}}', '{"weight_map": {"a": 5}}']
+)
+def test_damaged_indices(shards: Path, content: str) -> None:
+    (shards / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(InputError, match=r"index\.json: found .*; accepted: ."):
+        load(shards)
+
+
+def test_sizes_of_helpers_end() -> None:
+    for sizes in ({"n_layers": 10**6}, {"d_model": 10**8}, {"mlp_hidden_size": 10**11}):
+        usual = {"d_model": 8, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "mlp_hidden_size": 8, "max_length": 8}
+        with pytest.raises(InputError, match=r"found .* weights; accepted: at most"):
+            scratch_model(64, **(usual | sizes), eot_id=0, tie_embeddings=False, rope_theta=1e4)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"null", b"\xff\xfe"])

@@ -115,6 +115,8 @@ def test_files(content: bytes, message: str, tmp_path: Path, capsys: pytest.Capt
 BASE, RESULTS = ROOT / "models/bundled/llada-tiny", ROOT / "eval/results"
 RESULT, RECIPE = RESULTS / "bench.json", ROOT / "configs/base/default.yaml"
 
+EXPORT = "--checkpoint x --rollouts x --out /dev/null/x"
+
 
 def runs(**settings: object) -> str:
     """A list of runs as the command line has it, the second one wrong."""
@@ -151,7 +153,7 @@ COMMANDS = [
     ("eval/bench.py", "--repeats 0", "repeats: found 0"),
     ("eval/bench.py", "--margin 1", "margin: found 1"),
     ("eval/bench.py", "--runs [{strategy:\u00a0full_step}]", "runs"),
-    ("eval/bench.py", '--runs [{"strategy":"full_step","limit":-1}]', 'limit": found -1'),
+    ("eval/bench.py", '--runs [{"strategy":"full_step","limit":-1}]', 'runs.limit: found -1'),
     ("eval/bench.py", '--runs [{"strategy":"full_step","temperature":-1}]', "temperature"),
     ("eval/harness.py", "--limit 0", "limit: found 0; accepted: null | a number above 0, and finite"),
     ("eval/harness.py", "--num_fewshot -1", "num_fewshot: found -1"),
@@ -181,6 +183,40 @@ COMMANDS = [
     ("eval/bench.py", f"--base {BASE} --runs {runs(refresh=3)}", "refresh: found 3 with cache none"),
     ("eval/bench.py", f"--base {BASE} --runs {runs(options={'thresh': 1})}", "threshold.thresh: found an unknown setting"),
     ("eval/bench.py", f"--base {BASE} --runs {runs(gen_length=64, block_length=33)}", "first of gen_length 64"),
+    ("eval/bench.py", "--runs [{}]", "runs: found {}; accepted: a mapping with at least one setting"),
+    ("eval/bench.py", '--runs [{"strategy":"full_step"},5]', "runs: found 5; accepted: a mapping with at least one setting"),
+    ("eval/bench.py", f"--runs {runs(colour='red')}", "runs.colour: found an unknown setting; accepted: strategy"),
+    ("eval/bench.py", "--config /dev/null", "config: found '/dev/null' (path is not a file); accepted: a YAML file"),
+    ("eval/bench.py", "--config /nowhere.yaml", "config: found '/nowhere.yaml' (file does not exist)"),
+    ("eval/harness.py", "--tasks short --limit 2.5", "limit: found 2.5; accepted: a whole number of prompts"),
+    ("eval/harness.py", "--tasks short --devices 9999", "devices: found 9999; accepted: at most"),
+    ("train/rollout.py", "", "subcommand: found nothing; accepted: predict"),
+    ("train/rollout.py", "nope", "subcommand: found 'nope'; accepted: 'predict'"),
+    ("train/rollout.py merge", "", "merge.folder: found nothing; accepted: a value"),
+    ("train/rollout.py merge", "--folder nowhere", "nowhere/manifest.json: found"),
+    ("train/rollout.py predict", "--rollout.sources [5]", "rollout.sources: found 5; accepted: a mapping"),
+    ("train/rollout.py predict", '--rollout.sources [{"nope":1}]', "rollout.sources.nope: found an unknown setting"),
+    ("train/rollout.py predict", "--trainer.log_every_n_steps -1", "trainer.log_every_n_steps: found -1"),
+    ("train/rollout.py ray", "--actors 5", "actors: found 5"),
+    ("train/filter.py fit", "--trainer.max_epochs 0", "trainer.max_epochs: found 0; accepted: more than that"),
+    ("train/filter.py fit", "--trainer.max_steps 0", "trainer.max_steps: found 0"),
+    ("train/filter.py fit", "--trainer.limit_val_batches 0", "trainer.limit_val_batches: found 0"),
+    ("train/filter.py fit", "--trainer.limit_train_batches 0", "trainer.limit_train_batches: found 0"),
+    ("train/filter.py fit", "--trainer.val_check_interval 0", "trainer.val_check_interval: found 0"),
+    ("train/filter.py fit", "--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches: found 0"),
+    ("train/filter.py fit", "--trainer.gradient_clip_val -1", "trainer.gradient_clip_val: found -1"),
+    ("train/filter.py fit", "--trainer.check_val_every_n_epoch 0", "trainer.check_val_every_n_epoch: found 0"),
+    ("train/filter.py fit", "--trainer.check_val_every_n_epoch 99", "check_val_every_n_epoch: found 99; accepted: at most max"),
+    ("train/filter.py fit", "--trainer.fast_dev_run true", "trainer.fast_dev_run: found true; accepted: false"),
+    ("train/filter.py fit", "--trainer.enable_checkpointing false", "trainer.enable_checkpointing: found false"),
+    ("train/filter.py fit", "--data.rollouts 5", "data.rollouts: found a value of its own; accepted: none: it is rollout.folder"),
+    ("train/filter.py fit", "--data.passes []", "passes: found none"),
+    ("train/filter.py fit", "--model.kernel 1000001", "kernel: found 1000001"),
+    ("train/filter.py export", f"{EXPORT} --base x --threshold 0.5", "out: found /dev/null, no folder"),
+    ("train/helper.py export", f"{EXPORT} --base x", "out: found /dev/null, no folder"),
+    ("train/base.py export", "--checkpoint x --tokenizer x --out /dev/null/x", "out: found /dev/null, no folder"),
+    ("train/base.py fit", "--data.more_blocks [0]", "more_blocks: found [0"),
+    ("train/base.py fit", f"--data.tokenizer {ROOT}/models/bundled/filter-llada-tiny", "a folder of something else; accepted"),
     ("decoding/generate.py", "", "prompt: found None"),
     ("decoding/generate.py", "--prompt a --seed -1", "seed: found -1"),
     ("decoding/generate.py", "--prompt a --pause -1", "pause: found -1"),

@@ -13,7 +13,7 @@ import torch
 
 from data.disk import check_writable, hold
 from data.provenance import write_aside
-from eval.command import entry
+from decoding.command_line import entry
 from models.checkpoint import abandoned, writing
 from models.errors import InputError
 from train.folder import WholeFiles, last_checkpoint, made_by
@@ -89,11 +89,17 @@ def test_what_a_kill_leaves_is_known(tmp_path: Path) -> None:
         ("file", True, "no folder"),
         ("folder", False, "a folder"),
         ("a" * 300, True, "name"),
+        ("loop", True, "a link that leads nowhere"),
+        ("loop/under/it", True, "a link that leads nowhere"),
+        ("astray", False, "a link that leads nowhere"),
+        ("a\0b", True, "x00"),
     ],
 )
 def test_outputs_are_checked_before_anything_runs(tmp_path: Path, path: str, folder: bool, found: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "astray").symlink_to(tmp_path / "nowhere" / "at all")
     with pytest.raises(InputError, match=f"out: found .*{found}.*; accepted: a path that can be written"):
         check_writable("out", tmp_path / path, folder)
 

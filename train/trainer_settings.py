@@ -1,0 +1,73 @@
+"""What Lightning's Trainer would take and stumble over later, or take and ignore: refused before anything runs."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from data.typed import Count, NotNegative, Whole, checked
+from models.errors import InputError
+
+_NUMBERS = {
+    "accumulate_grad_batches": Count,
+    "check_val_every_n_epoch": Count,
+    "gradient_clip_val": NotNegative,
+    "log_every_n_steps": Whole,
+}
+
+
+def check_trainer(settings: Mapping[str, Any], exports: bool) -> None:
+    """Checks the group ``trainer``.
+
+    Args:
+        settings: Its settings, as they are.
+        exports: Whether the command exports what it has trained, which takes a step and a checkpoint.
+
+    Raises:
+        InputError: The first that is not accepted.
+    """
+    for name, kind in _NUMBERS.items():
+        if settings[name] is not None:
+            checked(kind, settings[name], f"trainer.{name}")
+    if settings["val_check_interval"] in (0, False):
+        raise InputError("trainer.val_check_interval", 0, "null, a number of batches, or a share of them above 0")
+    if not exports:
+        return
+    for name in ("max_epochs", "max_steps", "limit_train_batches", "limit_val_batches"):
+        if settings[name] is not None and settings[name] == 0:
+            raise InputError(f"trainer.{name}", settings[name], "more than that: what is trained is exported")
+    for name, fine in (("enable_checkpointing", True), ("fast_dev_run", False)):
+        if settings[name] not in (None, fine):
+            accepted = f"{str(fine).lower()}: what is exported comes from a checkpoint"
+            raise InputError(f"trainer.{name}", str(settings[name]).lower(), accepted)
+    every, epochs = settings["check_val_every_n_epoch"], settings["max_epochs"]
+    if every is not None and epochs is not None and 0 < epochs < every:
+        accepted = f"at most max_epochs {epochs}: checkpoints are of epochs that were validated"
+        raise InputError("trainer.check_val_every_n_epoch", every, accepted)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Makes what Lightning says against the settings of its Trainer bad input; other errors stay what they are.
+
+    Raises:
+        InputError: The block failed so.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        if not _by_lightning(error):
+            raise
+        accepted = "settings that Lightning's Trainer takes"
+        raise InputError("trainer", " ".join(str(error).split()), accepted) from error
+
+
+def _by_lightning(error: BaseException) -> bool:
+    """Whether it was Lightning that raised an error."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__", "")).startswith("lightning.")
