@@ -1,9 +1,11 @@
 """What Lightning's Trainer would take and stumble over later, or take and ignore: refused before anything runs."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data.typed import Count, NotNegative, Whole, checked
@@ -30,6 +32,10 @@ def check_trainer(settings: Mapping[str, Any], exports: bool) -> None:
     for name, kind in _NUMBERS.items():
         if settings[name] is not None:
             checked(kind, settings[name], f"trainer.{name}")
+    cores, devices = max(2, os.cpu_count() or 1), settings["devices"]
+    on_cpu = settings["accelerator"] == "cpu" or not torch.cuda.is_available()
+    if on_cpu and str(devices).isdigit() and int(devices) > cores:  # as many copies of the model, and none would get on
+        raise InputError("trainer.devices", devices, f"at most {cores}, the processors here")
     if settings["val_check_interval"] in (0, False):
         raise InputError("trainer.val_check_interval", 0, "null, a number of batches, or a share of them above 0")
     if not exports:

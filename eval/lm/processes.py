@@ -31,9 +31,6 @@ def launch(devices: int, device: str | None) -> None:
         raise InputError("devices", devices, "a whole number of at least 1")
     if devices == 1 or _adopt_slurm():
         return
-    most = max(2, os.cpu_count() or 1)  # GPUs are counted by Fabric
-    if devices > most:
-        raise InputError("devices", devices, f"at most {most}, the processors here")
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -42,7 +39,7 @@ def launch(devices: int, device: str | None) -> None:
     on_gpu = torch.cuda.is_available() and device != "cpu"
     cores = max(2, os.cpu_count() or 1)
     if not on_gpu and devices > cores:  # as many copies of the model would fill the memory, and none would get on
-        raise InputError("devices", devices, f"at most {cores}, without a GPU the number of cores")
+        raise InputError("devices", devices, f"at most {cores}, the processors here")
     try:
         strategy = DDPStrategy(process_group_backend=BACKEND, timeout=TIMEOUT)
         Fabric(accelerator="cuda" if on_gpu else "cpu", devices=devices, strategy=strategy).launch()

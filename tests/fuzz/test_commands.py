@@ -190,6 +190,8 @@ COMMANDS = [
     ("eval/bench.py", "--config /nowhere.yaml", "config: found '/nowhere.yaml' (file does not exist)"),
     ("eval/harness.py", "--tasks short --limit 2.5", "limit: found 2.5; accepted: a whole number of prompts"),
     ("eval/harness.py", "--tasks short --devices 9999", "devices: found 9999; accepted: at most"),
+    ("train/rollout.py", "predict --trainer.accelerator cpu --trainer.devices 999", "trainer.devices: found 999; accepted: at"),
+    ("train/filter.py", "fit --trainer.accelerator cpu --trainer.devices 999", "trainer.devices: found 999; accepted: at"),
     ("train/rollout.py", "", "subcommand: found nothing; accepted: predict"),
     ("train/rollout.py", "nope", "subcommand: found 'nope'; accepted: 'predict'"),
     ("train/rollout.py merge", "", "merge.folder: found nothing; accepted: a value"),
