@@ -5,6 +5,8 @@ import resource
 import shutil
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,33 +21,35 @@ from models.errors import InputError
 from train.folder import WholeFiles, last_checkpoint, made_by
 
 
-@pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch):
-    """Lets no file grow beyond 4 KiB, which the system reports as it reports a full disk."""
+@contextmanager
+def full() -> Iterator[None]:
+    """Lets no file grow beyond 4 KiB, which the system reports as it reports a full disk; pytest's own output may be one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, full: None) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     write_aside(file, "old")
-    with pytest.raises(OSError, match="too large"):
+    with full(), pytest.raises(OSError, match="too large"):
         write_aside(file, "new" * 10_000)
     assert file.read_text() == "old"
     assert names(tmp_path) == ["result.json"]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, full: None) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     # Lightning's own come from the temporary folder: on another file system a kill left half of one.
     file = tmp_path / "last.ckpt"
     WholeFiles().save_checkpoint({"step": 1}, file)
-    with pytest.raises(OSError, match="too large"):
+    with full(), pytest.raises(OSError, match="too large"):
         WholeFiles().save_checkpoint({"step": 2, "weights": torch.zeros(10_000)}, file)
     assert torch.load(file, weights_only=True) == {"step": 1}
     assert names(tmp_path) == ["last.ckpt"]
