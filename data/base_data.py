@@ -2,10 +2,13 @@
 
 import itertools
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
@@ -69,13 +72,15 @@ class MaskedBatches(IterableDataset):
         stride: Every how many batches to yield one (the number of ranks).
         counts: Batches of each chunk that was generated so far, which spares generating them again; grows in use.
         objective: ``mask``: masked at a ratio, as LLaDA is trained. ``order``: see :meth:`_order`.
+        workers: Processes that make the chunks ahead; 0 makes them when they are needed. The batches are the same.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], split: str, seed: int, tokens: int,
         length_step: int, max_length: int, more_blocks: list[float], start: int = 0, stride: int = 1,
-        counts: list[int] | None = None, objective: Objective = "mask",
+        counts: list[int] | None = None, objective: Objective = "mask", workers: int = 0,
     ) -> None:  # fmt: skip
+        self.workers = workers
         self.tokenizer, self.tasks, self.split, self.seed, self.tokens = tokenizer, tasks, split, seed, tokens
         self.length_step, self.max_length, self.more_blocks = length_step, max_length, more_blocks
         self.start, self.stride, self.counts = start, stride, [] if counts is None else counts
@@ -84,20 +89,35 @@ class MaskedBatches(IterableDataset):
         self.eot_id: int = tokenizer.convert_tokens_to_ids("<|endoftext|>")  # type: ignore[assignment]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        skip = self.start
-        for chunk in itertools.count():
-            if chunk < len(self.counts) and skip >= self.counts[chunk]:  # a resumed run passes over what it has seen
-                skip -= self.counts[chunk]
-                continue
-            shapes = self._shapes(chunk)
+        skip, first = self.start, 0
+        while first < len(self.counts) and skip >= self.counts[first]:  # a resumed run passes over what it has seen
+            skip -= self.counts[first]
+            first += 1
+        chunks = self._ahead(first) if self.workers else map(self._chunk, itertools.count(first))
+        for chunk, batches in enumerate(chunks, first):
             if chunk == len(self.counts):
-                self.counts.append(len(shapes))
-            if skip >= len(shapes):
-                skip -= len(shapes)
-                continue
-            for number in range(skip, len(shapes), self.stride):
-                yield self.make(shapes[number], chunk * _CHUNK + number)
-            skip = (skip - len(shapes)) % self.stride
+                self.counts.append(len(batches))
+            for batch in batches[skip :: self.stride]:
+                yield {name: torch.from_numpy(values) for name, values in batch.items()}
+            skip = skip - len(batches) if skip >= len(batches) else (skip - len(batches)) % self.stride
+
+    def _ahead(self, first: int) -> Iterator[list[dict[str, np.ndarray]]]:
+        """The chunks from ``first`` on, made by the processes some time before they are asked for."""
+        with ProcessPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                waiting = deque(pool.submit(self._chunk, first + i) for i in range(2 * self.workers))
+                for chunk in itertools.count(first + len(waiting)):
+                    yield waiting.popleft().result()
+                    waiting.append(pool.submit(self._chunk, chunk))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _chunk(self, chunk: int) -> list[dict[str, np.ndarray]]:
+        """The batches of one chunk; as arrays, since a tensor that another process hands over keeps a file open."""
+        return [
+            {name: tensor.numpy() for name, tensor in self.make(rows, chunk * _CHUNK + number).items()}
+            for number, rows in enumerate(self._shapes(chunk))
+        ]
 
     def _shapes(self, chunk: int) -> list[list[_Row]]:
         """The batches of one chunk."""
@@ -215,6 +235,7 @@ class BaseDataModule(LightningDataModule):
         more_blocks: Probability of 0, 1, 2, ... further blocks of 32 EoT after the answer.
         validation_batches: Batches in one validation pass.
         objective: What is learned, see :class:`MaskedBatches`.
+        workers: Processes that make batches ahead, for a GPU that would wait for them; the batches are the same.
 
     Raises:
         InputError: Lengths that cannot be batched; or, in ``setup``, a tokenizer of another size than ``vocab_size``.
@@ -223,10 +244,11 @@ class BaseDataModule(LightningDataModule):
     def __init__(
         self, tasks: list[StoryTask], tokenizer: Path, vocab_size: Count, seed: Whole, tokens: Count, length_step: Count,
         max_length: Count, more_blocks: list[NotNegative], validation_batches: Count, gym: list[GymTask] | None = None,
-        objective: Objective = "mask",
+        objective: Objective = "mask", workers: Whole = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.objective: Objective = objective
+        self.workers = workers
         self.tasks: list[Task] = [*tasks, *(gym or [])]
         self.folder, self.vocab_size, self.seed, self.tokens = tokenizer, vocab_size, seed, tokens
         self.length_step, self.max_length, self.more_blocks = length_step, max_length, more_blocks
@@ -271,6 +293,7 @@ class BaseDataModule(LightningDataModule):
         return MaskedBatches(
             self.tokenizer, self.tasks, split, seed, self.tokens, self.length_step, self.max_length, self.more_blocks,
             start, stride, self.counts if split == "train" else None, self.objective,
+            self.workers if split == "train" else 0,
         )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader:

@@ -21,10 +21,10 @@ TASKS = [StoryTask("story", weight=2, max_events=4), StoryTask("short")]
 def stream(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("data.base_data._CHUNK", 64)
 
-    def make(start=0, stride=1, counts=None, split="train", objective="mask"):
+    def make(start=0, stride=1, counts=None, split="train", objective="mask", workers=0):
         return MaskedBatches(
             tiny_tokenizer, TASKS, split, 7, tokens=2048, length_step=32, max_length=512, more_blocks=[0.5, 0.5],
-            start=start, stride=stride, counts=counts, objective=objective,
+            start=start, stride=stride, counts=counts, objective=objective, workers=workers,
         )  # fmt: skip
 
     return make
@@ -49,6 +49,13 @@ def test_ranks_share_the_batches_out(stream):
     whole = list(itertools.islice(stream(), 10))
     ranks = [list(itertools.islice(stream(start=rank, stride=2), 5)) for rank in range(2)]
     assert all(equal(whole[n], ranks[n % 2][n // 2]) for n in range(10))
+
+
+def test_processes_make_the_same_batches(stream):
+    whole = list(itertools.islice(stream(), 12))
+    ahead = stream(start=1, stride=2, workers=2)
+    assert all(map(equal, whole[1::2], itertools.islice(ahead, 6)))
+    assert len(ahead.counts) > 1
 
 
 def test_only_responses_are_masked_and_weighted_by_one_over_t(stream):
