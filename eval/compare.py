@@ -300,21 +300,6 @@ def compare(
     return comparison.rows()
 
 
-def loss(row: dict[str, Any]) -> float:
-    """What a decode loses against full_step, from 0 to 1: right answers; text, where the prompts have no answers."""
-    if row["paired_difference"] is None:
-        return 1 - row["token_agreement"]
-    return -row["paired_difference"]["mean"]
-
-
-def pick(rows: Sequence[dict[str, Any]], accepted: float) -> dict[str, Any]:
-    """The row of fewest forwards among those that lose at most ``accepted``; if there is none, the one that loses least."""
-    good = [row for row in rows if loss(row) <= accepted]
-    return (
-        min(good, key=lambda row: row["nfe_mean"]) if good else min(rows, key=lambda row: (loss(row), row["nfe_mean"]))
-    )
-
-
 def share(value: float | None) -> str:
     """A share as a table's cell; a dash where there is none."""
     return "–" if value is None else f"{100 * value:.1f} %"

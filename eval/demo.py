@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.command import command
-from eval.compare import pick, share
-from eval.headline import MARGIN
+from eval.compare import share
+from eval.headline import MARGIN, pick
 from eval.report import read
 from models.errors import InputError
 from models.filter import load_filter

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from eval.intervals import paired_error
 from models.errors import InputError
 
 MARGIN = 0.01
@@ -12,14 +13,40 @@ Row = dict[str, Any]
 COSTS = {"nfe_mean": "forwards", "tokens_per_second": "speed"}
 
 
+def loss(row: Row) -> float:
+    """What a decode loses against full_step, from 0 to 1: right answers; text, where the prompts have no answers."""
+    if row["paired_difference"] is None:
+        return 1 - row["token_agreement"]
+    return -row["paired_difference"]["mean"]
+
+
+def as_good(row: Row, accepted: float) -> bool:
+    """Whether a decode loses at most ``accepted``, one standard error of its loss added.
+
+    Of many settings the cheapest that seems to lose no more than that owes it to luck, and loses more on other prompts; the
+    error makes up for it (the one-standard-error rule of Breiman et al. 1984, section 3.4.3).
+    """
+    found = row["paired_difference"]
+    error = 0.0 if found is None else paired_error(found["won"], found["lost"], row["prompts"])
+    return loss(row) + error <= accepted
+
+
+def pick(rows: Sequence[Row], accepted: float) -> Row:
+    """The row of fewest forwards among those as good (:func:`as_good`); if there is none, the one that loses least."""
+    good = [row for row in rows if as_good(row, accepted)]
+    return (
+        min(good, key=lambda row: row["nfe_mean"]) if good else min(rows, key=lambda row: (loss(row), row["nfe_mean"]))
+    )
+
+
 def headline(
     rows: Sequence[Row], margin: float = MARGIN, picked_on: Sequence[Row] | None = None
 ) -> list[dict[str, Any]]:
     """For each strategy its cheapest settings among those as good as full_step.
 
-    As good means that the exact match, paired prompt by prompt with full_step's, is at most ``margin`` lower; confirmed, that
-    the whole 95 % interval of the difference is above that, so that a larger loss is no matter of chance. Settings
-    compete within a group only: the same prompts, gen_length, batch size, dtype and temperature.
+    As good is what :func:`as_good` says of the exact match, paired prompt by prompt with full_step's; confirmed, that the
+    whole 95 % interval of the difference is above ``-margin``, so that a larger loss is no matter of chance. Settings compete
+    within a group only: the same prompts, gen_length, batch size, dtype and temperature.
 
     Args:
         rows: Rows of a comparison, which are reported; where settings are picked elsewhere, those that were picked suffice.
@@ -46,14 +73,14 @@ def headline(
         names = list(dict.fromkeys(row["settings"]["strategy"] for row in candidates))
         if len(names) < 2:
             continue
-        good = [row for row in members if _as_good(judged[row["label"]], margin)]
+        good = [row for row in members if as_good(judged[row["label"]], margin)]
         sure = [row for row in good if confirmed(judged[row["label"]], margin)]
         reference = next((row for row in members if row["label"] == row["reference"]), None)
         entries: list[dict[str, Any]] = []
         for name in names:
             tried = [row for row in candidates if row["settings"]["strategy"] == name]
             entries.append({"strategy": name, "settings_tried": len(tried)})
-            entries[-1]["settings_as_good"] = sum(_as_good(row, margin) for row in tried)
+            entries[-1]["settings_as_good"] = sum(as_good(row, margin) for row in tried)
         for cost, title in COSTS.items():
             for rows_as_good, ending in ((good, ""), (sure, "_confirmed")):
                 best = {name: _best(rows_as_good, name, cost, judged) for name in names}
@@ -77,10 +104,6 @@ def check_margin(margin: float) -> None:
     """Raises an InputError for a margin out of range."""
     if not 0 <= margin < 1:
         raise InputError("margin", margin, "a share from 0 to 1, 0.01 for one point")
-
-
-def _as_good(row: Row, margin: float) -> bool:
-    return row["paired_difference"]["mean"] >= -margin
 
 
 def confirmed(row: Row, margin: float) -> bool:
@@ -130,8 +153,8 @@ def summary(groups: Sequence[dict[str, Any]]) -> str:
     for group in groups:
         where = "the same prompts" if group["picked_on"] is None else f"{group['picked_on']} others"
         lines.append(
-            f"at most {100 * group['margin']:g} point below full_step on {group['prompts']} prompts, gen_length "
-            f"{group['gen_length']}, batch {group['batch_size']}, {group['dtype']}, settings picked on {where}:"
+            f"at most {100 * group['margin']:g} point below full_step, a standard error added, on {group['prompts']} prompts, "
+            f"gen_length {group['gen_length']}, batch {group['batch_size']}, {group['dtype']}, settings picked on {where}:"
         )
         for entry in group["strategies"]:
             fewest, fastest = entry["forwards"], entry["speed"]

@@ -51,3 +51,14 @@ def paired(won: int, lost: int, trials: int) -> tuple[float, float]:
         return (low + high) / 2
 
     return where(Z), where(-Z)
+
+
+def paired_error(won: int, lost: int, trials: int) -> float:
+    """Standard error of the difference of two proportions measured on the same trials.
+
+    Args:
+        won: Trials in which only the first succeeded.
+        lost: Trials in which only the second succeeded.
+        trials: All trials, at least 1.
+    """
+    return math.sqrt(won + lost - (won - lost) ** 2 / trials) / trials

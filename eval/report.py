@@ -57,8 +57,9 @@ def _headline_lines(groups: Sequence[dict[str, Any]]) -> list[str]:
         lines += [
             f"## At equal quality: gen_length {group['gen_length']}, batch {group['batch_size']}, {group['dtype']}",
             "",
-            f"The cheapest setting of each strategy that answers at most {100 * group['margin']:g} point fewer of "
-            f"{group['prompts']} prompts rightly than full_step does; confirmed where the 95 % interval rules a larger loss out. "
+            f"The cheapest setting of each strategy that loses at most {100 * group['margin']:g} point of exact match against "
+            f"full_step, one standard error added, on {group['prompts']} prompts; confirmed where the 95 % interval rules out "
+            "a larger one. "
             + (
                 f"Settings are picked on {group['picked_on']} other prompts, the validation split's."
                 if group["picked_on"]

@@ -22,7 +22,8 @@ from data.rollout_data import RolloutSettings
 from data.typed import Count, Part, Share, Whole, check_fields
 from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
-from eval.compare import Run, compare, pick, print_table, share
+from eval.compare import Run, compare, print_table, share
+from eval.headline import pick
 from eval.risk import CHOSEN, calibrate, keep, promises
 from models.checkpoint import PICTURE, check_replaceable
 from models.errors import InputError
@@ -246,7 +247,8 @@ def card(
         f"limit {settings['rollout']['limit']}; digest of the rollouts {rollouts}.",
         "",
         f"Threshold {config.threshold:g}: on validation prompts the one of fewest forwards that loses at most "
-        f"{100 * settings['pipeline']['loss']:g} point against full_step; `threshold` is picked by the same rule.",
+        f"{100 * settings['pipeline']['loss']:g} point against full_step, one standard error added; `threshold` is picked by "
+        "the same rule.",
         "",
         f"| decode of {count} {split} prompts | exact | valid | same text as full_step | NFE | tokens/forward |",
         "|---|---|---|---|---|---|",

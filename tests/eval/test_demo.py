@@ -15,7 +15,8 @@ FILTER = str(ROOT / "models/bundled/filter-llada-tiny")
 
 def row(label, strategy, exact, nfe, reference=0.75, **settings):
     settings = {"strategy": strategy, "filter": None} | settings
-    difference = {"mean": exact - reference, "interval": [-0.1, 0.1]}
+    more = round(24 * (exact - reference))
+    difference = {"mean": exact - reference, "interval": [-0.1, 0.1], "won": max(more, 0), "lost": max(-more, 0)}
     return {
         "label": label, "settings": settings, "prompts": 24, "exact_match": exact, "nfe_mean": nfe,
         "sequence_agreement": 0.5, "paired_difference": difference,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from eval.intervals import Z, paired, wilson
+from eval.intervals import Z, paired, paired_error, wilson
 
 
 def test_wilson_interval():
@@ -46,3 +46,10 @@ def test_the_ends_are_where_the_score_test_stops_rejecting(won, lost, trials):
     assert low <= (won - lost) / trials <= high
     mirrored = paired(lost, won, trials)
     assert mirrored == pytest.approx((-high, -low), abs=1e-9)
+
+
+def test_the_standard_error_of_pairs_is_that_of_their_differences():
+    differences = [1.0] * 3 + [-1.0] * 8 + [0.0] * 89
+    mean = sum(differences) / 100
+    assert paired_error(3, 8, 100) == pytest.approx(math.sqrt(sum((d - mean) ** 2 for d in differences) / 100) / 10)
+    assert paired_error(0, 0, 100) == 0.0
