@@ -51,15 +51,18 @@ lint: .venv/.dev
 
 check: lint test
 
-# Everything that ships: the base model, the prompts, the filter and the helper. Hours on two cores, minutes on a GPU.
+# Everything that ships: the base model, the prompts, the filter, the helper and the EoT head. Ten minutes on an H200 with 16 cores, many
+# hours on two cores.
 bundle: .venv/.runtime
-	$(BIN)/python train/base.py fit --config configs/base/order.yaml
+	$(BIN)/python train/base.py fit --config configs/base/order.yaml --data.workers 4
 	$(BIN)/python train/base.py export --checkpoint runs/base-order/checkpoints/last.ckpt --tokenizer runs/base/tokenizer \
 		--out runs/base-order/model
-	$(BIN)/python train/base.py fit --model.start runs/base-order/model
+	$(BIN)/python train/base.py fit --model.start runs/base-order/model --data.workers 4
 	$(BIN)/python train/base.py export --checkpoint runs/base/checkpoints/last.ckpt --tokenizer runs/base/tokenizer \
 		--out models/bundled/llada-tiny
 	$(BIN)/python data/make_bundle.py
 	$(BIN)/python eval/card.py --training "One run of the two recipes below, by \`make bundle\`."
 	$(BIN)/python train/filter.py fit --config configs/filter/bundled.yaml
 	$(BIN)/python train/helper.py fit --config configs/helper/bundled.yaml
+	$(BIN)/python train/rollout.py predict --config configs/rollout/eot.yaml
+	$(BIN)/python train/eot.py --rollouts runs/rollout/eot --out models/bundled/eot-llada-tiny

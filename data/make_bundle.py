@@ -26,6 +26,7 @@ from data.stories import StoryTask, samples
 from models.checkpoint import writing
 
 SEEDS = {"train": 10_000_000, "validation": 20_000_000, "test": 30_000_000}
+SHARES = {"story": 5, "order": 3, "short": 2}
 SIZES = {"train": 4000, "validation": 512, "test": 1536}
 ROOT = Path(__file__).resolve().parent
 TASKS = ROOT.parent / "eval" / "tasks"
@@ -33,13 +34,13 @@ TASK_ROWS = 64
 
 
 def bundled_tasks() -> list[StoryTask]:
-    """The tasks of ``configs/base/default.yaml``."""
+    """The tasks of ``configs/base/default.yaml``, whose weights there are the training's, in their shares of the prompts."""
     config = yaml.safe_load((ROOT.parent / "configs/base/default.yaml").read_text())
-    return [StoryTask(**task) for task in config["data"]["tasks"]]
+    return [StoryTask(**task | {"weight": SHARES[task["name"]]}) for task in config["data"]["tasks"]]
 
 
 def bundle(split: str) -> list[Prompt]:
-    """The prompts of one split, the tasks in turn and by their weights; no prompt text twice."""
+    """The prompts of one split, the tasks in turn and in their shares; no prompt text twice."""
     tasks = bundled_tasks()
     columns: list[list[Prompt]] = []
     for task in tasks:

@@ -62,7 +62,7 @@ def main(
         pick_on: Validation prompts of the same sources, decoded besides, on which each strategy's setting for the headline is
             picked; null picks on the prompts that are reported, and says so.
         report: ``picked`` decodes on the reported prompts only what the headline needs: the references, the settings picked on
-            the others, and runs that are ``always`` reported.
+            the others, and runs that are ``always`` reported, which are not picked from.
         out: Folder of the results.
         wandb: Where W&B files the run.
 
@@ -96,10 +96,11 @@ def main(
     if pick_on is not None:
         others = answered(load_prompts(prompts, split="validation", limit=pick_on))
         hashes = [prompt_hash(prompt.prompt) for prompt in others]
+        candidates = [run for run in runs if report == "all" or not run.always]
         picked_on = {
             "split": "validation",
             "hashes": hashes,
-            "rows": rows_of(others, runs, 1, "validation prompts, to pick settings on"),
+            "rows": rows_of(others, candidates, 1, "validation prompts, to pick settings on"),
         }
         if report == "picked":
             named = picked(headline(picked_on["rows"], margin)) | {row["reference"] for row in picked_on["rows"]}

@@ -55,7 +55,7 @@ class Run:
         limit: Takes only so many of the prompts, the first ones.
         dtype: Weights' dtype where it is not to be the predictor's, such as ``bfloat16``.
         label: Name in the table; made from the other fields by default.
-        always: The benchmark reports it even where only what was picked is reported.
+        always: Where only what was picked is reported, the benchmark reports it besides, and picks nothing from it.
     """
 
     strategy: Text

@@ -63,7 +63,7 @@ def headline(
     """
     judged = {row["label"]: row for row in picked_on or rows}
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["label"] in judged):
         groups.setdefault(_group(row), []).append(row)
     found = []
     for key, members in groups.items():

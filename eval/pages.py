@@ -119,8 +119,34 @@ def _costs(result: dict[str, Any]) -> list[str]:
     return table([row for row in result["rows"] if _cost_shown(row, result["rows"][0])], _COST)
 
 
+def _tried(result: dict[str, Any]) -> list[Row]:
+    """Rows of every setting: of the prompts that settings were picked on, where there are such."""
+    return (result["picked_on"] or result)["rows"]
+
+
 def _apd(result: dict[str, Any]) -> list[str]:
-    return table([row for row in result["rows"] if _beside_apd(row)], _APD)
+    return table([row for row in _tried(result) if _beside_apd(row)], _APD)
+
+
+_QUALITY = {name: _COST[name] for name in ("decode", "exact match")}
+_QUALITY |= {name: ALL[name] for name in ("difference (95 %)", "valid", "same text")}
+_QUALITY |= {name: _COST[name] for name in ("NFE", "tokens/s")}
+_ENDS = {name: ALL[name] for name in ("empty", "cut", "saved by EoT")}
+
+
+def _sweep(result: dict[str, Any]) -> list[str]:
+    return [*table(_tried(result), _QUALITY), "", f"{_tried(result)[0]['prompts']} prompts."]
+
+
+def _beside(result: dict[str, Any]) -> list[str]:
+    """What is no setting of a strategy: caches, lengths and EoT rules, each beside the reference of its length."""
+    whole = result["rows"][0]["prompts"]
+    rows = [row for row in result["rows"] if row["prompts"] != whole]
+    return [*table(rows, _QUALITY | _ENDS), "", f"{rows[0]['prompts']} prompts."] if rows else ["Not measured."]
+
+
+def _held_out(result: dict[str, Any]) -> list[str]:
+    return [*table(result["rows"], _QUALITY), "", f"{result['rows'][0]['prompts']} prompts."]
 
 
 _DREAM = {name: _APD[name] for name in ("decode", "exact match", "difference (95 %)", "same text")}
@@ -157,6 +183,9 @@ def _helper_sizes(result: dict[str, Any]) -> list[str]:
 _TABLES = {
     "front": ("bench.json", "README.md", _front),
     "headline": ("bench.json", "docs/decoders.md", _short_headline),
+    "sweep": ("bench.json", "docs/decoders.md", _sweep),
+    "beside": ("bench.json", "docs/decoders.md", _beside),
+    "held_out": ("held_out/bench.json", "docs/decoders.md", _held_out),
     "cost": ("cost.json", "docs/decoders.md", _costs),
     "apd": ("bench.json", "docs/apd.md", _apd),
     "helper_sizes": ("helper_sizes/bench.json", "docs/apd.md", _helper_sizes),

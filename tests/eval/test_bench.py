@@ -98,13 +98,13 @@ def test_the_reported_prompts_are_decoded_by_what_was_picked_alone(done):
     out = bench(folder, *words, "--report", "picked", "--out", "runs/picked", "--runs", json.dumps(runs))
     assert out.returncode == 0, out.stderr
     content = json.loads((folder / "runs/picked/bench.json").read_text())
-    assert len(content["picked_on"]["rows"]) == 6
+    assert len(content["picked_on"]["rows"]) == 5
     labels = [row["label"] for row in content["rows"]]
     found = content["headline"][0]["strategies"]
     named = {entry[way]["label"] for entry in found for way in ("forwards", "speed") if entry[way]}
     assert set(labels) == named | {"full_step EoT off", "klass"}
     assert len(labels) < 6  # a threshold is the cheapest, another may be the fastest, the third is neither
-    assert [entry["settings_tried"] for entry in found] == [1, 3, 1, 1]
+    assert [entry["settings_tried"] for entry in found] == [1, 3, 1]  # of klass nothing is picked
 
 
 @pytest.mark.parametrize(

@@ -234,11 +234,12 @@ def placed(*names):
 
 
 def test_pages_take_their_figures_from_results(tmp_path, capsys):
-    write(result([*ROWS, row("apd", "apd R 0", 0, 3.0, 50)]), tmp_path, 0.01)
+    twice = row("full_step", "full_step gen 256", 0, 21.0, 90, gen_length=256) | {"prompts": 256}
+    write(result([*ROWS, row("apd", "apd R 0", 0, 3.0, 50), twice]), tmp_path, 0.01)
     costs = [one | {"settings": one["settings"] | {"block_length": 32}} for one in ROWS]
     (tmp_path / "cost.json").write_text(json.dumps(result(costs)))
     (tmp_path / "docs").mkdir()
-    pages = {"README.md": ["front"], "docs/decoders.md": ["headline", "cost"], "docs/apd.md": ["apd"]}
+    pages = {"README.md": ["front"], "docs/decoders.md": ["headline", "sweep", "beside", "cost"], "docs/apd.md": ["apd"]}
     for page, names in pages.items():
         (tmp_path / page).write_text("A\n" + placed(*names))
     for _ in range(2):  # writing twice changes nothing
@@ -251,6 +252,10 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
     assert "| threshold | threshold 0.9 | 99.4 % | -0.6" in found["docs/decoders.md"]
     assert "| dico | none of 1 | – |" in found["docs/decoders.md"]
     assert "| learn2pd | 1000 | 32 | fp32 |" in found["docs/decoders.md"]
+    sweep, beside = (found["docs/decoders.md"].split(f"<!-- {name} -->")[1] for name in ("sweep", "beside"))
+    assert "| threshold 0.5 | 96.0 % | -4.0" in sweep
+    assert [line for line in beside.split("<!--")[0].splitlines() if line.startswith("| full_step")]
+    assert "threshold" not in beside.split("<!--")[0]
     assert [line.split(" | ")[0] for line in found["docs/apd.md"].splitlines() if " | " in line][1:] == [
         "| full_step", "| threshold 0.9", "| oracle", "| apd R 0"
     ]  # fmt: skip
@@ -279,7 +284,7 @@ def test_helpers_of_several_sizes_have_a_table_a_picture_and_an_optimum(tmp_path
     write(result(rows[:2]), tmp_path / "dream", 0.01)
     for page, names in {
         "README.md": ["front"],
-        "docs/decoders.md": ["headline"],
+        "docs/decoders.md": ["headline", "sweep", "beside"],
         "docs/apd.md": ["apd", "helper_sizes"],
         "docs/families.md": ["dream"],
     }.items():
