@@ -236,6 +236,7 @@ class BaseDataModule(LightningDataModule):
         validation_batches: Batches in one validation pass.
         objective: What is learned, see :class:`MaskedBatches`.
         workers: Processes that make batches ahead, for a GPU that would wait for them; the batches are the same.
+        longest: Longest sequence of the model that is trained, in tokens.
 
     Raises:
         InputError: Lengths that cannot be batched; or, in ``setup``, a tokenizer of another size than ``vocab_size``.
@@ -244,7 +245,7 @@ class BaseDataModule(LightningDataModule):
     def __init__(
         self, tasks: list[StoryTask], tokenizer: Path, vocab_size: Count, seed: Whole, tokens: Count, length_step: Count,
         max_length: Count, more_blocks: list[NotNegative], validation_batches: Count, gym: list[GymTask] | None = None,
-        objective: Objective = "mask", workers: Whole = 0,
+        objective: Objective = "mask", workers: Whole = 0, longest: Count | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.objective: Objective = objective
@@ -262,6 +263,8 @@ class BaseDataModule(LightningDataModule):
             if tokenizer.is_dir() and any(tokenizer.iterdir()):
                 accepted = "a tokenizer's, or a new or empty folder for the one that is trained"
                 raise InputError("tokenizer", f"{tokenizer}, a folder of something else", accepted)
+        if longest is not None and max_length > longest:
+            raise InputError("max_length", max_length, f"at most model.max_sequence_length {longest}")
         if not 0 < length_step <= max_length <= tokens:
             raise InputError(
                 "tokens, max_length, length_step", (tokens, max_length, length_step), "falling, from above 0"

@@ -85,6 +85,7 @@ if __name__ == "__main__":
         BaseDataModule,
         subcommands=("fit", "validate"),
         verbs={"export": export},
+        links=[("data.vocab_size", "model.vocab_size"), ("model.max_sequence_length", "data.longest")],
         checkpoint={"every_n_train_steps": 250},
         callbacks=lambda folder: [EMAWeightAveraging(decay=0.995)],
         precision=precision(),

@@ -1,6 +1,7 @@
 """LLaDA's pre-training objective in its supervised form, as a LightningModule."""
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from decoding.loop import decode
 from decoding.strategies import FullStep
 from eval.measure import judge
 from models import LLaDAConfig, LLaDAModelLM
+from models.errors import InputError
 from models.predictor import MaskPredictor, TokenIds
 
 
@@ -43,6 +45,9 @@ class BaseModule(LightningModule):
         compile: Run the blocks through ``torch.compile``.
         probes: Validation prompts decoded with full_step at each validation, whose exact match is logged; 0 decodes none.
         probe_length: Their generation length, in tokens.
+
+    Raises:
+        InputError: A model that the memory here does not hold, or ``start`` of another shape.
     """
 
     def __init__(
@@ -61,9 +66,19 @@ class BaseModule(LightningModule):
             max_sequence_length=max_sequence_length, vocab_size=vocab_size, embedding_size=vocab_size,
             rope_theta=rope_theta, mask_token_id=None, eos_token_id=None, pad_token_id=None,
         )  # fmt: skip
+        weights = d_model * (2 * vocab_size + n_layers * (4 * d_model + 3 * mlp_hidden_size))
+        if (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) < 4 * weights:
+            names = "d_model, n_layers, mlp_hidden_size, vocab_size"
+            raise InputError(names, f"{weights:.2g} weights", f"at most {memory / 4:.2g}, what the memory here holds")
         self.model = LLaDAModelLM(config)
         if start is not None:
-            self.model.load_state_dict(MaskPredictor.from_pretrained(start).model.state_dict())
+            begun = MaskPredictor.from_pretrained(start).model.state_dict()
+            shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+            if {name: tuple(tensor.shape) for name, tensor in begun.items()} != shapes:
+                raise InputError(
+                    "start", start, "a model of the family, width, layers and vocabulary that `model` says"
+                )
+            self.model.load_state_dict(begun)
 
     def setup(self, stage: str) -> None:
         if self.compiled and stage == "fit":

@@ -151,6 +151,6 @@ def test_the_shipped_settings_find_as_many_tokens_as_they_ask_for(tmp_path):
     data = BaseDataModule(**settings["data"] | {"tokenizer": tmp_path / "tokenizer", "tasks": tasks})
     data.prepare_data()
     data.setup("fit")
-    assert len(data.tokenizer) == settings["model"]["vocab_size"]
+    assert len(data.tokenizer) == settings["data"]["vocab_size"]
     pieces = data.tokenizer([f" {number}" for number in range(100)], add_special_tokens=False)["input_ids"]
     assert all(len(ids) == 1 for ids in pieces)  # a number is one token

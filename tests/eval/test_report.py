@@ -239,7 +239,11 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
     costs = [one | {"settings": one["settings"] | {"block_length": 32}} for one in ROWS]
     (tmp_path / "cost.json").write_text(json.dumps(result(costs)))
     (tmp_path / "docs").mkdir()
-    pages = {"README.md": ["front"], "docs/decoders.md": ["headline", "sweep", "beside", "cost"], "docs/apd.md": ["apd"]}
+    pages = {
+        "README.md": ["front"],
+        "docs/decoders.md": ["headline", "sweep", "beside", "cost"],
+        "docs/apd.md": ["apd"],
+    }
     for page, names in pages.items():
         (tmp_path / page).write_text("A\n" + placed(*names))
     for _ in range(2):  # writing twice changes nothing

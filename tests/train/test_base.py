@@ -89,6 +89,21 @@ def test_training_can_begin_from_an_exported_model(trained, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"n_layers": 3}, "start: found"),
+        ({"d_model": 10**9}, "weights; accepted: at most"),
+        ({"n_heads": 5}, "d_model: found 32"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_trained_is_refused(trained, tmp_path: Path, changed, message):
+    module, checkpoint, tokenizer = trained
+    export(checkpoint, tokenizer, tmp_path / "out")
+    with pytest.raises(InputError, match=message):
+        BaseModule(**{**module.hparams, "start": tmp_path / "out"} | changed)
+
+
+@pytest.mark.parametrize(
     ("gpu", "instructions", "expected"),
     [(False, True, "bf16-mixed"), (False, False, "32-true"), (True, True, "bf16-mixed"), (True, False, "32-true")],
 )
