@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import runpy
 import signal
 import sys
@@ -72,20 +73,29 @@ def place(tiny_checkpoint: Path, tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-def start(command: str, folder: Path) -> int:
-    """The process of a command that was started in a folder; what it prints goes to ``said``."""
+def start(command: str, folder: Path, told: int | None = None, most: int | None = None) -> int:
+    """The process of a command that was started in a folder.
+
+    Args:
+        command: Which.
+        folder: Where.
+        told: What takes its words; the file ``said`` by default.
+        most: Bytes that no file may grow beyond, which the system reports as it reports a full disk.
+    """
     child = os.fork()
     if child:
         return child
     status = 1
     try:
         os.chdir(folder)
-        said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        told = told or os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(told, 1)
+        os.dup2(told, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         torch.set_num_threads(1)
         script, *words = COMMANDS[command]
+        if most is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         sys.argv = [script, *words]
         runpy.run_path(str(ROOT / script), run_name="__main__")
         status = 0
@@ -160,3 +170,44 @@ def test_killed_at_any_instant(command: str, place: Callable[[str], Path], capsy
         assert not left
     with capsys.disabled():
         print(f"\n{command}: {kills} kills in {runs} runs of {seconds:.1f} s each, {kept} finished parts kept")
+
+
+def run(command: str, folder: Path, most: int | None = None) -> Callable[[], tuple[int, str]]:
+    """Starts a command; what is returned waits for its exit status and its words, which need no disk."""
+    read, write = os.pipe()
+    process = start(command, folder, write, most)
+    os.close(write)
+
+    def end() -> tuple[int, str]:
+        with os.fdopen(read) as words:
+            said = words.read()
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), said
+
+    return end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [1000, 4000, 16_000, 64_000])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_ends_it_with_one_line(command: str, most: int, place: Callable[[str], Path]) -> None:
+    undisturbed, folder = place("undisturbed"), place("full")
+    finish(command, undisturbed)
+    status, said = run(command, folder, most)()
+    assert status in (0, 2, os.EX_IOERR), said  # 0: all its files were smaller; 2: found out before it began
+    assert "Traceback" not in said, said
+    assert not [file for file in folder.rglob("*") if file.suffix in (".part", ".tmp", ".new", ".old")]
+    finish(command, folder)
+    assert contents(folder / RESULT[command]) == contents(undisturbed / RESULT[command])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_two_at_once_share_the_work_or_one_is_refused(command: str, place: Callable[[str], Path]) -> None:
+    undisturbed, folder = place("undisturbed"), place("shared")
+    finish(command, undisturbed)
+    both = [run(command, folder) for _ in range(2)]
+    ended = [end() for end in both]
+    assert 0 in [status for status, _ in ended], ended
+    for status, said in ended:
+        assert status == 0 or (status == 2 and "in use by process" in said), said
+    assert contents(folder / RESULT[command]) == contents(undisturbed / RESULT[command])
