@@ -130,7 +130,7 @@ def _apd(result: dict[str, Any]) -> list[str]:
 
 _QUALITY = {name: _COST[name] for name in ("decode", "exact match")}
 _QUALITY |= {name: ALL[name] for name in ("difference (95 %)", "valid", "same text")}
-_QUALITY |= {name: _COST[name] for name in ("NFE", "tokens/s")}
+_QUALITY["NFE"] = _COST["NFE"]
 _ENDS = {name: ALL[name] for name in ("empty", "cut", "saved by EoT")}
 
 
@@ -150,7 +150,7 @@ def _held_out(result: dict[str, Any]) -> list[str]:
 
 
 _DREAM = {name: _APD[name] for name in ("decode", "exact match", "difference (95 %)", "same text")}
-_DREAM |= {name: helper_sizes.COLUMNS[name] for name in ("acceptance", "NFE", "tokens/forward", "tokens/s")}
+_DREAM |= {name: helper_sizes.COLUMNS[name] for name in ("acceptance", "NFE", "tokens/forward")}
 
 
 def _dream(result: dict[str, Any]) -> list[str]:
