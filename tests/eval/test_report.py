@@ -298,7 +298,7 @@ def test_helpers_of_several_sizes_have_a_table_a_picture_and_an_optimum(tmp_path
     assert f"no {tmp_path}/cost.json: cost stays as it is" in capsys.readouterr().out
     page = (tmp_path / "docs/apd.md").read_text()
     assert line.removesuffix("|") + "| 100.0 % | +0.0" in page
-    dream = "| 1 layers R 0.5 | 100.0 % | +0.0 (-0.4 to +0.4) | 90.0 % | 60.0 % | 3.0 | 1.00 | 300 |"
+    dream = "| 1 layers R 0.5 | 100.0 % | +0.0 (-0.4 to +0.4) | 90.0 % | 60.0 % | 3.0 | 1.00 |"
     assert dream in (tmp_path / "docs/families.md").read_text()
     # One size alone has no optimum.
     assert "Most tokens a second: 1.20 M parameters at R 0.5 (400). 1000 prompts, batch 32, 2 threads." in page
