@@ -59,9 +59,9 @@ def table() -> Callable[..., MaskPredictor]:
     return make
 
 
-@pytest.fixture(scope="session", params=["llada", "Dream"])
+@pytest.fixture(scope="session", params=["llada", "Dream", pytest.param("llada_moe", marks=pytest.mark.slow)])
 def family(request: pytest.FixtureRequest) -> str:
-    """The families that a decode can tell apart. To it LLaDA-MoE is LLaDA: one test of :mod:`test_cache` takes it."""
+    """Every family; LLaDA-MoE among the slow tests, since to a decode it is LLaDA, and one test of :mod:`test_cache` takes it."""
     return request.param
 
 

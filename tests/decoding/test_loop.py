@@ -20,7 +20,9 @@ MASK, EOT = 63, 62
 CONFIG = DecodeConfig(gen_length=32, block_length=8, eot="off")
 
 
-@pytest.fixture(scope="session", params=["llada", pytest.param("Dream", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="session", params=["llada", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Dream", "llada_moe"))]
+)
 def family(request: pytest.FixtureRequest) -> str:
     """The loop knows of a family by the columns of its partial forwards alone; ``test_cache.py`` takes both at once."""
     return request.param
