@@ -152,7 +152,7 @@ COMMANDS = [
     ("train/base.py fit", "--model.max_sequence_length 128", "max_length: found 384; accepted: at most model.max"),
     ("train/base.py fit", "--model.d_model 96000000", "weights; accepted: at most"),
     ("train/base.py fit", f"--model.start {BASE} --model.d_model 96", "start: found"),
-    ("train/base.py fit", "--model.vocab_size 992", "vocab_size"),
+    ("train/base.py fit", "--model.vocab_size 992", '"model.vocab_size" must be given via "data.vocab_size"'),
     ("eval/bench.py", "--limit -1", "limit: found -1"),
     ("eval/bench.py", "--repeats 0", "repeats: found 0"),
     ("eval/bench.py", "--margin 1", "margin: found 1"),

@@ -193,7 +193,8 @@ def test_a_full_disk_ends_it_with_one_line(command: str, most: int, place: Calla
     undisturbed, folder = place("undisturbed"), place("full")
     finish(command, undisturbed)
     status, said = run(command, folder, most)()
-    assert status in (0, 2, os.EX_IOERR), said  # 0: all its files were smaller; 2: found out before it began
+    smaller = [0] if most > 1000 else []  # no file of it may have been larger
+    assert status in (*smaller, 2, os.EX_IOERR), said  # 2: found out before it began
     assert "Traceback" not in said, said
     assert not [file for file in folder.rglob("*") if file.suffix in (".part", ".tmp", ".new", ".old")]
     finish(command, folder)
@@ -207,7 +208,7 @@ def test_two_at_once_share_the_work_or_one_is_refused(command: str, place: Calla
     finish(command, undisturbed)
     both = [run(command, folder) for _ in range(2)]
     ended = [end() for end in both]
-    assert 0 in [status for status, _ in ended], ended
-    for status, said in ended:
-        assert status == 0 or (status == 2 and "in use by process" in said), said
+    refused = 1 if command in ("filter", "helper") else 0  # a run folder belongs to one fit; the others divide the work
+    assert sorted(status for status, _ in ended) == [0] * (2 - refused) + [2] * refused, ended
+    assert all("in use by process" in said for status, said in ended if status)
     assert contents(folder / RESULT[command]) == contents(undisturbed / RESULT[command])
