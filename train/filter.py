@@ -55,7 +55,8 @@ class Pipeline:
         pick_from: Candidate thresholds.
         baselines: Confidence thresholds of the training-free decode, of which the best is picked by the same rule.
         rounds: How often the filter is trained anew on states of its own decodes, labelled by what full_step makes of them.
-        loss: Right answers, as a share from 0 to 1, that a decode may lose against full_step to count as equally good.
+        loss: Right answers, as a share from 0 to 1, that a decode may lose against full_step to count as equally good; one
+            standard error of the loss is added to it.
     """
 
     out: Path
@@ -247,8 +248,8 @@ def card(
         f"limit {settings['rollout']['limit']}; digest of the rollouts {rollouts}.",
         "",
         f"Threshold {config.threshold:g}: on validation prompts the one of fewest forwards that loses at most "
-        f"{100 * settings['pipeline']['loss']:g} point against full_step, one standard error added; `threshold` is picked by "
-        "the same rule.",
+        f"{100 * settings['pipeline']['loss']:g} point against full_step, one standard error added, or, where none does, the one "
+        "that loses least; `threshold` is picked by the same rule.",
         "",
         f"| decode of {count} {split} prompts | exact | valid | same text as full_step | NFE | tokens/forward |",
         "|---|---|---|---|---|---|",
