@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -47,14 +48,38 @@ COMMANDS = {
         "--prompts", '[{"path": "sums.jsonl", "answer_column": "answer"}]', "--gen_length", "8", "--block_length", "4",
     ],
 }  # fmt: skip
+EOT = [*ROLLOUT, "--rollout.eot", "off", "--rollout.eot_evidence", "true", "--rollout.folder", "eot", "--rollout.limit", "24"]
+MADE = {
+    "eot rollout": ["train/rollout.py", "predict", *EOT, "--trainer.accelerator", "cpu"],
+    "bench of two": [*COMMANDS["bench"], "--pick_on", "null"],
+}
+"""What is there before the commands below begin."""
+WRITERS = {
+    "trace": [
+        "eval/trace.py", "--base", "base", "--prompt", "What is 1 + 2?", "--strategies", '["full_step", "threshold"]',
+        "--gen_length", "8", "--block_length", "4",
+    ],
+    "risk": [
+        "eval/risk.py", "--strategy", "threshold", "--values", "[0.9, 0.5]", "--base", "base", "--limit", "12", "--prompts",
+        '[{"path": "sums.jsonl", "answer_column": "answer"}]', "--gen_length", "8", "--block_length", "4",
+    ],
+    "card": ["eval/card.py", "--training", "None.", "--base", "base", "--recipes", "[recipe.yaml]", "--limit", "2"],
+    "harness": ["eval/harness.py", "--base", "base", "--tasks", "short", "--limit", "3", "--gen_length", "32", "--log_samples", "true"],
+    "eot": ["train/eot.py", "--rollouts", "eot", "--base", "base", "--steps", "5"],
+    "report": ["eval/report.py", "render", "--result", "runs/bench/bench.json"],
+}  # fmt: skip
+"""Commands that write a result once, at their end."""
 RESULT = {"rollout": "set", "filter": "exports/filter", "helper": "exports/helper", "bench": "runs/bench"}
+RESULT |= {"trace": "runs/trace", "risk": "runs/risk", "card": "base", "harness": "runs/harness", "eot": "exports/eot"}
+RESULT |= {"report": "runs/bench"}
 FINISHED = ("**/shard-*.json", "**/decodes/*.safetensors")
 """Parts of the work, which are not done again."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
-    for name in ("train.rollout", "train.filter", "train.helper", "eval.bench", "eval.report", "matplotlib.pyplot"):
+    names = ["train.rollout", "train.filter", "train.helper", "train.eot", "matplotlib.pyplot"]
+    for name in [*names, "eval.bench", "eval.report", "eval.trace", "eval.risk", "eval.card"]:
         importlib.import_module(name)
 
 
@@ -93,7 +118,7 @@ def start(command: str, folder: Path, told: int | None = None, most: int | None 
         os.dup2(told, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         torch.set_num_threads(1)
-        script, *words = COMMANDS[command]
+        script, *words = (COMMANDS | MADE | WRITERS)[command]
         if most is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         sys.argv = [script, *words]
@@ -127,7 +152,7 @@ def finish(command: str, folder: Path) -> None:
 def without_times(value: object) -> object:
     """Plain data without what two undisturbed runs differ in, too."""
     if isinstance(value, dict):
-        timed = ("second", "time", "started", "finished", "loop_share", "memory")
+        timed = ("second", "time", "started", "finished", "loop_share", "memory", "date", "generation", "filter_fn")
         return {key: without_times(part) for key, part in value.items() if not any(word in key for word in timed)}
     return [without_times(part) for part in value] if isinstance(value, list) else value
 
@@ -197,6 +222,33 @@ def test_a_full_disk_ends_it_with_one_line(command: str, most: int, place: Calla
     assert status in (*smaller, 2, os.EX_IOERR), said  # 2: found out before it began
     assert "Traceback" not in said, said
     assert not [file for file in folder.rglob("*") if file.suffix in (".part", ".tmp", ".new", ".old")]
+    finish(command, folder)
+    assert contents(folder / RESULT[command]) == contents(undisturbed / RESULT[command])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [500, 2000, 8000])
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_full_disk_leaves_what_is_written_last(command: str, most: int, place: Callable[[str], Path]) -> None:
+    undisturbed, folder = place("undisturbed"), place("full")
+    for where in (undisturbed, folder):
+        checkpoint = (where / "base").resolve()  # the card is written into it, and decodes stories in tokens of few letters
+        (where / "base").unlink()
+        shutil.copytree(checkpoint, where / "base")
+        described = json.loads((where / "base/config.json").read_text()) | {"max_sequence_length": 1024}
+        (where / "base/config.json").write_text(json.dumps(described))
+        (where / "recipe.yaml").write_text("learning_rate: 3.0e-3\n")
+        for made in {"eot": ["eot rollout"], "report": ["bench of two"]}.get(command, []):
+            finish(made, where)
+    before = contents(folder / RESULT[command])
+    finish(command, undisturbed)
+    status, said = run(command, folder, most)()
+    smaller = [0] if most > 500 else []
+    assert status in (*smaller, 2, os.EX_IOERR), said
+    assert "Traceback" not in said, said
+    assert not [file for file in folder.rglob("*") if file.suffix in (".part", ".tmp", ".new", ".old")]
+    after = contents(folder / RESULT[command])
+    assert all(after[name] == before[name] for name in before if status), "what was there is lost"
     finish(command, folder)
     assert contents(folder / RESULT[command]) == contents(undisturbed / RESULT[command])
 
