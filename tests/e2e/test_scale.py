@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,9 +33,40 @@ def sharded(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def nodes(words: list[str], launcher: str) -> list[tuple[list[str], dict[str, str]]]:
+    """What is started on two nodes of one device each, as command and environment; both nodes are this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = [*words, "--trainer.devices", "1", "--trainer.num_nodes", "2"]
+    started = []
+    for node in ("0", "1"):
+        if launcher == "torchrun":
+            where = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", node, "--master_addr", "127.0.0.1"]
+            started.append(([sys.executable, "-m", "torch.distributed.run", *where, "--master_port", port, *words], {}))
+        else:
+            job = {"NTASKS": "2", "NTASKS_PER_NODE": "1", "NNODES": "2", "JOB_NAME": "train", "JOB_ID": "4321"}
+            job |= {"NODEID": node, "PROCID": node, "LOCALID": "0", "NODELIST": "127.0.0.1"}
+            of_slurm = {f"SLURM_{name}": value for name, value in job.items()}
+            started.append(([sys.executable, *words], of_slurm | {"MASTER_PORT": port}))
+    return started
+
+
+def finish(started: list[tuple[list[str], dict[str, str]]], folder: Path) -> None:
+    """Runs commands side by side to their end."""
+    environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    running = [
+        subprocess.Popen(words, cwd=folder, env=environment | more, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for words, more in started
+    ]  # fmt: skip
+    with ThreadPoolExecutor() as readers:  # side by side: one that waits for the other must not wait for its reader
+        for process, (_, errors) in zip(running, readers.map(subprocess.Popen.communicate, running), strict=True):
+            assert process.returncode == 0, errors
+
+
 @pytest.mark.slow  # starts the commands, with two processes
-@pytest.mark.parametrize("devices", [1, 2])
-def test_the_readmes_commands_for_8b(devices: int, sharded: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["alone", "two devices", "torchrun", "srun"])
+def test_the_readmes_commands_for_8b(start: str, sharded: Path, tmp_path: Path) -> None:
     section = (ROOT / "README.md").read_text().partition("## On LLaDA-8B")[2]
     text, script = re.search(r"```yaml\n(.*?)```.*?```bash\n(.*?)```", section, re.DOTALL).groups()  # type: ignore[union-attr]
     many = [f"What is {a} + {b}?" for a in range(12) for b in range(12)]
@@ -48,20 +81,22 @@ def test_the_readmes_commands_for_8b(devices: int, sharded: Path, tmp_path: Path
     swapped = text.replace(hub, str(sharded)).replace("openai/gsm8k, subset: main", "gsm8k.jsonl")
     assert (text.count(hub), "subset" in text, "subset" in swapped) == (1, True, False)
     (tmp_path / "8b.yaml").write_text(swapped)
-    environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     lines = script.strip().splitlines()
     assert [line.split()[1] for line in lines] == ["eval/doctor.py", "train/rollout.py", "train/filter.py"]
     for line in lines:
-        words = line.replace(hub, str(sharded)).replace("--trainer.devices 8", "").split()[1:]
-        if "doctor" not in line:
-            words += ["--trainer.accelerator", "cpu", "--trainer.devices", str(devices)]
+        script, *words = line.replace(hub, str(sharded)).replace("--trainer.devices 8", "").split()[1:]
+        words = [str(ROOT / script), *words]
         if "filter" in line:
             words += ["--trainer.max_epochs", "1"]
-        done = subprocess.run(
-            [sys.executable, str(ROOT / words[0]), *words[1:]], cwd=tmp_path, env=environment, capture_output=True,
-            text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        if "doctor" in line:
+            finish([([sys.executable, *words], {})], tmp_path)
+            continue
+        words += ["--trainer.accelerator", "cpu"]
+        if start in ("torchrun", "srun"):
+            finish(nodes(words, start), tmp_path)
+        else:
+            devices = "2" if start == "two devices" else "1"
+            finish([([sys.executable, *words, "--trainer.devices", devices], {})], tmp_path)
     manifest = json.loads((tmp_path / "runs/8b/shards/manifest.json").read_text())
     assert (manifest["complete"], manifest["counts"]["prompts"]) == (True, len(questions))
     assert load_filter(tmp_path / "exports/filter-8b")[1].gen_length == 256
