@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,42 @@ def test_two_actors_one_killed_write_what_one_process_does(tiny_checkpoint: Path
     subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True)
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("s*")}
     assert not actors(mark)
+
+
+@pytest.mark.slow  # starts Ray
+def test_ray_and_lightning_share_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray.data")
+    file, out = tmp_path / "sums.jsonl", tmp_path / "set"
+    file.write_text("\n".join(json.dumps({"prompt": f"What is {n} plus {n}?"}) for n in range(400)))
+    settings = RolloutSettings(
+        str(tiny_checkpoint), tmp_path / "one", [PromptSource(str(file))], batch_size=2, gen_length=32, block_length=8
+    )
+    words = [
+        "--rollout.base", str(tiny_checkpoint), "--rollout.folder", str(out), "--rollout.batch_size", "2",
+        "--rollout.sources", json.dumps([{"path": str(file)}]), "--rollout.gen_length", "32", "--rollout.block_length", "8",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    both: dict[str, tuple[subprocess.Popen[str], Path]] = {}
+    for verb, more in (
+        ("ray", ["--actors", "[1, 1]"]),
+        ("predict", ["--trainer.accelerator", "cpu", "--run", str(tmp_path / "run")]),
+    ):
+        while both and not list(out.glob("shard-*.json")):  # Ray is the slower to begin
+            assert both["ray"][0].poll() is None
+            time.sleep(0.01)
+        said = tmp_path / verb
+        with said.open("w") as told:
+            start = [sys.executable, "train/rollout.py", verb, *words, *more]
+            process = subprocess.Popen(
+                start, cwd=ROOT, env=environment, stdout=told, stderr=subprocess.STDOUT, text=True
+            )
+        both[verb] = process, said
+    for process, said in both.values():
+        assert process.wait(600) == 0, said.read_text()
+    (decoded,) = re.findall(r"decoded (\d+),", both["predict"][1].read_text())
+    assert 0 < int(decoded) < 400
+    rollout(settings, accelerator="cpu")
+    assert contents(out) == contents(tmp_path / "one")
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
