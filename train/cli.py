@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 import signal
 import sys
 import warnings
@@ -37,7 +38,7 @@ from train.folder import (
     load_checkpoint,
     named_checkpoint,
 )  # fmt: skip
-from train.trainer_settings import check_trainer, refusals
+from train.trainer_settings import check_trainer, patient, refusals
 
 JOB_TYPES = {"fit": "fit", "validate": "eval", "test": "eval", "predict": "rollout"}
 """W&B job type of each subcommand."""
@@ -185,7 +186,7 @@ class Command(LightningCLI):
             kwargs["logger"] = loggers(self.folder, JOB_TYPES[subcommand], self.settings)
         given = configured["plugins"] or []
         kwargs["plugins"] = [*(given if isinstance(given, list) else [given]), WholeFiles()]
-        return super().instantiate_trainer(**kwargs)
+        return patient(super().instantiate_trainer(**kwargs))
 
 
 def run(
@@ -312,7 +313,8 @@ def log_export(
         metrics: Figures of the export, its threshold among them.
         rows: Rows of the comparison.
         columns: Which of their fields the table has.
-        rollouts: Digest of the rollouts it was trained on, which W&B knows as the run's input where it can be reached.
+        rollouts: Digest of the rollouts it was trained on, those of several sets with + between them, which W&B knows as the
+            run's input where it can be reached.
     """
     for logger in loggers:
         if not isinstance(logger, WandbLogger):  # absent with WANDB_MODE=disabled
@@ -323,8 +325,9 @@ def log_export(
             logger.log_table(
                 "comparison", columns=list(columns), data=[[row[name] for name in columns] for row in rows]
             )
-        export = wandb.Artifact(f"{kind}-{folder.name}", type="model", metadata={"rollouts": rollouts, **metrics})
+        name = re.sub(r"[^\w.-]", "-", f"{kind}-{folder.name}", flags=re.ASCII)[:128]  # what W&B takes for a name
+        export = wandb.Artifact(name, type="model", metadata={"rollouts": rollouts, **metrics})
         export.add_dir(str(folder))
-        if rollouts is not None and not run.settings._offline:
-            run.use_artifact(wandb.Artifact(f"rollouts-{rollouts}", type="rollouts", metadata={"digest": rollouts}))
+        for digest in [] if rollouts is None or run.settings._offline else rollouts.split("+"):
+            run.use_artifact(wandb.Artifact(f"rollouts-{digest}", type="rollouts", metadata={"digest": digest}))
         run.log_artifact(export)

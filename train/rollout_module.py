@@ -16,7 +16,7 @@ from models.predictor import MaskPredictor
 from train.callbacks import progress
 from train.cli import Command
 from train.roller import Roller
-from train.trainer_settings import refusals
+from train.trainer_settings import patient, refusals
 
 
 class RolloutModule(LightningModule):
@@ -130,9 +130,11 @@ def run(settings: RolloutSettings, **devices: Any) -> RolloutModule:
     """As :func:`rollout`, but returns the module, which knows how long it took."""
     module = RolloutModule(settings)
     with refusals():
-        trainer = Trainer(
-            logger=False, enable_checkpointing=False, enable_model_summary=False,
-            callbacks=[RolloutWriter(), progress()], **devices,
+        trainer = patient(
+            Trainer(
+                logger=False, enable_checkpointing=False, enable_model_summary=False,
+                callbacks=[RolloutWriter(), progress()], **devices,
+            )
         )  # fmt: skip
     trainer.predict(module, RolloutData(settings), return_predictions=False)
     return module

@@ -1,4 +1,4 @@
-"""What Lightning's Trainer would take and stumble over later, or take and ignore: refused before anything runs."""
+"""What Lightning's Trainer would take and stumble over later, or take and ignore: refused before anything runs, or mended."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data.typed import Count, NotNegative, Whole, checked
+from eval.lm.processes import TIMEOUT
 from models.errors import InputError
 
 _NUMBERS = {
@@ -51,6 +54,16 @@ def check_trainer(settings: Mapping[str, Any], exports: bool) -> None:
     if every is not None and epochs is not None and 0 < epochs < every:
         accepted = f"at most max_epochs {epochs}: checkpoints are of epochs that were validated"
         raise InputError("trainer.check_val_every_n_epoch", every, accepted)
+
+
+def patient(trainer: Trainer) -> Trainer:
+    """A trainer whose processes wait for each other for however long a shard or a comparison takes.
+
+    PyTorch ends a run after half an hour of waiting, and one shard of an 8B model may well take longer.
+    """
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy._timeout = max(trainer.strategy._timeout or TIMEOUT, TIMEOUT)  # Lightning has it no other way
+    return trainer
 
 
 @contextmanager

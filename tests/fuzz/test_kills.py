@@ -48,7 +48,17 @@ COMMANDS = {
         "--prompts", '[{"path": "sums.jsonl", "answer_column": "answer"}]', "--gen_length", "8", "--block_length", "4",
     ],
 }  # fmt: skip
-EOT = [*ROLLOUT, "--rollout.eot", "off", "--rollout.eot_evidence", "true", "--rollout.folder", "eot", "--rollout.limit", "24"]
+EOT = [
+    *ROLLOUT,
+    "--rollout.eot",
+    "off",
+    "--rollout.eot_evidence",
+    "true",
+    "--rollout.folder",
+    "eot",
+    "--rollout.limit",
+    "24",
+]
 MADE = {
     "eot rollout": ["train/rollout.py", "predict", *EOT, "--trainer.accelerator", "cpu"],
     "bench of two": [*COMMANDS["bench"], "--pick_on", "null"],
@@ -64,7 +74,9 @@ WRITERS = {
         '[{"path": "sums.jsonl", "answer_column": "answer"}]', "--gen_length", "8", "--block_length", "4",
     ],
     "card": ["eval/card.py", "--training", "None.", "--base", "base", "--recipes", "[recipe.yaml]", "--limit", "2"],
-    "harness": ["eval/harness.py", "--base", "base", "--tasks", "short", "--limit", "3", "--gen_length", "32", "--log_samples", "true"],
+    "harness": [
+        "eval/harness.py", "--base", "base", "--tasks", "short", "--limit", "3", "--gen_length", "32", "--log_samples", "true",
+    ],
     "eot": ["train/eot.py", "--rollouts", "eot", "--base", "base", "--steps", "5"],
     "report": ["eval/report.py", "render", "--result", "runs/bench/bench.json"],
 }  # fmt: skip
@@ -232,7 +244,9 @@ def test_a_full_disk_ends_it_with_one_line(command: str, most: int, place: Calla
 def test_a_full_disk_leaves_what_is_written_last(command: str, most: int, place: Callable[[str], Path]) -> None:
     undisturbed, folder = place("undisturbed"), place("full")
     for where in (undisturbed, folder):
-        checkpoint = (where / "base").resolve()  # the card is written into it, and decodes stories in tokens of few letters
+        checkpoint = (
+            where / "base"
+        ).resolve()  # the card is written into it, and decodes stories in tokens of few letters
         (where / "base").unlink()
         shutil.copytree(checkpoint, where / "base")
         described = json.loads((where / "base/config.json").read_text()) | {"max_sequence_length": 1024}

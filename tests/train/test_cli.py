@@ -3,7 +3,9 @@
 import runpy
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from eval.command import wandb_mode
+from eval.tracking import WandbSettings, evaluation_run
 from models.errors import InputError
 from train.callbacks import ProgressLines
-from train.cli import log_export, run
+from train.cli import Command, log_export, run
 from train.folder import load_checkpoint
 
 
@@ -290,6 +293,38 @@ def test_an_export_is_in_its_runs_summary_and_among_its_artifacts(monkeypatch: p
     assert artifact.metadata == {"rollouts": "abc", "threshold": 0.9}
     assert list(artifact.manifest.entries) == ["config.json"]
     logger.experiment.finish()
+
+
+def test_an_export_of_any_name_and_several_rollouts_is_told_to_wandb(tmp_path: Path):
+    folder = tmp_path / "mein filter (größer)"
+    folder.mkdir()
+    used, logged = [], []
+    logger = WandbLogger(save_dir=tmp_path, mode="offline")
+    logger._experiment = SimpleNamespace(  # type: ignore[assignment] - a run that can be reached
+        summary={}, settings=SimpleNamespace(_offline=False), use_artifact=used.append, log_artifact=logged.append
+    )
+    log_export([logger], "filter", folder, {}, [], [], "abc+def")
+    assert [found.name for found in used] == ["rollouts-abc", "rollouts-def"]
+    assert [found.name for found in logged] == ["filter-mein-filter--gr--er-"]
+
+
+def test_an_evaluation_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    asked = {}
+    monkeypatch.setattr(wandb, "init", lambda **given: asked.update(given))
+    evaluation_run(WandbSettings("ours", "the-team", ["a"]), {"limit": 3}, tmp_path, "offline")
+    wanted = {"project": "ours", "entity": "the-team", "tags": ["a"], "job_type": "eval", "config": {"limit": 3}}
+    assert asked.items() >= (wanted | {"mode": "offline", "dir": tmp_path}).items()
+
+
+def test_processes_wait_for_each_other_for_longer_than_a_shard_takes(toy):
+    waits = []
+
+    def stop(command: Command) -> None:
+        waits.append(command.trainer.strategy._timeout)
+        raise SystemExit(0)
+
+    assert toy("fit --trainer.devices 2 --trainer.accelerator cpu", before={"fit": stop})[0] == 0
+    assert waits[0] > timedelta(days=30)
 
 
 def test_wandb_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from data.labels import PASSES
 from data.manifest import RolloutKey, Rollouts
@@ -29,6 +31,7 @@ from models.predictor import MaskPredictor
 from models.tokenizer import train_tokenizer
 from train.rollout import estimate, merge
 from train.rollout_module import rollout
+from train.rollout_module import run as run_rollout
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"gen_length": 16, "block_length": 4}
@@ -153,6 +156,15 @@ def test_runs_on_one_folder_share_its_work_and_one_that_dies_is_replaced(
     decoded = [int(part.split(",")[0]) for part in told.split("decoded ")[1:]]
     assert len(decoded) == 2
     assert sum(decoded) <= 40  # none of it twice
+
+
+def test_ranks_wait_for_each_other_for_longer_than_a_shard_takes(
+    base: Path, sources, tmp_path: Path, monkeypatch
+) -> None:
+    waits = []
+    monkeypatch.setattr(Trainer, "predict", lambda trainer, *_, **__: waits.append(trainer.strategy._timeout))
+    run_rollout(RolloutSettings(str(base), tmp_path / "set", sources, **SETTINGS), accelerator="cpu", devices=2)
+    assert waits[0] > timedelta(days=30)
 
 
 def test_an_estimate_decodes_one_shard_and_keeps_nothing(base: Path, sources, tmp_path: Path, capsys) -> None:
