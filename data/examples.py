@@ -85,11 +85,38 @@ def examples(records: Records, split: str, passes: Sequence[str], tail_weight: f
     rows = (in_split[records.prompt] & torch.isin(records.passes, wanted)).nonzero()[:, 0]
     evidence = records.evidence.each(lambda values: values[rows])
     which, tail, example = records.passes[rows], records.tail[rows], evidence.masked.clone()
+    taken = taken_next(
+        evidence.masked, which, *(field[rows] for field in (records.prompt, records.block, records.step))
+    )
     own = (which != PASSES.index("oracle")).nonzero()[:, 0]
-    example[own, evidence.confidence[own].masked_fill(~evidence.masked[own], -1).argmax(1)] = False
+    example[own, evidence.confidence[own].masked_fill(~taken[own], -1).argmax(1)] = False
     return FilterBatch(
         evidence, records.final[rows], tail, example, example * torch.where(tail, tail_weight, 1.0)
     ), which
+
+
+def taken_next(masked: Tensor, which: Tensor, prompt: Tensor, block: Tensor, step: Tensor) -> Tensor:
+    """Where full_step's own choice lies, ``(R, K)`` bool: what the next of its states lacks; confidences alone may be equal.
+
+    Args:
+        masked: ``(R, K)`` bool.
+        which: ``(R,)`` int64, the pass.
+        prompt: ``(R,)`` int64.
+        block: ``(R,)`` int64.
+        step: ``(R,)`` int64.
+
+    Returns:
+        Of a state whose next is not there, all of ``masked``: the last of a block, and those of another decode.
+    """
+    if not len(masked):
+        return masked
+    decode = torch.stack((which, prompt, block), 1)
+    order = torch.from_numpy(np.lexsort((step, block, prompt, which)))
+    here, later = order[:-1], order[1:]
+    same = (decode[here] == decode[later]).all(1) & (which[here] == PASSES.index("full_step"))
+    found = masked.clone()
+    found[here[same]] &= ~masked[later[same]]
+    return torch.where(found.any(1, keepdim=True), found, masked)
 
 
 def shares(count: Tensor) -> Tensor:

@@ -19,8 +19,7 @@ from data.provenance import environment, now, write_run_file
 from data.typed import Count, Length, Part
 from eval.command import command, wandb_mode
 from eval.compare import Comparison, Run, print_table
-from eval.headline import MARGIN, headline, picked, summary
-from eval.intervals import paired
+from eval.headline import MARGIN, doubts, headline, picked, summary
 from eval.report import SCHEMA_VERSION, write
 from eval.tracking import USUAL, WandbSettings, evaluation_run
 from models.errors import InputError
@@ -139,22 +138,6 @@ def answered(prompts: list[Prompt]) -> list[Prompt]:
             "prompts", f"{without} of {len(prompts)} without an answer", "an answer_column or response_column"
         )
     return prompts
-
-
-def doubts(reference: dict[str, Any], margin: float) -> list[str]:
-    """Why a comparison says less than it seems to."""
-    found = []
-    if reference["exact_match"] < 0.05:
-        found.append(
-            f"full_step answers {100 * reference['exact_match']:.1f} % rightly: nothing can be lost against it"
-        )
-    blind = -paired(0, 0, reference["prompts"])[0]
-    if blind > margin:
-        found.append(
-            f"on {reference['prompts']} prompts even equal answers leave a loss of {100 * blind:.1f} points possible, and "
-            f"{100 * margin:g} are asked about"
-        )
-    return found
 
 
 def decode(comparison: Comparison) -> None:

@@ -3,21 +3,27 @@
 from collections.abc import Sequence
 from typing import Any
 
-from eval.intervals import paired_error
+from eval.intervals import paired, paired_error
 from models.errors import InputError
 
 MARGIN = 0.01
 """Loss of exact match against full_step, from 0 to 1, up to which a decode counts as equally good."""
 
+BLIND = 0.05
+"""Share of full_step's answers that has to be right for lost answers to say anything; below it the text is compared."""
+
 Row = dict[str, Any]
 COSTS = {"nfe_mean": "forwards", "tokens_per_second": "speed"}
 
 
+def by_answers(row: Row) -> bool:
+    """Whether right answers tell how good a decode is: full_step has some, which could be lost."""
+    return row["paired_difference"] is not None and row["exact_match"] - row["paired_difference"]["mean"] >= BLIND
+
+
 def loss(row: Row) -> float:
-    """What a decode loses against full_step, from 0 to 1: right answers; text, where the prompts have no answers."""
-    if row["paired_difference"] is None:
-        return 1 - row["token_agreement"]
-    return -row["paired_difference"]["mean"]
+    """What a decode loses against full_step, from 0 to 1: right answers, or text where hardly any could be lost."""
+    return -row["paired_difference"]["mean"] if by_answers(row) else 1 - row["token_agreement"]
 
 
 def as_good(row: Row, accepted: float) -> bool:
@@ -27,7 +33,7 @@ def as_good(row: Row, accepted: float) -> bool:
     error makes up for it (the one-standard-error rule of Breiman et al. 1984, section 3.4.3).
     """
     found = row["paired_difference"]
-    error = 0.0 if found is None else paired_error(found["won"], found["lost"], row["prompts"])
+    error = paired_error(found["won"], found["lost"], row["prompts"]) if by_answers(row) else 0.0
     return loss(row) + error <= accepted
 
 
@@ -37,6 +43,25 @@ def pick(rows: Sequence[Row], accepted: float) -> Row:
     return (
         min(good, key=lambda row: row["nfe_mean"]) if good else min(rows, key=lambda row: (loss(row), row["nfe_mean"]))
     )
+
+
+def doubts(reference: Row, margin: float) -> list[str]:
+    """Why a comparison with this row, full_step's, says less than it seems to."""
+    if reference["exact_match"] is None:
+        return []
+    found = []
+    if reference["exact_match"] < BLIND:
+        share = f"{100 * reference['exact_match']:.1f} %"
+        found.append(
+            f"full_step answers {share} rightly: hardly any can be lost, so agreement with its text is what counts"
+        )
+    blind = -paired(0, 0, reference["prompts"])[0]
+    if blind > margin:
+        found.append(
+            f"on {reference['prompts']} prompts even equal answers leave a loss of {100 * blind:.1f} points possible, and "
+            f"{100 * margin:g} are asked about"
+        )
+    return found
 
 
 def headline(

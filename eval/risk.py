@@ -23,6 +23,7 @@ from decoding.strategies import make_strategy
 from eval.bench import answered, decode
 from eval.command import command
 from eval.compare import Comparison, Run
+from eval.headline import doubts
 from models.checkpoint import CALIBRATION
 from models.errors import InputError
 from models.predictor import MaskPredictor, fingerprint
@@ -124,6 +125,8 @@ def main(
     )  # fmt: skip
     decode(comparison)
     full, *rows = comparison.rows()
+    for warning in doubts(full, 1.0) if loss == "answer" else []:
+        print(f"warning: {warning}", file=sys.stderr)
     calibration = calibrate(full, rows, chosen, strategy, options, varied, loss, confidence)
     calibration.made.update(prompts=[asdict(source) for source in prompts], split=split)
     component = options.get("filter") or options.get("helper")

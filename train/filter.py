@@ -23,7 +23,7 @@ from data.typed import Count, Part, Share, Whole, check_fields
 from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, print_table, share
-from eval.headline import pick
+from eval.headline import by_answers, doubts, pick
 from eval.risk import CHOSEN, calibrate, keep, promises
 from models.checkpoint import PICTURE, check_replaceable
 from models.errors import InputError
@@ -217,7 +217,9 @@ def pick_threshold(
     picked = [pick(part, pipeline.loss) for part in (rows[1 : len(plain) + 1], rows[len(plain) + 1 :])]
     threshold = picked[1]["settings"]["threshold"]
     safest_first = rows[: len(plain) : -1]
-    loss = "text" if rows[0]["exact_match"] is None else "answer"
+    for warning in doubts(rows[0], pipeline.loss):
+        print(f"warning: {warning}", file=sys.stderr)
+    loss = "answer" if by_answers(rows[0]) else "text"
     calibration = calibrate(rows[0], safest_first, prompts, "learn2pd", {}, "threshold", loss)
     tests = [prompt for prompt in rollouts.prompts() if split_of(prompt.prompt) == "test"]
     if tests:

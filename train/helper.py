@@ -21,6 +21,7 @@ from data.typed import Count, Length, Share, check_fields
 from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, print_table, share
+from eval.headline import MARGIN, by_answers, doubts
 from eval.risk import CHOSEN, calibrate, keep, promises
 from models.errors import InputError
 from models.helper import Helper, HelperConfig, check_replaceable, save_helper
@@ -140,7 +141,9 @@ def measure(
     # The larger the weight, the more drafts are accepted: cheaper, and further from the helper's own text.
     options = {"kv_window": pipeline.kv_window, "max_lookahead": pipeline.max_lookahead}
     given = {name: value for name, value in options.items() if value is not None}
-    loss = "text" if rows[0]["exact_match"] is None else "answer"
+    for warning in doubts(rows[0], MARGIN):
+        print(f"warning: {warning}", file=sys.stderr)
+    loss = "answer" if by_answers(rows[0]) else "text"
     return rows, calibrate(rows[0], rows[1:], prompts, "apd", given, "mixture_weight", loss)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from eval.command import command
-from eval.headline import confirmed, headline, picked, summary
+from eval.headline import confirmed, doubts, headline, pick, picked, summary
 from eval.intervals import paired, wilson
 from eval.pages import main as write_pages
 from eval.report import changes, compare, draw, markdown, read, render, variant, write
@@ -79,6 +79,20 @@ def test_the_cheapest_setting_as_good_as_full_step_is_picked():
 def test_what_may_have_been_lucky_is_not_picked():
     close = row("threshold", "threshold 0.8", 9, 3.0, 600)  # .9 points, and .3 of standard error
     assert entries([*ROWS, close])["threshold"]["forwards"]["label"] == "threshold 0.9"
+
+
+def test_where_full_step_answers_nothing_rightly_its_text_is_what_counts():
+    # No answer is lost by any of them: the cheapest would be picked, however bad.
+    rows = [
+        row(label, label, 0, nfe, 1) | {"exact_match": 0.0, "token_agreement": agreement}
+        for label, nfe, agreement in (("full_step", 20.0, 1.0), ("near", 10.0, 0.995), ("far", 2.0, 0.05))
+    ]
+    assert entries(rows)["far"]["forwards"] is None
+    assert pick(rows[1:], 0.01)["label"] == "near"
+    assert pick(rows[2:], 0.01)["label"] == "far"  # there is nothing better
+    assert doubts(rows[0], 0.01)[0].startswith("full_step answers 0.0 % rightly")
+    assert doubts(ROWS[0], 0.01) == []
+    assert doubts(ROWS[0] | {"exact_match": None}, 0.01) == []
 
 
 def test_a_strategy_that_loses_too_much_is_not_picked_however_fast():

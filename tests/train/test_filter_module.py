@@ -7,8 +7,9 @@ import torch
 from lightning import Trainer
 from torchmetrics import Metric
 
+from data.examples import examples
 from data.filter_data import Batches, FilterBatch, FilterDataModule
-from data.labels import Records
+from data.labels import PASSES, Records
 from models.errors import InputError
 from models.features import Evidence
 from models.predictor import token_embeddings
@@ -101,6 +102,7 @@ def test_decoded_positions_never_influence_the_loss(architecture):
 def test_what_full_step_commits_is_no_example():
     given = records(rows=400)
     given.passes[:] = torch.arange(400) % 4 // 3  # three states of full_step for each of the oracle
+    given.block[:] = torch.arange(400)  # each the last of its block
     module = data(given)
     module.setup("fit")
     part, rows = module.parts["train"], torch.tensor([name == "train" for name in SPLITS])[given.prompt]
@@ -112,6 +114,23 @@ def test_what_full_step_commits_is_no_example():
     assert not dropped[~own].any()
     each = part.weight.amax(1)
     assert each[own].sum().item() == pytest.approx(each[~own].sum().item(), rel=0.02)  # the passes count alike
+
+
+def test_of_equal_confidences_the_one_that_was_taken_is_no_example():
+    # Of 397 states of the bundled base 7 had a confidence of 1.0 twice, and not the left one was taken.
+    masked = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    prompt, which = torch.tensor([0, 0, 0, 1, 0]), torch.tensor([0, 0, 0, 0, 2])
+    confidence = torch.tensor([0.5, 1.0, 1.0, 1.0]).repeat(5, 1) * masked
+    fields = {"prompt": prompt, "passes": which, "block": torch.zeros(5).long(), "step": torch.tensor([0, 1, 2, 0, 1])}
+    shuffled = torch.tensor([3, 1, 4, 0, 2])
+    given = Records(
+        Evidence(masked, torch.zeros(5, 4).long(), confidence), masked.clone(), torch.zeros(5, 4).bool(), **fields,
+        prompt_ids=["a", "b"], splits=["train", "train"],
+    ).take(shuffled)  # fmt: skip
+    batch, _ = examples(given, "train", PASSES, 1.0)
+    dropped = batch.evidence.masked & ~batch.example
+    # The last of a block and of another pass: the most confident, the left one of two.
+    assert dropped.nonzero().tolist() == [[0, 1], [1, 3], [2, 1], [3, 1], [4, 2]]
 
 
 def test_the_tail_weighs_as_much_as_it_is_told():

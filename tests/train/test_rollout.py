@@ -390,7 +390,7 @@ def test_the_command_refuses_bad_input_in_one_line(base: Path, file: Path, tmp_p
     words = command(base, file, tmp_path / "set", "--rollout.limit", "0")
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2
-    accepted = "null | greater than or equal to 1 (see rollout.py predict --help)"
+    accepted = "null | a whole number of at least 1 (see rollout.py predict --help)"
     assert done.stderr.splitlines()[-1] == f"rollout.py predict: rollout.limit: found 0; accepted: {accepted}"
     assert not (tmp_path / "set").exists()
 
