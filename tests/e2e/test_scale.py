@@ -72,21 +72,26 @@ def test_the_readmes_commands_for_8b(start: str, sharded: Path, tmp_path: Path) 
     many = [f"What is {a} + {b}?" for a in range(12) for b in range(12)]
     questions = [
         question
-        for split, count in (("train", 12), ("validation", 2), ("test", 2))
+        for split, count in (("validation", 2), ("test", 2), ("train", 12))
         for question in [question for question in many if split_of(question) == split][:count]
     ]
     rows = [{"question": question, "answer": "It is 4. #### 4"} for question in questions]
     (tmp_path / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, rows)))
     hub = "GSAI-ML/LLaDA-8B-Instruct"
     swapped = text.replace(hub, str(sharded)).replace("openai/gsm8k, subset: main", "gsm8k.jsonl")
+    swapped = swapped.replace(
+        "per_task: 1000", "per_task: 12"
+    )  # fewer than there are: whoever did not know would decode more
     assert (text.count(hub), "subset" in text, "subset" in swapped) == (1, True, False)
     (tmp_path / "8b.yaml").write_text(swapped)
-    lines = script.strip().splitlines()
+    lines, shards = script.strip().splitlines(), tmp_path / "runs/8b/shards"
+    decoded: dict[str, bytes] = {}
     assert [line.split()[1] for line in lines] == ["eval/doctor.py", "train/rollout.py", "train/filter.py"]
     for line in lines:
         script, *words = line.replace(hub, str(sharded)).replace("--trainer.devices 8", "").split()[1:]
         words = [str(ROOT / script), *words]
         if "filter" in line:
+            decoded = {file.name: file.read_bytes() for file in shards.glob("s*-*")}
             words += ["--trainer.max_epochs", "1"]
         if "doctor" in line:
             finish([([sys.executable, *words], {})], tmp_path)
@@ -97,9 +102,16 @@ def test_the_readmes_commands_for_8b(start: str, sharded: Path, tmp_path: Path) 
         else:
             devices = "2" if start == "two devices" else "1"
             finish([([sys.executable, *words, "--trainer.devices", devices], {})], tmp_path)
-    manifest = json.loads((tmp_path / "runs/8b/shards/manifest.json").read_text())
-    assert (manifest["complete"], manifest["counts"]["prompts"]) == (True, len(questions))
+    manifest = json.loads((shards / "manifest.json").read_text())
+    assert (manifest["complete"], manifest["counts"]["prompts"]) == (True, 12)
     assert load_filter(tmp_path / "exports/filter-8b")[1].gen_length == 256
+    if start == "alone":
+        small = {"d_model": 32, "n_heads": 4, "n_kv_heads": 4, "n_layers": 1, "mlp_hidden_size": 64}
+        words = [word for name, value in small.items() for word in (f"--model.{name}", str(value))]
+        words += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--pipeline.mixture_weights", "[0.5]"]
+        finish([([sys.executable, str(ROOT / "train/helper.py"), "fit", "--config", "8b.yaml", *words], {})], tmp_path)
+    # What was rolled out for all of them is what each of them asks for.
+    assert decoded == {file.name: file.read_bytes() for file in shards.glob("s*-*")} != {}
 
 
 def test_a_card_names_what_the_hub_knows(tmp_path: Path) -> None:
