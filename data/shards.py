@@ -63,6 +63,9 @@ class ShardWriter:
     def __init__(self, folder: str | Path, key: RolloutKey, sources: Sequence[Mapping[str, Any]] = ()) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.verified: dict[
+            str, tuple[list[tuple[int, int]], dict[str, Any]]
+        ] = {}  # records, and their files when read
         self.key, self.eot_id = key, int(key.settings["eot_id"])
         if (self.folder / MANIFEST).exists():
             self.manifest = read_manifest(self.folder)
@@ -114,16 +117,21 @@ class ShardWriter:
     def written(self) -> list[dict[str, Any]]:
         """What is written so far, one record a shard, in order. A damaged shard is forgotten, and decoded again.
 
+        Asked again, it reads only what is new or has changed.
+
         Raises:
             InputError: A shard says that it is of another model or other settings.
         """
         records = []
         for file in sorted(self.folder.glob("shard-*.json")):
-            if record := _read_record(self.folder, file):
+            stamps, record = self.verified.get(file.name, ([], None))
+            if record is None or not stamps or stamps != _stamps(self.folder, file, record):
+                if (record := _read_record(self.folder, file)) is None:
+                    file.unlink(missing_ok=True)
+                    continue
                 self._check(record)
-                records.append(record)
-            else:
-                file.unlink(missing_ok=True)
+                self.verified[file.name] = _stamps(self.folder, file, record), record
+            records.append(record)
         return records
 
     def _check(self, record: dict[str, Any], required: bool = False) -> None:
@@ -248,6 +256,15 @@ def _read_record(folder: Path, file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if all(intact(folder / record[kind]["file"], record[kind]) for kind in COLUMNS) else None
+
+
+def _stamps(folder: Path, file: Path, record: dict[str, Any]) -> list[tuple[int, int]]:
+    """When the files of a shard were last written, and how large they are; nothing where one is gone."""
+    try:
+        found = [path.stat() for path in (file, *(folder / record[kind]["file"] for kind in COLUMNS))]
+    except OSError:
+        return []
+    return [(status.st_mtime_ns, status.st_size) for status in found]
 
 
 def _without_repeats(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

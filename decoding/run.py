@@ -250,10 +250,17 @@ class Run(ABC):
             rows=self.rows,
             block=torch.tensor([slot.block for slot in slots]),
             step=torch.tensor([slot.steps for slot in slots]),
-            # Copies: what the decode remembers of it is written over when another row comes.
-            evidence=evidence.each(torch.clone).to("cpu"),
-            transfer=transfer.cpu(),
-            committed=tokens.clone().cpu(),
-            eot_probability=(eot["probability"] * state.masked).cpu() if eot else None,
-            eot_top=(eot["top"] & state.masked).cpu() if eot else None,
+            evidence=evidence.each(_kept),
+            transfer=_kept(transfer),
+            committed=_kept(tokens),
+            eot_probability=_kept(eot["probability"] * state.masked) if eot else None,
+            eot_top=_kept(eot["top"] & state.masked) if eot else None,
         )
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; the decode writes over its own when another row comes.
+
+    Nobody waits for a device: the copy is there once the step's read of the device, which comes later, has returned.
+    """
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu", non_blocking=True)

@@ -14,6 +14,7 @@ from data.typed import Count
 from decoding.config import DecodeConfig
 from decoding.memory_plan import plan_memory
 from decoding.strategies import make_strategy
+from models.predictor import checkpoint_folder
 from train.cli import Command, run
 from train.rollout_module import RolloutModule, RolloutWriter
 from train.rollout_module import run as run_rollout
@@ -58,7 +59,7 @@ def plan(
 
 
 def estimate(rollout: RolloutSettings, accelerator: str = "auto") -> None:
-    """Prints how much work rollouts are, and keeps nothing: prompts, shards, and time and disk from the first shard.
+    """Prints how much work rollouts are, and keeps nothing: prompts, shards, memory, and time and disk from the first shard.
 
     Args:
         rollout: What is to be rolled out.
@@ -73,7 +74,13 @@ def estimate(rollout: RolloutSettings, accelerator: str = "auto") -> None:
         sample = replace(rollout, folder=Path(folder), limit=min(len(prompts), SHARD * rollout.batch_size))
         module = run_rollout(sample, accelerator=accelerator, devices=1)
         (*_, record) = module.rollouts.shards
-        summary = module.summary()
+        summary, predictor = module.summary(), module.roller.predictor
+        longest = int(sample.encode(sample.prompts(), predictor)[1].max())
+    memory = plan_memory(
+        checkpoint_folder(rollout.base), rollout.decoding, make_strategy("full_step"), batch_size=rollout.batch_size,
+        prompt_length=longest, dtype=str(predictor.dtype).removeprefix("torch."), record=True, record_eot=rollout.eot_evidence,
+    )  # fmt: skip
+    print(f"  memory with prompts of {longest} tokens, the first shard's longest: {memory}")
     share = len(prompts) / summary["rollout/prompts"]
     for kind in ("steps", "sequences"):
         print(f"  {kind}: {record[kind]['bytes'] * share / 2**20:.3g} MiB in all")

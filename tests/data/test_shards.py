@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.labels import collect, records_of
-from data.manifest import MANIFEST, describe, open_rollouts
+from data.manifest import MANIFEST, describe, intact, open_rollouts
 from data.rollouts import load_records, load_sequences
 from data.shards import RolloutKey, ShardWriter
 from models.errors import InputError
@@ -439,6 +439,27 @@ def test_a_flipped_bit_is_noticed(folder: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"{path.name}"):
         load_sequences(folder)
+
+
+def test_a_writer_reads_a_shard_once_and_again_when_it_changes(folder: Path, key, batches, monkeypatch) -> None:
+    read = []
+
+    def looked_at(file: Path, record: dict) -> bool:
+        read.append(file.name)
+        return intact(file, record)
+
+    monkeypatch.setattr("data.shards.intact", looked_at)
+    writer = ShardWriter(folder, key)
+    assert len(writer.written()) == len(batches)
+    assert len(read) == 2 * len(batches)
+    assert writer.written() == writer.written()
+    assert len(read) == 2 * len(batches)
+    damaged = next(folder.glob("steps-*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert len(writer.written()) == len(batches) - 1
+    assert set(read[2 * len(batches) :]) == {damaged.name}
+    next(folder.glob("sequences-*")).unlink()
+    assert len(writer.written()) <= len(batches) - 1
 
 
 def test_a_missing_shard_is_named_and_a_rerun_repairs_it(folder: Path, key, batches) -> None:

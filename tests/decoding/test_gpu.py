@@ -36,10 +36,12 @@ def test_the_text_is_that_of_the_cpu(random_base, on_gpu, prompts, name, eot, ca
     assert 0 < there.predictor_seconds < there.seconds
 
 
+@pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("cache", ["none", "dual"])
-def test_one_wait_for_the_device_a_step(on_gpu, prompts, cache):
+def test_one_wait_for_the_device_a_step(on_gpu, prompts, cache, record):
     config = DecodeConfig(32, 8, eot="commit", cache=cache)
-    steps = decode_steps(on_gpu, prompts, config, make_strategy("dico"), empty_output(5, config))
+    output = empty_output(5, config)
+    steps = decode_steps(on_gpu, prompts, config, make_strategy("dico"), output, record=record, record_eot=record)
     next(steps)
     torch.cuda.set_sync_debug_mode("warn")
     try:

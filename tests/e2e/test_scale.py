@@ -43,7 +43,9 @@ def nodes(words: list[str], launcher: str) -> list[tuple[list[str], dict[str, st
     for node in ("0", "1"):
         if launcher == "torchrun":
             where = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", node, "--master_addr", "127.0.0.1"]
-            started.append(([sys.executable, "-m", "torch.distributed.run", *where, "--master_port", port, *words], {}))
+            started.append(
+                ([sys.executable, "-m", "torch.distributed.run", *where, "--master_port", port, "--", *words], {})
+            )
         else:
             job = {"NTASKS": "2", "NTASKS_PER_NODE": "1", "NNODES": "2", "JOB_NAME": "train", "JOB_ID": "4321"}
             job |= {"NODEID": node, "PROCID": node, "LOCALID": "0", "NODELIST": "127.0.0.1"}
