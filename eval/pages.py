@@ -1,5 +1,6 @@
 """Writes the figures of README and docs from the committed results: ``python eval/pages.py``."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from data.provenance import write_aside
 from eval import helper_sizes
 from eval.command import command
 from eval.report import ALL, Row, difference, percent, read, table, times
+from eval.risk import broken_promises
 from models.errors import InputError, first_line
 
 
@@ -145,8 +147,63 @@ def _beside(result: dict[str, Any]) -> list[str]:
     return [*table(rows, _QUALITY | _ENDS), "", f"{rows[0]['prompts']} prompts."] if rows else ["Not measured."]
 
 
+_EOT = {
+    "decode": lambda row: f"{row['label']}{' (commit)' * (row['settings']['eot'] == 'commit')}",
+    **{name: _QUALITY[name] for name in ("exact match", "difference (95 %)", "valid", "NFE")},
+    "cut": ALL["cut"],
+}
+
+
+def _eot(result: dict[str, Any]) -> list[str]:
+    """Rules of the end of the text: settings on validation, what was picked on test, and the share of an oracle's saving."""
+    lines = []
+    for rows, what in ((_tried(result), "validation prompts"), (result["rows"], "test prompts")):
+        (full, *_) = rows
+        region, text = full["settings"]["gen_length"], full["tokens"] / full["prompts"]
+
+        def share(row: Row, most: float = region - text, region: int = region) -> str:
+            own = row["settings"]["strategy"] == "full_step"
+            return percent((region - row["nfe_mean"]) / most) if own else "–"
+
+        lines += [
+            *table(rows, _EOT | {"of an oracle's saving": share}),
+            "",
+            f"{full['prompts']} {what}; texts of {text:.1f} tokens.",
+            "",
+        ]
+    return lines[:-1]
+
+
+_SAFEST_FIRST = {
+    "threshold": [f"threshold {value}" for value in (0.95, 0.9, 0.85, 0.8, 0.7)],
+    "learn2pd": [f"learn2pd {value}" for value in (0.98, 0.95, 0.9, 0.85, 0.8)],
+    "apd": [f"apd R {value}" for value in (0, 0.25, 0.5, 0.7)],
+}
+
+
+def _risk(result: dict[str, Any]) -> list[str]:
+    """Promises on validation prompts drawn anew 200 times."""
+    rows = {row["label"]: row for row in _tried(result)}
+    full = rows["full_step"]
+    lines = table([], dict.fromkeys(("strategy", "risk", "taken most often", "NFE, mean", "broken", "no promise")))
+    for strategy, labels in _SAFEST_FIRST.items():
+        tried = [rows[label] for label in labels if label in rows]
+        for risk in (0.03, 0.05, 0.1) if tried else ():
+            broken, none, taken = broken_promises(full, tried, risk)
+            most = Counter(row["label"] for row in taken).most_common(1)
+            cells = [strategy, f"{100 * risk:g} %", most[0][0] if most else "–"]
+            cells.append(f"{sum(row['nfe_mean'] for row in taken) / len(taken):.1f}" if taken else "–")
+            lines.append(f"| {' | '.join(cells)} | {broken} of 200 | {none} of 200 |")
+    return [*lines, "", f"{full['prompts']} prompts, 95 % confidence."]
+
+
 def _held_out(result: dict[str, Any]) -> list[str]:
     return [*table(result["rows"], _QUALITY), "", f"{result['rows'][0]['prompts']} prompts."]
+
+
+def _fresh(result: dict[str, Any]) -> list[str]:
+    columns = _QUALITY | {"prompts": ALL["prompts"]}
+    return table(result["rows"], columns)
 
 
 _DREAM = {name: _APD[name] for name in ("decode", "exact match", "difference (95 %)", "same text")}
@@ -186,6 +243,9 @@ _TABLES = {
     "sweep": ("bench.json", "docs/decoders.md", _sweep),
     "beside": ("bench.json", "docs/decoders.md", _beside),
     "held_out": ("held_out/bench.json", "docs/decoders.md", _held_out),
+    "fresh": ("fresh/bench.json", "docs/decoders.md", _fresh),
+    "eot": ("eot/bench.json", "docs/decoders.md", _eot),
+    "risk": ("bench.json", "docs/decoders.md", _risk),
     "cost": ("cost.json", "docs/decoders.md", _costs),
     "apd": ("bench.json", "docs/apd.md", _apd),
     "helper_sizes": ("helper_sizes/bench.json", "docs/apd.md", _helper_sizes),

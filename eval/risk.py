@@ -3,6 +3,7 @@
 Then ``Decoder.from_pretrained(base, "threshold", risk=0.02, calibration="runs/risk/risk.json")``.
 """
 
+import random
 import shlex
 import sys
 from collections.abc import Sequence
@@ -183,6 +184,41 @@ def promises(calibration: Calibration) -> list[str]:
     if least > RISKS[0]:
         lines.append(f"- below {100 * least:.3g} %: no setting")
     return lines
+
+
+def broken_promises(
+    full: dict[str, Any], rows: Sequence[dict[str, Any]], risk: float, times: int = 200, seed: int = 0
+) -> tuple[int, int, list[dict[str, Any]]]:
+    """How often a promise is broken, of many that were made on prompts drawn anew.
+
+    As if the prompts that were decoded were all there could be, each equally likely: as many are drawn, with repeats, and what
+    is promised on these is compared with what all of them lose.
+
+    Args:
+        full: The row of full_step.
+        rows: Those of a strategy, from the safest setting to the cheapest.
+        risk: What is promised, from 0 to 1.
+        times: How many draws.
+        seed: Of the draws.
+
+    Returns:
+        How often more than ``risk`` of the prompts lose their answer, how often no setting was vouched for, and the row that was
+        taken in each of the other draws.
+    """
+    lost = [[ours < theirs for ours, theirs in zip(row["right"], full["right"], strict=True)] for row in rows]
+    count, chance = len(full["right"]), random.Random(seed)
+    broken, none, taken = 0, 0, list[dict[str, Any]]()
+    for _ in range(times):
+        drawn = chance.choices(range(count), k=count)
+        passed = 0
+        while passed < len(rows) and upper_bound(sum(lost[passed][n] for n in drawn), count, CONFIDENCE) <= risk:
+            passed += 1
+        if not passed:
+            none += 1
+            continue
+        taken.append(rows[passed - 1])
+        broken += sum(lost[passed - 1]) > risk * count
+    return broken, none, taken
 
 
 def keep(calibration: Calibration, kind: str, folder: Path) -> None:

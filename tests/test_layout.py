@@ -111,3 +111,8 @@ def test_git_keeps_data_and_models():
 def test_every_test_folder_mirrors_a_package():
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
     assert folders <= {*PACKAGES, "docs", "e2e", "fuzz"}
+
+
+def test_an_adapter_is_a_thin_shell():
+    for file in sorted((ROOT / "decoding/adapters").glob("for_*.py")):
+        assert len(file.read_text().splitlines()) < 100, file.name

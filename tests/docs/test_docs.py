@@ -55,8 +55,12 @@ def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).symlink_to(ROOT / name)
     monkeypatch.chdir(folder)
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    for name, value in (paths | {"HF_HUB_OFFLINE": "1"}).items():
+    fresh = {"HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}  # no caches, no settings of one's own
+    for name, value in (paths | fresh).items():
         monkeypatch.setenv(name, value)
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    (folder / "home").mkdir()
     return folder
 
 

@@ -10,7 +10,7 @@ from scipy.stats import binom
 from decoding import Decoder
 from decoding.risk import Calibration, load_calibration
 from eval.command import command
-from eval.risk import main, upper_bound
+from eval.risk import broken_promises, main, upper_bound
 from models.errors import InputError
 
 VALUES = [0.99, 0.95, 0.9, 0.8, 0.7, 0.5]
@@ -62,6 +62,17 @@ def test_the_promise_is_kept_on_fresh_prompts(risk):
     assert broken <= 10  # 5 % of 200
     assert naive > 20  # what calibration prompts themselves show is no promise
     assert len(used) > 1
+
+
+def test_promises_on_drawn_prompts_are_judged_on_all():
+    full = {"right": "1" * 400}
+    rows = [{"name": count, "right": "0" * count + "1" * (400 - count)} for count in (0, 6, 21, 100)]
+    broken, none, taken = broken_promises(full, rows, 0.05)
+    names = [row["name"] for row in taken]
+    assert (none, set(names)) == (0, {0, 6, 21})
+    assert broken == names.count(21)  # 21 of 400 are more than 5 %
+    assert 0 < broken <= 10
+    assert broken_promises(full, rows[3:], 0.05) == (0, 200, [])
 
 
 @pytest.fixture

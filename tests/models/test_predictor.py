@@ -107,6 +107,19 @@ def test_a_model_that_ignores_the_mask_is_refused(folder, monkeypatch):
         MaskPredictor.from_pretrained(folder)
 
 
+def test_weights_go_straight_to_the_device(folder, monkeypatch):
+    # Eight ranks would hold eight copies in the host's memory.
+    pytest.importorskip("accelerate")
+    asked, load = [], LLaDAModelLM.from_pretrained
+    monkeypatch.setattr(
+        LLaDAModelLM,
+        "from_pretrained",
+        lambda *given, **named: asked.append(named["device_map"]) or load(*given, **named),
+    )
+    assert MaskPredictor.from_pretrained(folder, device="cpu").device.type == "cpu"
+    assert asked == [{"": torch.device("cpu")}]
+
+
 def test_fingerprint_follows_the_weights(folder):
     before = fingerprint(folder)
     assert before == fingerprint(folder)
