@@ -90,6 +90,7 @@ SETTINGS = Rule(
     "a mapping from the names of settings to their values",
     lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
 )
+CALLABLE = Rule("something that can be called", callable)
 FIGURES = Rule(
     "an object of finite numbers or nulls",
     lambda value: isinstance(value, dict) and all(entry is None or is_number(entry) for entry in value.values()),
