@@ -17,7 +17,7 @@ from torch import Tensor
 from decoding.config import DecodeConfig
 from decoding.evidence import compare_guesses, divergence, evidence_of, lay_out
 from decoding.read import in_chunks, read_block
-from decoding.step import Step
+from decoding.step import Step, check_finite
 from decoding.strategies import BlockStrategy, Strategy
 from models.errors import InputError
 from models.features import Evidence
@@ -120,7 +120,7 @@ class Engine:
             the next step. A block with nothing masked transfers nothing.
 
         Raises:
-            InputError: A tensor of another shape or dtype, or logits that make a confidence which is not finite.
+            InputError: A tensor of another shape or dtype, or or a confidence or a filter's probability that is not finite.
         """
         sizes = self._sizes(logits)
         _check_tensor("block_ids", block_ids, torch.long, sizes[:2])
@@ -138,9 +138,9 @@ class Engine:
             draw_entropy=fields.get("draw_entropy"),
             memory={name: before[f"memory.{name}"] for name in self.rule.memory(1, 1)},
         )  # fmt: skip
-        if step.evidence.confidence.isnan().any():
-            raise InputError("logits: confidence", "not finite", "logits that are finite where something is masked")
         decision = self.rule.decide(step)
+        broken = decision.broken is not None and bool(decision.broken.any())
+        check_finite(bool(step.evidence.confidence.isnan().any()), broken)
         after |= {f"memory.{name}": value for name, value in decision.memory.items()}
         transfer, tokens = decision.transfer & masked, step.evidence.token
         if self.eot_id is not None:

@@ -75,7 +75,7 @@ def filter_folder(tmp_path: Path) -> Path:
     return tmp_path / "filter"
 
 
-@pytest.mark.parametrize("std", [0.0, -1.0])
+@pytest.mark.parametrize("std", [0.0, -1.0, 1e-45, 1e-30, 9e-7])
 def test_a_filter_that_divides_by_nothing(filter_folder: Path, std: float) -> None:
     file = filter_folder / "model.safetensors"
     tensors = load_file(file)

@@ -134,6 +134,23 @@ def test_a_decode_of_nonsense_stops(tiny_llada) -> None:
         Decoder(predictor, make_strategy("threshold")).generate([[1, 2]], gen_length=8, block_length=4)
 
 
+@pytest.mark.parametrize("weight", [3e38, -3e38])
+@pytest.mark.parametrize("settings", [{"threshold": 0.5}, {"budget": 1.0}], ids=str)
+def test_a_filter_that_computes_nonsense_stops_the_decode(tiny_llada, weight: float, settings: dict) -> None:
+    # Finite weights, and logits that are not: it would commit everything, or never anything.
+    sizes = {"gen_length": 8, "block_length": 4, "vocab_size": 64, "mask_id": 63}
+    config = FilterConfig(**sizes, base_family="llada", base_fingerprint="unsaved")
+    net = build_filter(config)
+    with torch.no_grad():
+        net.head.weight.fill_(weight)
+    rule = make_strategy("learn2pd", network=net.eval(), config=config, **settings)
+    ids = TokenIds(mask=63, eot=62, end_of_turn=61, pad=62, bos=60)
+    with pytest.raises(InputError, match="^filter: probability: found not finite"):
+        Decoder(MaskPredictor(tiny_llada, ids, 64, 256), rule).generate([[1, 2]], gen_length=8, block_length=4)
+    with pytest.raises(InputError, match="^filter: probability: found not finite"):
+        Engine(rule, 63, 4).commit(torch.randn(1, 4, 64), torch.full((1, 4), 63))
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
@@ -186,7 +203,7 @@ def test_an_engine_that_hands_over_nonsense_stops(value: float) -> None:
     logits = FIRST["logits"].clone()
     logits[1, 2, 5:7] = value  # one infinity would be a choice
     engine = Engine(make_strategy("threshold"), 63, 4)
-    with pytest.raises(InputError, match="^logits: confidence: found not finite"):
+    with pytest.raises(InputError, match="^base model: confidence: found not finite"):
         engine.commit(logits, FIRST["block_ids"])
     decoded = FIRST["block_ids"].clone()
     decoded[1, 2] = 7  # nobody reads it there
