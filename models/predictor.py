@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from models.checkpoint import check_files, check_finite
+from models.checkpoint import check_files, check_finite, check_regular
 from models.errors import InputError, first_line
 from models.families import Family, described
 from models.layers import Elementwise, KVCache
@@ -258,6 +258,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     check({"base checkpoint": path}, {"base checkpoint": FOLDER})
     folder = Path(path)
     if folder.is_dir():
+        check_regular(folder)
         return folder
     if folder.exists() or folder.is_absolute() or str(path).count("/") != 1:
         raise InputError("base checkpoint", repr(str(path)), "a folder with config.json and safetensors, or a hub id")

@@ -229,6 +229,7 @@ COMMANDS = [
     ("decoding/generate.py", "--prompt a --gen_length 99999999999999", "gen_length: found 99999999999999"),
     ("decoding/generate.py", "--prompt a --strategy threshold --options {\"threshold\":\"abc\"}", "threshold.threshold: found"),
     ("decoding/generate.py", "--prompt a --filter 5", "filter"),
+    ("decoding/generate.py", "--strategy threshold --plan /dev/zero", "/dev/zero: found no regular file"),
 ]  # fmt: skip
 
 
