@@ -202,6 +202,8 @@ COMMANDS = [
     ("train/rollout.py merge", "--folder nowhere", "nowhere/manifest.json: found"),
     ("train/rollout.py predict", "--rollout.sources [5]", "rollout.sources: found 5; accepted: a mapping"),
     ("train/rollout.py predict", '--rollout.sources [{"nope":1}]', "rollout.sources.nope: found an unknown setting"),
+    ("train/rollout.py predict", '--rollout.sources [{"answer_column":"a"}]', "answer_column: found 'a'; accepted: no such"),
+    ("train/rollout.py predict", '--rollout.sources [{"path":"stories:story","size":9999999}]', "size: found 9999999"),
     ("train/rollout.py predict", "--trainer.log_every_n_steps -1", "trainer.log_every_n_steps: found -1"),
     ("train/rollout.py ray", "--actors 5", "actors: found 5"),
     ("train/filter.py fit", "--trainer.max_epochs 0", "trainer.max_epochs: found 0; accepted: more than that"),

@@ -74,6 +74,60 @@ def test_prompt_sources(change: dict) -> None:
         PromptSource(**change)
 
 
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        *(("bundled", change) for change in (
+            {"options": {"a": 1}}, {"answer_column": "nope"}, {"prompt_column": "text"}, {"subset": "a"}, {"seed": 1},
+            {"task": "a"}, {"revision": "a"})),
+        *(("prompts.jsonl", change) for change in (
+            {"subset": "a"}, {"seed": 1}, {"options": {"a": 1}}, {"revision": "a"}, {"split": "test"})),
+        *(("stories:story", change) for change in ({"split": "test"}, {"task": "a"}, {"task_column": "a"}, {"subset": "a"})),
+        *(("some/set", change) for change in ({"seed": 1}, {"options": {"a": 1}})),
+        *((path, {"size": size}) for path in ("stories:story", "gym:chain_sum") for size in (99_999_999_999, 2**20 + 1)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_a_source_does_not_read(path: str, change: dict) -> None:
+    # It would be as if it had not been given; a hundred thousand million stories would be written to the end.
+    with pytest.raises(InputError, match=f"^{next(iter(change))}: found .*; accepted: ."):
+        PromptSource(path, **change)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("a.csv", "prompt,answer\nfine,1\nfine,2,3\n", "line 3: 3 cells below 2 names"),
+        ("a.csv", "prompt,answer\nfine,1\nfine\n", "line 3: 1 cells below 2 names"),
+        ("a.csv", "prompt,answer,prompt\nfine,1,other\n", "the column 'prompt' twice"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}\n', "line 2: the key 'prompt' twice"),
+        ("a.json", '[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' twice"),
+        ("a.jsonl", "[" * 100_000, "line 1: .*nested too deeply"), ("a.json", '{"a":' * 100_000, "nested too deeply"),
+        *((f"a.{kind}", None, "no regular file") for kind in ("csv", "jsonl", "json", "parquet")),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_prompt_files_that_say_something_twice_or_never_end(
+    tmp_path: Path, alarm: None, name: str, text: str | None, found: str
+) -> None:
+    os.mkfifo(tmp_path / name) if text is None else (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=rf"{name}: found .*{found}"):
+        load_prompts([PromptSource(str(tmp_path / name))])
+
+
+def test_a_parquet_file_with_a_column_twice(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: found the column 'prompt' twice"):
+        load_prompts([PromptSource(str(tmp_path / "a.parquet"))])
+
+
+def test_empty_lines_and_line_breaks_of_a_csv_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,answer\n\n"one\ntwo",1\n\nthree,\n')
+    found = load_prompts([PromptSource(str(tmp_path / "a.csv"), answer_column="answer")])
+    assert sorted((prompt.prompt, prompt.answer) for prompt in found) == [("one\ntwo", "1"), ("three", "")]
+
+
 def test_no_sources() -> None:
     with pytest.raises(InputError, match="sources: found none"):
         load_prompts([])
