@@ -38,7 +38,8 @@ class PromptSource:
         path: ``bundled``; ``stories:<task>``, of our own generator; ``gym:<task>``, of reasoning-gym; a ``.jsonl``, ``.json``,
             ``.csv`` or ``.parquet`` file; or anything that ``datasets.load_dataset`` takes. Code that comes with a data
             set is never run.
-        split: Bundled: train, validation or test, by default all of them. Hub: the data set's own split, by default
+        split: Bundled and generators: train, validation or test, by default all of them; of a generator's ``size`` prompts those
+            that are in it. Hub: the data set's own split, by default
             train. The split that a prompt belongs to here is decided by its hash all the same.
         size: At most this many prompts, the tasks in turn. A generator needs it, and makes no more than 1,048,576.
         task: Files and hub: task name where there is no ``task_column``; by default the last part of the path.
@@ -206,7 +207,9 @@ def _generated(source: PromptSource) -> Iterator[Prompt]:
         raise InputError(source.path, error, f"a task with the options of {make.__module__}.{make.__name__}") from error
     if len(unique) < source.size:
         raise InputError(f"{source.path}: size", source.size, f"at most {len(unique)}: so many different prompts came")
-    yield from unique.values()
+    if source.split not in (None, *SPLITS):
+        raise InputError(f"{source.path}: split", repr(source.split), " | ".join(SPLITS))
+    yield from (prompt for prompt in unique.values() if source.split in (None, split_of(prompt.prompt)))
 
 
 def _columns(source: PromptSource) -> Iterator[Prompt]:
@@ -317,7 +320,7 @@ _READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
 _COLUMNS = ("path", "size", "task", "prompt_column", "response_column", "answer_column", "task_column")
 _READS = {
     "the bundled sets": ("path", "split", "size"),
-    "a generator": ("path", "size", "seed", "options"),
+    "a generator": ("path", "split", "size", "seed", "options"),
     "a file": _COLUMNS,
     "a data set of the hub": (*_COLUMNS, "split", "subset", "revision"),
 }

@@ -82,7 +82,7 @@ def test_prompt_sources(change: dict) -> None:
             {"task": "a"}, {"revision": "a"})),
         *(("prompts.jsonl", change) for change in (
             {"subset": "a"}, {"seed": 1}, {"options": {"a": 1}}, {"revision": "a"}, {"split": "test"})),
-        *(("stories:story", change) for change in ({"split": "test"}, {"task": "a"}, {"task_column": "a"}, {"subset": "a"})),
+        *(("stories:story", change) for change in ({"task": "a"}, {"task_column": "a"}, {"subset": "a"})),
         *(("some/set", change) for change in ({"seed": 1}, {"options": {"a": 1}})),
         *((path, {"size": size}) for path in ("stories:story", "gym:chain_sum") for size in (99_999_999_999, 2**20 + 1)),
     ],
