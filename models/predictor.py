@@ -295,6 +295,9 @@ def token_embeddings(path: str | Path) -> Tensor:
     raise InputError(f"{folder}: safetensors", f"no tensor {family.embeddings}", "a checkpoint with token embeddings")
 
 
+_DEVICES = "cpu, or where there is one: cuda, cuda:<n> or mps"
+
+
 def usable_device(device: str | torch.device | None) -> torch.device:
     """A device by name; a GPU where there is one by default.
 
@@ -305,7 +308,9 @@ def usable_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)
     except Exception as error:  # torch raises anything from RuntimeError to ImportError
-        raise InputError("device", repr(device), "cpu, or cuda where there is a GPU") from error
+        raise InputError("device", repr(device), _DEVICES) from error
+    if found.type not in ("cpu", "cuda", "mps"):  # meta, say, which computes nothing
+        raise InputError("device", repr(device), _DEVICES)
     return found
 
 

@@ -43,7 +43,7 @@ def engine_of(settings: Mapping[str, Any], mask_id: int, block_length: int) -> E
     if (size := options.pop("block_size", block_length)) != block_length:
         raise InputError("block_size", repr(size), f"{block_length}, the engine's")
     known = {name: options.pop(name) for name in ("eot_id", "steps", "base") if name in options}
-    return Engine(make_strategy(options.pop("strategy", "learn2pd"), **options), mask_id, block_length, **known)
+    return Engine(make_strategy(options.pop("strategy", "learn2pd"), options), mask_id, block_length, **known)
 
 
 class Learned:

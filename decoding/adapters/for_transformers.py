@@ -44,7 +44,7 @@ def learned_decoding(
     check_plain(generation_config, logits_processor)
     check({"options": options, "on_step": on_step}, {"options": SETTINGS.or_null(), "on_step": CALLABLE})
     folders = {name: each for name, each in (("filter", filter), ("helper", helper)) if each is not None}
-    rule = make_strategy(strategy, **folders | dict(options or {}))
+    rule = make_strategy(strategy, folders | dict(options or {}))
     length = next(each for each in (gen_length, generation_config.max_new_tokens, 128) if each is not None)
     config = DecodeConfig(length, block_length, steps, temperature, eot, seed, cache, refresh, eot_head, eot_risk)
     mask = model_kwargs.get("attention_mask")

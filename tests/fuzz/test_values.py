@@ -115,6 +115,8 @@ def test_generate(decoder: Decoder, call: dict, field: str) -> None:
     ("call", "field"),
     [
         ({"device": "nope"}, "device"), ({"device": "cuda:99"}, "device"), ({"device": 5.5}, "device"),
+        ({"device": "meta"}, "device"),
+        ({"device": torch.device("meta")}, "device"),
         ({"dtype": "nope"}, "dtype"), ({"dtype": 5}, "dtype"), ({"dtype": "int8"}, "dtype"),
         ({"strategy": "nope"}, "strategy"), ({"strategy": ["threshold"]}, "strategy"), ({"strategy": None}, "strategy"),
         ({"strategy": "threshold", "risk": "low", "calibration": "/nowhere"}, "/nowhere"), ({"risk": math.nan}, "calibration"),
