@@ -1,7 +1,6 @@
 """Records as a filter learns from them: in memory, or in a file from which rows are read as they are asked for."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 from data.labels import PASSES, Records
 from data.manifest import Rollouts, write_json
 from data.prompts import Split
-from models.checkpoint import writing
+from models.checkpoint import read_json, writing
 from models.errors import InputError
 from models.features import Evidence
 
@@ -223,8 +222,8 @@ def open_stored(folder: Path, device: torch.device) -> dict[str, StoredExamples]
     if not (folder / _INDEX).is_file():
         return None
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-    except ValueError:
+        index = read_json(folder / _INDEX)
+    except InputError:
         return None
     row = np.lib.format.descr_to_dtype(_tuples(index["row"]))
     for split, count in index["counts"].items():

@@ -15,8 +15,8 @@ from pydantic import BaseModel, Field
 
 from data.tables import SEQUENCE_COLUMNS, STEP_COLUMNS
 from data.typed import Count, Whole, checked
-from models.checkpoint import writing
-from models.errors import InputError, first_line
+from models.checkpoint import read_json, writing
+from models.errors import InputError
 
 SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
@@ -131,13 +131,13 @@ class Rollouts:
 
     def _record(self, name: str) -> dict[str, Any]:
         path = self.folder / f"shard-{name}.json"
+        accepted = f"the shard that {MANIFEST} lists; run the rollout again"
+        record = read_json(path, accepted)
+        record = renamed(record) if isinstance(record, dict) else record
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            record = renamed(record) if isinstance(record, dict) else record
             checked(ShardRecord, record, path)
-        except (OSError, ValueError) as error:
-            found = first_line(error)
-            raise InputError(str(path), found, f"the shard that {MANIFEST} lists; run the rollout again") from error
+        except InputError as error:
+            raise InputError(error.field, error.found, accepted) from error
         return record
 
     @property
@@ -204,10 +204,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: There is none, it cannot be read, it has a schema version that is not known, or a field of another type.
     """
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(str(path), error, "the manifest of a rollout set") from error
+    manifest = read_json(path, "the manifest of a rollout set")
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if found not in (1, 2, 3, SCHEMA_VERSION):
         raise InputError(f"{path}: schema_version", found, f"1 | 2 | 3 | {SCHEMA_VERSION}")

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,30 @@ from data.prompt_list import SPLITS, PromptList, Spool, first_of_each, in_turn, 
 from data.stories import StoryTask
 from data.typed import Count, Text, Whole, check_fields, checked
 from decoding.text import MARK, encode, is_unicode
+from models.checkpoint import parse_json
 from models.errors import InputError, first_line
+from models.rules import LENGTH, check
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
+_GENERATORS = ("stories:", "gym:")
 
 
 @dataclass
 class PromptSource:
     """Where prompts come from: the bundled sets, a generator, a file, or a data set of the Hugging Face hub.
 
+    A setting that such a source does not read is refused.
+
     Args:
         path: ``bundled``; ``stories:<task>``, of our own generator; ``gym:<task>``, of reasoning-gym; a ``.jsonl``, ``.json``,
             ``.csv`` or ``.parquet`` file; or anything that ``datasets.load_dataset`` takes. Code that comes with a data
             set is never run.
-        split: Bundled: train, validation or test, by default all of them. Hub: the data set's own split, by default
+        split: Bundled and generators: train, validation or test, by default all of them; of a generator's ``size`` prompts those
+            that are in it. Hub: the data set's own split, by default
             train. The split that a prompt belongs to here is decided by its hash all the same.
-        size: At most this many prompts, the tasks in turn. A generator needs it.
-        task: Task name where there is no ``task_column``; by default the last part of the path.
-        prompt_column: Column of the user's message.
+        size: At most this many prompts, the tasks in turn. A generator needs it, and makes no more than 1,048,576.
+        task: Files and hub: task name where there is no ``task_column``; by default the last part of the path.
+        prompt_column: Column of the user's message, as all columns of files and hub.
         response_column: Column of the reference response, if there is one.
         answer_column: Column of the final answer; by default it is taken from the response.
         task_column: Column of the task name, for sets of many tasks.
@@ -63,6 +69,23 @@ class PromptSource:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        kind = _kind(self.path)
+        for known in fields(self):
+            default = known.default if known.default is not MISSING else {}
+            if known.name not in _READS[kind] and (value := getattr(self, known.name)) != default:
+                raise InputError(
+                    known.name, repr(value)[:80], f"no such setting; {kind} reads {', '.join(_READS[kind])}"
+                )
+        if kind == "a generator":
+            check({"size": self.size}, {"size": LENGTH.or_null()})
+
+
+def _kind(path: str) -> str:
+    if path == "bundled":
+        return "the bundled sets"
+    if path.startswith(_GENERATORS):
+        return "a generator"
+    return "a file" if Path(path).suffix in _READERS else "a data set of the hub"
 
 
 def load_prompts(
@@ -147,7 +170,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _read(source: PromptSource) -> Iterator[Prompt]:
     if source.path == "bundled":
         return _bundled(source)
-    if source.path.startswith(("stories:", "gym:")):
+    if source.path.startswith(_GENERATORS):
         return _generated(source)
     return _columns(source)
 
@@ -184,7 +207,9 @@ def _generated(source: PromptSource) -> Iterator[Prompt]:
         raise InputError(source.path, error, f"a task with the options of {make.__module__}.{make.__name__}") from error
     if len(unique) < source.size:
         raise InputError(f"{source.path}: size", source.size, f"at most {len(unique)}: so many different prompts came")
-    yield from unique.values()
+    if source.split not in (None, *SPLITS):
+        raise InputError(f"{source.path}: split", repr(source.split), " | ".join(SPLITS))
+    yield from (prompt for prompt in unique.values() if source.split in (None, split_of(prompt.prompt)))
 
 
 def _columns(source: PromptSource) -> Iterator[Prompt]:
@@ -231,6 +256,8 @@ def _hub_rows(source: PromptSource) -> Iterable[Mapping[str, Any]]:
 
 def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no regular file")
         for row in _READERS[path.suffix](path):
             if not isinstance(row, dict):
                 break
@@ -248,25 +275,40 @@ def _json_lines(path: Path) -> Iterator[Any]:
         for number, line in enumerate(stream):
             try:
                 if line.strip():
-                    yield json.loads(line)
+                    yield parse_json(line)
             except ValueError as error:
                 raise ValueError(f"line {number + 1}: {error}") from error
 
 
 def _json_rows(path: Path) -> list[Any]:
-    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    rows = parse_json(path.read_text(encoding="utf-8-sig"))
     return rows if isinstance(rows, list) else [None]
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(newline="", encoding="utf-8-sig") as stream:
-        yield from csv.DictReader(stream, strict=True)
+        lines = csv.reader(stream, strict=True)
+        names = _each_once(next(lines, []))
+        for cells in lines:
+            if len(cells) not in (0, len(names)):
+                raise ValueError(f"line {lines.line_num}: {len(cells)} cells below {len(names)} names")
+            if cells:
+                yield dict(zip(names, cells, strict=True))
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path) as file:
+        _each_once(file.schema_arrow.names)
         for batch in file.iter_batches(1024):
             yield from batch.to_pylist()
+
+
+def _each_once(names: list[str]) -> list[str]:
+    """The names of columns, of which none is there twice: the last would win."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the column {name!r} twice")
+    return names
 
 
 _READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
@@ -275,3 +317,11 @@ _READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,
 }
+_COLUMNS = ("path", "size", "task", "prompt_column", "response_column", "answer_column", "task_column")
+_READS = {
+    "the bundled sets": ("path", "split", "size"),
+    "a generator": ("path", "split", "size", "seed", "options"),
+    "a file": _COLUMNS,
+    "a data set of the hub": (*_COLUMNS, "split", "subset", "revision"),
+}
+"""Settings that each kind of source reads."""

@@ -7,7 +7,6 @@ the run's list and a hash of its prompts, so it depends neither on ranks nor on 
 """
 
 import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from data.manifest import (
 from data.provenance import now, versions
 from data.tables import RolloutBatch, sequences_table, steps_table
 from data.typed import checked
-from models.checkpoint import abandoned, writing
+from models.checkpoint import abandoned, read_json, writing
 from models.errors import InputError
 
 __all__ = ["RolloutBatch", "RolloutKey", "Rollouts", "ShardWriter"]
@@ -250,10 +249,10 @@ class ShardWriter:
 def _read_record(folder: Path, file: Path) -> dict[str, Any] | None:
     """The record of a shard; ``None`` where it is damaged, or one of its files is."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         record = renamed(record) if isinstance(record, dict) else record
         checked(ShardRecord, record, file)
-    except (OSError, ValueError):
+    except InputError:
         return None
     return record if all(intact(folder / record[kind]["file"], record[kind]) for kind in COLUMNS) else None
 

@@ -17,13 +17,18 @@ from torch import Tensor
 from decoding.config import DecodeConfig
 from decoding.evidence import compare_guesses, divergence, evidence_of, lay_out
 from decoding.read import in_chunks, read_block
-from decoding.step import Step
+from decoding.step import Step, check_finite
 from decoding.strategies import BlockStrategy, Strategy
 from models.errors import InputError
 from models.features import Evidence
 from models.filter import FilterConfig, check_compatible
 from models.predictor import TokenIds, fingerprint
+from models.rules import FOLDER, LENGTH, check, instance, whole
 
+_RULES = {
+    "strategy": instance(Strategy), "mask_id": whole(0), "block_length": LENGTH, "eot_id": whole(0).or_null(),
+    "base": FOLDER.or_null(),
+}  # fmt: skip
 State = dict[str, Tensor]
 """What a block carries from step to step, ``(b, ...)`` each; how far it is, and what its strategy and filter remember."""
 
@@ -41,7 +46,8 @@ class Engine:
         base: Folder of the base model whose logits will come, to check that the strategy's component was made for it.
 
     Raises:
-        InputError: The strategy needs more than the block, or its component was made for another model or block.
+        InputError: A setting out of range, a strategy that needs more than the block, or one whose component was made for
+            another model or block.
     """
 
     strategy: Strategy
@@ -52,6 +58,11 @@ class Engine:
     base: str | Path | None = None
 
     def __post_init__(self) -> None:
+        check(vars(self), _RULES)
+        if self.eot_id == self.mask_id:
+            raise InputError(
+                "eot_id", f"{self.eot_id}, which is mask_id", "another id, or null where nothing ends the text"
+            )
         self.rule = block_rule(self.strategy)
         quota = DecodeConfig(self.block_length, self.block_length, self.steps)
         self.whole, self.rest = divmod(self.block_length, quota.steps_per_block)
@@ -77,18 +88,10 @@ class Engine:
             logits: ``(b, K, V)``, for their sizes and device; ``K`` may be below the block length.
 
         Raises:
-            InputError: Longer blocks, or logits over another vocabulary than the filter's.
+            InputError: Something else than logits, longer blocks, or logits over another vocabulary.
         """
-        (rows, length, size), device = logits.shape, logits.device
-        if length > self.block_length:
-            raise InputError(
-                "logits", f"blocks of {length} positions", f"at most {self.block_length}, the block length"
-            )
+        (rows, length, size), device = self._sizes(logits), logits.device
         if self.described is not None:
-            if size != self.described.vocab_size:
-                raise InputError(
-                    "logits", f"{size} token ids", f"{self.described.vocab_size}, as the filter was trained"
-                )
             self.strategy.network.to(device)  # type: ignore[attr-defined] - whatever is described has one
         shape = rows, length
         state = {f"memory.{name}": value for name, value in self.rule.memory(*shape).items()}
@@ -115,9 +118,15 @@ class Engine:
         Returns:
             ``transfer`` ``(b, K)`` bool, what to write; ``tokens`` ``(b, K)`` int64, what to write there; and the state for
             the next step. A block with nothing masked transfers nothing.
+
+        Raises:
+            InputError: A tensor of another shape or dtype, or or a confidence or a filter's probability that is not finite.
         """
+        sizes = self._sizes(logits)
+        _check_tensor("block_ids", block_ids, torch.long, sizes[:2])
         prompt = torch.zeros_like(block_ids, dtype=torch.bool) if prompt is None else prompt
-        before = self.begin(logits) if state is None else state
+        _check_tensor("prompt", prompt, torch.bool, sizes[:2])
+        before = self.begin(logits) if state is None else self._known(state, *sizes)
         after = dict(before, step=before["step"] + 1)
         masked = (block_ids == self.mask_id) & ~prompt
         fields = self._read(logits, masked, before, after)
@@ -130,6 +139,8 @@ class Engine:
             memory={name: before[f"memory.{name}"] for name in self.rule.memory(1, 1)},
         )  # fmt: skip
         decision = self.rule.decide(step)
+        broken = decision.broken is not None and bool(decision.broken.any())
+        check_finite(bool(step.evidence.confidence.isnan().any()), broken)
         after |= {f"memory.{name}": value for name, value in decision.memory.items()}
         transfer, tokens = decision.transfer & masked, step.evidence.token
         if self.eot_id is not None:
@@ -137,6 +148,33 @@ class Engine:
             beyond = (found.cumsum(1) > 0) & ~found & ~prompt
             transfer, tokens = transfer | beyond, tokens.masked_fill(beyond, self.eot_id)
         return transfer, tokens, after
+
+    def _sizes(self, logits: Tensor) -> tuple[int, int, int]:
+        """``b``, ``K`` and ``V`` of logits that fit."""
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
+            raise InputError("logits", _described(logits), "floating point of shape (b, K, V)")
+        rows, length, size = logits.shape
+        if not 0 < length <= self.block_length:
+            raise InputError("logits", f"blocks of {length} positions", f"1 to {self.block_length}, the block length")
+        if self.described is not None and size != self.described.vocab_size:
+            raise InputError("logits", f"{size} token ids", f"{self.described.vocab_size}, as the filter was trained")
+        if size <= (last := max(self.mask_id, self.ids.eot)):
+            raise InputError("logits", f"{size} token ids", f"more than {last}, the largest of mask_id and eot_id")
+        return rows, length, size
+
+    def _known(self, state: State, rows: int, length: int, size: int) -> State:
+        """A state that fits, as it was given."""
+        shapes = {f"memory.{name}": tuple(value.shape) for name, value in self.rule.memory(rows, length).items()}
+        shapes["step"] = (rows,)
+        if "history" in self.rule.needs:
+            shapes |= dict.fromkeys(("token", "confidence", "stable"), (rows, length))
+        if "divergence" in self.rule.needs:
+            shapes["log_probability"] = rows, length, size
+        tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+        found = {name: tuple(value.shape) for name, value in state.items()} if tensors else _described(state)
+        if found != shapes:
+            raise InputError("state", str(found)[:200], f"what the last commit of these blocks returned: {shapes}")
+        return state
 
     def _evidence(
         self, fields: dict[str, Tensor], masked: Tensor, ids: Tensor, prompt: Tensor, before: State, after: State
@@ -181,6 +219,15 @@ class Engine:
         found = in_chunks(cells, lambda chosen: flat[chosen], flat.shape[1], read)
         lay_out(fields, found, cells, masked.shape)
         return fields
+
+
+def _check_tensor(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, Tensor) or value.dtype is not dtype or value.shape != shape:
+        raise InputError(name, _described(value), f"{dtype} of shape {shape}, as the logits")
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
 
 
 def block_rule(strategy: Strategy) -> BlockStrategy:

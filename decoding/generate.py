@@ -19,7 +19,8 @@ from decoding.output import empty_output
 from decoding.strategies import STRATEGIES, make_strategy
 from decoding.strategies.full_step import FullStep
 from models.errors import InputError
-from models.rules import check, number
+from models.predictor import MaskPredictor
+from models.rules import SETTINGS, check, number
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 COLOURS = ["bright_yellow", "bright_green", "bright_cyan", "bright_blue", "bright_magenta", "bright_red"]
@@ -82,6 +83,15 @@ def generate(
         dtype: Dtype of its weights.
     """
     check({"pause": pause}, {"pause": number("seconds, from 0 to 3600", lambda value: 0 <= value <= 3600)})
+    check({"options": options}, {"options": SETTINGS.or_null()})
+    for read, by, given in (
+        (strategy == "learn2pd", "strategy learn2pd", {"filter": filter}),
+        (strategy == "apd", "strategy apd", {"helper": helper}),
+        (eot == "learned", "eot learned", {"eot_risk": eot_risk}),
+        (plan is not None, "plan", {"batch_size": batch_size, "prompt_length": prompt_length, "dtype": dtype}),
+    ):
+        if not read:
+            _check_usual(given, by)
     options = dict(options or {})
     if strategy == "learn2pd":
         options.setdefault("filter", filter)
@@ -95,20 +105,32 @@ def generate(
         "gen_length": gen_length, "block_length": block_length, "steps": steps, "temperature": temperature, "eot": eot,
         "seed": seed, "cache": cache, "refresh": refresh, "eot_head": eot_head, "eot_risk": eot_risk,
     }  # fmt: skip
+    config = DecodeConfig(**settings)
     if plan is not None:
-        config, rule = DecodeConfig(**settings), make_strategy(strategy, **options)
+        rule = make_strategy(strategy, options)
         print(plan_memory(plan, config, rule, dtype=dtype, batch_size=batch_size, prompt_length=prompt_length))
         return
     if prompt is None and not interactive:
         raise InputError("prompt", None, "the user's message, or --interactive")
-    decoder = Decoder.from_pretrained(base, strategy, compile=compile, **options)
+    rule = make_strategy(strategy, options)
+    decoder = Decoder(MaskPredictor.from_pretrained(base, compile=compile), rule)
     if prompt is not None:
         _show(decoder, prompt, settings, chat_template, compare, pause)
     for message in _typed() if interactive else ():
         try:
             _show(decoder, message, settings, chat_template, compare, pause)
-        except InputError as error:  # a message too long for the model does not end the session
-            print(error)
+        except InputError as error:
+            if not error.field.startswith("prompt"):
+                raise
+            print(error)  # a message too long for the model does not end the session
+
+
+def _check_usual(given: dict[str, Any], by: str) -> None:
+    """Raises an InputError for a setting that was given, and that nothing reads: it is read ``by`` something else alone."""
+    for name, value in given.items():
+        usual = inspect.signature(generate).parameters[name].default
+        if value != usual:
+            raise InputError(name, repr(value), f"none; it is read with {by} only")
 
 
 def _typed() -> Iterator[str]:
@@ -119,6 +141,8 @@ def _typed() -> Iterator[str]:
         except EOFError:
             print()
             return
+        except UnicodeDecodeError as error:
+            raise InputError("prompt", error, "text in UTF-8") from None
         if message:
             yield message
 

@@ -21,8 +21,9 @@ from decoding.strategies import APD, Strategy
 from models.errors import InputError
 from models.families import described
 from models.predictor import MaskPredictor, TokenIds
-from models.rules import DTYPES, LENGTH, check, one_of
+from models.rules import DTYPES, LENGTH, check, one_of, whole
 
+_ROWS = 1024  # each takes milliseconds to count, and the memory of more grows in proportion
 _STEPS = 2  # a block's first forward, on the whole sequence, and one of those after it
 
 
@@ -71,7 +72,7 @@ def plan_memory(
         config: Decode settings.
         strategy: The strategy; a helper or filter of its own is not counted.
         dtype: Dtype of the weights.
-        batch_size: Rows decoded together.
+        batch_size: Rows decoded together, at most 1024.
         prompt_length: Tokens of each prompt.
         record: Count what rollouts record.
         record_eot: Likewise.
@@ -84,7 +85,7 @@ def plan_memory(
     path = Path(config_file)
     path = path / "config.json" if path.is_dir() else path
     given = {"dtype": dtype, "batch_size": batch_size, "prompt_length": prompt_length}
-    check(given, {"dtype": one_of(DTYPES), "batch_size": LENGTH, "prompt_length": LENGTH})
+    check(given, {"dtype": one_of(DTYPES), "batch_size": whole(1, _ROWS), "prompt_length": LENGTH})
     _, family, known = described(path)
     longest = getattr(known, family.max_length)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():

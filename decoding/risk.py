@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding.config import DecodeConfig
-from models.checkpoint import CALIBRATION, writing
+from models.checkpoint import CALIBRATION, read_json, writing
 from models.errors import InputError
 from models.rules import COUNT, NOT_NEGATIVE, SHARE, TEXT, Rule, check, list_of, number, one_of, whole
 
@@ -139,10 +139,7 @@ def load_calibration(file: str | Path) -> Calibration:
         InputError: It is not there, or not one of this version.
     """
     file = Path(file)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(str(file), error, "a calibration written by eval/risk.py") from error
+    content = read_json(file, "a calibration written by eval/risk.py")
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(f"{file}: schema_version", version, str(SCHEMA_VERSION))

@@ -121,7 +121,7 @@ class Run(ABC):
             committed = torch.where(transfer & (tokens == ids.eot), state.columns, self.config.gen_length).amin(1)
             seen = EotStep(committed, state.masked, state.end, self.eot.get("log_probability"), self.eot.get("top"))
             state.finish_at(self.rule.last(seen))
-        self.finished = state.advance(evidence.confidence)
+        self.finished = state.advance(evidence.confidence, decision.broken)
         if self.request.stop is not None:
             self._stop(self.request.stop)
         result = StepResult(output.forward_calls, self.rows, was_masked ^ state.masked, state.generated)

@@ -8,6 +8,7 @@ from torch import Tensor
 from decoding.config import DecodeConfig
 from decoding.eot import first_true
 from decoding.scheduler import Changes, Scheduler
+from decoding.step import check_finite
 from models.errors import InputError
 from models.predictor import TokenIds
 
@@ -185,26 +186,28 @@ class BatchState:
         self.masked.masked_fill_(beyond, False)
         self._end.value = torch.minimum(self.end, last + 1)
 
-    def advance(self, confidence: Tensor) -> list[int]:
+    def advance(self, confidence: Tensor, broken: Tensor | None = None) -> list[int]:
         """Counts the step, moves the block pointers on, and tells the scheduler what the step left.
 
         Args:
             confidence: ``(b, K)`` float32, what the step was decided by.
+            broken: ``(b,)`` bool, rows in which a learned component computed something that is not finite.
 
         Returns:
             Slots whose row is finished.
 
         Raises:
-            InputError: A confidence is not finite: whatever is committed then means nothing.
+            InputError: A confidence is not finite, or what a component made of it.
         """
         of_blocks = self.masked.unflatten(1, (-1, self.config.block_length)).sum(2)
         # A confidence is at most 1: what is not finite is no number at all.
-        broken = confidence.isnan().sum(1, keepdim=True)
+        wrong = confidence.isnan().any(1, keepdim=True).long()
+        if broken is not None:
+            wrong += 2 * broken[:, None]
         told = [(tensor, tensor.told) for tensor in self.owned if tensor.told is not None]
         numbers = (tensor.value for tensor, _ in told)
-        known = self.read(torch.cat((broken, self.end[:, None], *numbers, of_blocks), 1))
-        if any(row[0] for row in known):
-            raise InputError("base model: confidence", "not finite", "weights and a dtype whose logits are finite")
+        known = self.read(torch.cat((wrong, self.end[:, None], *numbers, of_blocks), 1))
+        check_finite(any(row[0] & 1 for row in known), any(row[0] for row in known))
         progress = [_progress(row[2 + len(told) :], row[1]) for row in known]
         moved = [row[2] != slot.block for row, slot in zip(progress, self.scheduler.slots, strict=True)]
         for place, (tensor, first) in enumerate(told, 2):
@@ -232,8 +235,8 @@ class BatchState:
         """The one place where a step waits for the device.
 
         Args:
-            known: ``(b, 2 + n + G / K)`` int64, of each row: confidences that are not finite, ``end``, the ``n`` numbers
-                that the host is told, and how many positions of each block are masked.
+            known: ``(b, 2 + n + G / K)`` int64, of each row: 1 for a confidence and 2 for a component's number that is not
+                finite, ``end``, the ``n`` numbers that the host is told, and how many positions of each block are masked.
         """
         return known.tolist()
 

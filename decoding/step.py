@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from models.errors import InputError
 from models.features import Evidence
 
 
@@ -47,9 +48,24 @@ class Decision:
         token: ``(b, K)`` int64, tokens to commit instead of the predictor's guesses, or ``None``.
         counts: Per-row int64 ``(b,)`` events worth reporting, such as commits that a learned component caused.
         memory: What the row's next step of the same block shall find in :attr:`Step.memory`; same names, shapes, dtypes.
+        broken: ``(b,)`` bool, rows in which the learned component computed something that is not finite; ``None`` without one.
     """
 
     transfer: Tensor
     token: Tensor | None = None
     counts: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
+    broken: Tensor | None = None
+
+
+def check_finite(confidence: bool, component: bool) -> None:
+    """Raises an InputError where a step computed something that is not finite: what is committed then means nothing.
+
+    Args:
+        confidence: A confidence is not.
+        component: What the strategy's component computed is not.
+    """
+    if confidence:
+        raise InputError("base model: confidence", "not finite", "weights and a dtype whose logits are finite")
+    if component:
+        raise InputError("filter: probability", "not finite", "a filter whose logits are finite")

@@ -70,7 +70,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
             answer, and stays open.
 
     Raises:
-        InputError: The tokenizer has no chat template, or one that does not render.
+        InputError: The tokenizer has no chat template, or one that does not render or drops the last message.
     """
     if not tokenizer.chat_template:
         raise InputError("chat_template", "a tokenizer without one", "chat_template=False or another tokenizer")
@@ -88,6 +88,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
         shell = tokenizer.apply_chat_template(filled, add_generation_prompt=add_generation_prompt, tokenize=False)
     except Exception as error:  # Jinja's, and whatever a template calls
         raise InputError("chat_template", first_line(error), "a template that renders these messages") from error
+    if texts and texts[-1] not in str(shell):
+        raise InputError("chat_template", f"{str(shell)[:60]!r}, without the last message", "a template that holds it")
     return f"{MARK}{shell}" if begun is None else f"{MARK}{shell}{MARK}{begun}"
 
 

@@ -135,7 +135,7 @@ class Comparison:
             if run.dtype is not None and run.dtype not in self.predictors:
                 self.predictors[run.dtype] = predictor.to_dtype(run.dtype)
         ready = strategies or {}
-        self.strategies = [ready.get(run.label) or make_strategy(run.strategy, **run.options) for run in self.runs]
+        self.strategies = [ready.get(run.label) or make_strategy(run.strategy, run.options) for run in self.runs]
         self._check()
         self.folder, self.warm_up, self.warm = folder, warm_up, set[int]()
         self.surroundings = [*_surroundings(), _tokenizer(predictor)] if folder else []

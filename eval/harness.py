@@ -25,6 +25,7 @@ from eval.lm import processes
 from eval.lm.presets import PRESETS, resolve
 from eval.tracking import USUAL, WandbSettings, evaluation_run
 from models.errors import InputError, first_line
+from models.rules import SETTINGS, check
 
 if TYPE_CHECKING:  # an extra, imported when it is needed
     from lm_eval.tasks import TaskManager
@@ -155,6 +156,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     limit = settings["limit"]
     if limit is not None and limit > 1 and limit != int(limit):
         raise InputError("limit", limit, "a whole number of prompts, or a share of them below 1")
+    check({"options": settings["options"]}, {"options": SETTINGS.or_null()})
     for name, value in (settings["options"] or {}).items():
         if name in MODEL_SETTINGS:
             raise InputError(f"options.{name}", value, f"--{name}, which is no setting of a strategy alone")

@@ -113,7 +113,7 @@ def main(
     if not 0 < confidence < 1:
         raise InputError("confidence", confidence, "a number between 0 and 1, such as 0.95")
     for value in values:  # refuses what the strategy does not take before anything is decoded
-        make_strategy(strategy, **options, **{varied: value})
+        make_strategy(strategy, options | {varied: value})
     predictor = MaskPredictor.from_pretrained(base)
     chosen = load_prompts(prompts, split=split, limit=limit)
     if loss == "answer":

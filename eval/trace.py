@@ -105,7 +105,7 @@ def choose(
     for name in options:
         if name not in names:
             raise InputError("options", f"{name!r}, which is not decoded", " | ".join(names))
-    return [make_strategy(name, **components.get(name, {}) | options.get(name, {})) for name in names]
+    return [make_strategy(name, components.get(name, {}) | options.get(name, {})) for name in names]
 
 
 @dataclass

@@ -140,6 +140,56 @@ def abandoned(aside: Path) -> bool:
     return False
 
 
+def read_json(file: Path, accepted: str = "JSON") -> Any:
+    """What a JSON file holds.
+
+    Args:
+        file: The file.
+        accepted: What it should be, for the message.
+
+    Raises:
+        InputError: It is not there, no regular file, which might never end, not UTF-8, or not what :func:`parse_json` reads.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise ValueError("no regular file")
+        return parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(str(file), first_line(error), accepted) from error
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says, where it says it once.
+
+    Raises:
+        ValueError: It is none, has a key twice, of which Python would take the last, or is nested beyond any use.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("lists or objects that are nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} twice")
+        found[name] = value
+    return found
+
+
+def check_regular(folder: Path) -> None:
+    """Raises an InputError for a file of a checkpoint or component that is a pipe, say: whoever opened it would wait for ever."""
+    for file in sorted(folder.iterdir()):
+        if (
+            file.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model")
+            and file.exists()
+            and not file.is_file()
+        ):
+            raise InputError(str(file), "no regular file", "a file")
+
+
 def load_component(
     folder: str | Path,
     kind: str,
@@ -166,12 +216,8 @@ def load_component(
     file = folder / CONFIG
     if not folder.is_dir():
         raise InputError(f"{kind} folder", f"no folder {folder}", f"a folder with {CONFIG} and {TENSORS}")
-    if not file.is_file():
-        raise InputError(str(file), "no such file", f"an exported {kind}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(str(file), error, "JSON") from None
+    check_regular(folder)
+    config = read_json(file, f"the description of an exported {kind}")
     if not isinstance(config, dict):
         raise InputError(str(file), f"a JSON {type(config).__name__}", "a JSON object")
     for key, wanted in (("kind", kind), ("schema_version", schema_version)):
@@ -252,9 +298,9 @@ def check_files(folder: Path) -> None:
         return
     accepted = "JSON with weight_map, from each tensor's name to its file in this folder"
     try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = set(read_json(index, accepted)["weight_map"].values())
         missing = sorted(name for name in files if not (folder / Path(name).name).is_file())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise InputError(str(index), f"{type(error).__name__}: {first_line(error)}", accepted) from None
     if missing or not files:
         found = (
@@ -292,8 +338,8 @@ def check_replaceable(folder: Path, kind: str) -> None:
         raise InputError(f"{kind} folder", f"{folder} with {foreign[0]} in it", accepted)
     if names:
         try:
-            found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["kind"]
-        except (OSError, ValueError, KeyError, TypeError):
+            found = read_json(folder / CONFIG)["kind"]
+        except (ValueError, KeyError, TypeError):
             found = None
         if found != kind:
             raise InputError(f"{kind} folder", f"{folder}, which does not hold a {kind}", accepted)

@@ -1,12 +1,12 @@
 """The model families: which code computes a checkpoint, and what else is to be known of it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from models.checkpoint import read_json
 from models.dream import DreamModel
 from models.errors import InputError, first_line
 from models.layers import MaskedLM
@@ -82,10 +82,7 @@ def described(config_file: Path) -> tuple[dict[str, Any], Family, PreTrainedConf
         InputError: It cannot be read, is of no known family, or has a field that is not accepted.
     """
     accepted = "a readable config.json of a mask predictor"
-    try:
-        raw = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(str(config_file), str(error), accepted) from error
+    raw = read_json(config_file, accepted)
     if not isinstance(raw, dict):
         raise InputError(str(config_file), f"a JSON {type(raw).__name__}", accepted)
     # LLaDA-MoE is published as a "llada" like LLaDA itself: its architecture tells them apart.

@@ -162,7 +162,7 @@ class ConvFilter(Filter):
         columns = feature_columns(evidence.each(lambda value: value[::every]), self.features).flatten(0, 1)
         std = columns.std(0)
         self.mean.copy_(columns.mean(0))
-        self.std.copy_(std.where(std > 1e-6, 1.0))  # a constant column stays 0 and teaches nothing
+        self.std.copy_(std.where(std > _LEAST_STD, 1.0))  # a constant column stays 0 and teaches nothing
 
 
 _NETWORKS: dict[str, type[BlockMLP] | type[ConvFilter]] = {"block_mlp": BlockMLP, "conv": ConvFilter}
@@ -195,6 +195,8 @@ _EXPORT_RULES = _NETWORK_RULES | {
     "metrics": FIGURES,
     "schema_version": Rule(str(SCHEMA_VERSION), lambda v: v == SCHEMA_VERSION),
 }
+_LEAST_STD = 1e-6
+"""A column that varies less is constant, and not divided by what it varies."""
 _MOST_WEIGHTS = 1 << 28
 """A filter of a gigabyte is a mistake in its sizes."""
 
@@ -278,8 +280,8 @@ def load_filter(folder: str | Path) -> tuple[BlockMLP | ConvFilter, FilterConfig
     config = FilterConfig(**values)
     net = build_filter(config)
     load_tensors(net, tensors, folder / TENSORS)
-    if isinstance(net, ConvFilter) and not (net.std > 0).all():
-        raise InputError(f"{folder / TENSORS}: std", net.std.tolist(), "standard deviations above 0")
+    if isinstance(net, ConvFilter) and not (net.std >= _LEAST_STD).all():
+        raise InputError(f"{folder / TENSORS}: std", net.std.tolist(), f"standard deviations of at least {_LEAST_STD}")
     return net.eval(), config
 
 

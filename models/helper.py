@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from models.causal_lm import load_causal_lm, pretrained_folder, within
-from models.checkpoint import CALIBRATION, check_finite, current_eot_rule, replacing
+from models.checkpoint import CALIBRATION, check_finite, check_regular, current_eot_rule, read_json, replacing
 from models.errors import InputError, first_line
 from models.helper_cache import HelperCache
 from models.predictor import fingerprint
@@ -277,10 +277,8 @@ def read_description(folder: str | Path) -> HelperConfig:
     file = folder / DESCRIPTION
     if not file.is_file():
         raise InputError(f"{KIND} folder", f"{folder} without {DESCRIPTION}", "the folder of an exported helper")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(str(file), error, "JSON") from None
+    check_regular(folder)
+    values = read_json(file)
     names = {"kind", *(f.name for f in fields(HelperConfig))}
     if not isinstance(values, dict) or values.pop("kind", None) != KIND:
         raise InputError(f"{file}: kind", "something else", repr(KIND))

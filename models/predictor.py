@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from models.checkpoint import check_files, check_finite
+from models.checkpoint import check_files, check_finite, check_regular
 from models.errors import InputError, first_line
 from models.families import Family, described
 from models.layers import Elementwise, KVCache
@@ -258,6 +258,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     check({"base checkpoint": path}, {"base checkpoint": FOLDER})
     folder = Path(path)
     if folder.is_dir():
+        check_regular(folder)
         return folder
     if folder.exists() or folder.is_absolute() or str(path).count("/") != 1:
         raise InputError("base checkpoint", repr(str(path)), "a folder with config.json and safetensors, or a hub id")
@@ -294,6 +295,9 @@ def token_embeddings(path: str | Path) -> Tensor:
     raise InputError(f"{folder}: safetensors", f"no tensor {family.embeddings}", "a checkpoint with token embeddings")
 
 
+_DEVICES = "cpu, or where there is one: cuda, cuda:<n> or mps"
+
+
 def usable_device(device: str | torch.device | None) -> torch.device:
     """A device by name; a GPU where there is one by default.
 
@@ -304,7 +308,9 @@ def usable_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)
     except Exception as error:  # torch raises anything from RuntimeError to ImportError
-        raise InputError("device", repr(device), "cpu, or cuda where there is a GPU") from error
+        raise InputError("device", repr(device), _DEVICES) from error
+    if found.type not in ("cpu", "cuda", "mps"):  # meta, say, which computes nothing
+        raise InputError("device", repr(device), _DEVICES)
     return found
 
 

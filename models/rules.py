@@ -86,6 +86,11 @@ FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 TEXT = Rule("a string that is not empty", lambda value: isinstance(value, str) and value != "")
 FOLDER = Rule("a folder", lambda value: isinstance(value, Path) or TEXT.accepts(value))
 DTYPES = ("float32", "bfloat16", "float16")
+SETTINGS = Rule(
+    "a mapping from the names of settings to their values",
+    lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
+)
+CALLABLE = Rule("something that can be called", callable)
 FIGURES = Rule(
     "an object of finite numbers or nulls",
     lambda value: isinstance(value, dict) and all(entry is None or is_number(entry) for entry in value.values()),

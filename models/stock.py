@@ -1,11 +1,11 @@
 """Helpers that nobody trained for the predictor: causal language models as published that share its token ids."""
 
-import json
 from pathlib import Path
 
 import torch
 
 from models.causal_lm import check_same_ids, load_causal_lm
+from models.checkpoint import read_json
 from models.errors import InputError
 from models.helper import DESCRIPTION, Helper, HelperConfig, load_helper, read_description
 from models.predictor import MaskPredictor, checkpoint_folder
@@ -24,6 +24,8 @@ def helper_folder(path: str | Path) -> Path:
     try:
         folder = checkpoint_folder(path)
     except InputError as error:
+        if error.field != "base checkpoint":  # a file in it
+            raise
         raise InputError("helper folder", repr(str(path)), ACCEPTED) from error
     if (folder / DESCRIPTION).is_file():
         read_description(folder)
@@ -37,8 +39,8 @@ def helper_folder(path: str | Path) -> Path:
 def _names_a_model(file: Path) -> bool:
     """Whether a config.json is that of a model; a filter, say, has one too."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(file)
+    except InputError:
         return False
     return isinstance(content, dict) and isinstance(content.get("model_type"), str)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from decoding.engine import Engine, join, split
 from decoding.strategies import make_strategy
 from models.errors import InputError
+from models.rules import SETTINGS, check
 
 NAME = "LearnedDecoding"
 
@@ -30,16 +31,19 @@ def engine_of(settings: Mapping[str, Any], mask_id: int, block_length: int) -> E
 
     Args:
         settings: ``strategy`` and its settings; ``eot_id``, ``steps`` and ``base`` of :class:`decoding.engine.Engine`; SGLang's
-            own ``block_size`` is passed over.
+            own ``block_size``, which has to be the block length.
         mask_id: Id of an undecoded position.
         block_length: Positions of a block.
 
     Raises:
         InputError: A setting that there is not, or a strategy that does not run here.
     """
-    options = {name: value for name, value in settings.items() if name != "block_size"}
+    check({"algorithm_config": settings}, {"algorithm_config": SETTINGS})
+    options = dict(settings)
+    if (size := options.pop("block_size", block_length)) != block_length:
+        raise InputError("block_size", repr(size), f"{block_length}, the engine's")
     known = {name: options.pop(name) for name in ("eot_id", "steps", "base") if name in options}
-    return Engine(make_strategy(options.pop("strategy", "learn2pd"), **options), mask_id, block_length, **known)
+    return Engine(make_strategy(options.pop("strategy", "learn2pd"), options), mask_id, block_length, **known)
 
 
 class Learned:

@@ -15,9 +15,10 @@ from decoding.eot import first_true
 from decoding.loop import decode_steps
 from decoding.output import StepResult, empty_output
 from decoding.strategies import make_strategy
-from models.errors import InputError
 from models.families import FAMILIES
+from models.generation import check_plain
 from models.predictor import MaskPredictor, TokenIds, checkpoint_folder, fingerprint
+from models.rules import CALLABLE, SETTINGS, check, whole
 
 
 def learned_decoding(
@@ -40,13 +41,11 @@ def learned_decoding(
     Raises:
         InputError: A setting, a logits processor, a prompt or a component that cannot be used, by name.
     """
-    if names := [type(each).__name__ for each in logits_processor]:
-        raise InputError("logits_processor", ", ".join(names), "none; a strategy reads logits as the model gives them")
-    if (generation_config.num_beams or 1) > 1:
-        raise InputError("num_beams", generation_config.num_beams, "1")
-    given = {name: folder for name, folder in (("filter", filter), ("helper", helper)) if folder} | (options or {})
-    rule = make_strategy(strategy, **given)
-    length = gen_length or generation_config.max_new_tokens or 128
+    check_plain(generation_config, logits_processor)
+    check({"options": options, "on_step": on_step}, {"options": SETTINGS.or_null(), "on_step": CALLABLE})
+    folders = {name: each for name, each in (("filter", filter), ("helper", helper)) if each is not None}
+    rule = make_strategy(strategy, folders | dict(options or {}))
+    length = next(each for each in (gen_length, generation_config.max_new_tokens, 128) if each is not None)
     config = DecodeConfig(length, block_length, steps, temperature, eot, seed, cache, refresh, eot_head, eot_risk)
     mask = model_kwargs.get("attention_mask")
     prompts = [row.tolist() if mask is None else row[mask[i].bool()].tolist() for i, row in enumerate(input_ids)]
@@ -70,6 +69,7 @@ def _predictor(model: PreTrainedModel, known: bool) -> MaskPredictor:
     """The model as decoders know it; ``known`` where a component has to be compared with the folder it came from."""
     config, name = model.config, str(model.name_or_path)
     identity = fingerprint(checkpoint_folder(name)) if known and name else "unsaved"
+    check({"model.config.mask_token_id": config.mask_token_id}, {"model.config.mask_token_id": whole(0)})
     ids = TokenIds(config.mask_token_id, *[config.eos_token_id] * 3, bos=config.eos_token_id)
     longest = getattr(config, FAMILIES[config.model_type].max_length)
     return MaskPredictor(model, ids, config.vocab_size, longest, identity)

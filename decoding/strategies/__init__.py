@@ -1,6 +1,7 @@
 """Strategies: one file each, behind one registry."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from decoding.strategies.apd import APD
@@ -15,7 +16,7 @@ from decoding.strategies.learn2pd import Learn2PD
 from decoding.strategies.oracle import Oracle
 from decoding.strategies.threshold import Threshold
 from models.errors import InputError
-from models.rules import check, one_of
+from models.rules import SETTINGS, check, one_of
 
 STRATEGIES: dict[str, type[Strategy]] = {
     cls.name: cls for cls in (FullStep, Threshold, Factor, EntropyBound, Dream, Klass, DiCo, Oracle, Learn2PD, APD)
@@ -23,17 +24,20 @@ STRATEGIES: dict[str, type[Strategy]] = {
 """Name to class. A new strategy is one file and one entry here."""
 
 
-def make_strategy(name: str, **options: Any) -> Strategy:
+def make_strategy(name: str, options: Mapping[str, Any] | None = None, /, **more: Any) -> Strategy:
     """Builds a strategy by name.
 
     Args:
         name: Key of :data:`STRATEGIES`.
-        **options: Its settings.
+        options: Its settings, as a file or a command line has them.
+        **more: Further ones.
 
     Raises:
         InputError: Unknown name, unknown option, or an option out of range.
     """
-    check({"strategy": name}, {"strategy": one_of(STRATEGIES)})
+    rules = {"strategy": one_of(STRATEGIES), "options": SETTINGS.or_null()}
+    check({"strategy": name, "options": options}, rules)
+    options = {**(options or {}), **more}
     accepted = [key for key in inspect.signature(STRATEGIES[name]).parameters if key not in ("args", "kwargs")]
     for key in options:
         if key not in accepted:

@@ -104,7 +104,8 @@ class Learn2PD(FilterStrategy):
     def decide(self, step: Step) -> Decision:
         assert self.network is not None
         evidence = step.evidence
-        probability = self.network(evidence).sigmoid()
+        logits = self.network(evidence)
+        probability = logits.sigmoid()
         best = top_1(step.log_confidence, evidence.masked)
         if self.budget is None:
             final = (probability > self.threshold) & evidence.masked
@@ -112,7 +113,9 @@ class Learn2PD(FilterStrategy):
             risk = torch.where(evidence.masked & ~best, 1 - probability, torch.inf)
             ascending, order = risk.sort(dim=1, stable=True)
             final = torch.empty_like(best).scatter_(1, order, ascending.cumsum(1) <= self.budget)
-        return Decision(final | best, counts={"filter_commits": (final & ~best).sum(1)})
+        # An infinite logit would commit everything, or nothing; so does NaN.
+        broken = (~logits.isfinite() & evidence.masked).any(1)
+        return Decision(final | best, counts={"filter_commits": (final & ~best).sum(1)}, broken=broken)
 
     def settings(self) -> dict[str, Any]:
         limit = {"threshold": self.threshold} if self.budget is None else {"budget": self.budget}

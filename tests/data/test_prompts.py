@@ -245,3 +245,15 @@ def test_stories_are_generated_as_they_are_asked_for() -> None:
         load_prompts([PromptSource("stories:tale", size=3)])
     with pytest.raises(InputError, match=r"accepted: a task with the options of data\.stories\.StoryTask"):
         load_prompts([PromptSource("stories:story", size=3, options={"words": 3})])
+
+
+def test_a_generators_split_is_a_part_of_what_it_makes():
+    # It was accepted, and not read.
+    asked = {"path": "stories:story", "size": 300, "options": {"max_number": 30}}
+    whole = load_prompts([PromptSource(**asked)])
+    for split in ("train", "validation", "test"):
+        part = load_prompts([PromptSource(**asked, split=split)])
+        assert part == load_prompts([PromptSource(**asked)], split=split)
+        assert 0 < len(part) < len(whole)
+    with pytest.raises(InputError, match="stories:story: split: found 'dev'"):
+        load_prompts([PromptSource(**asked, split="dev")])

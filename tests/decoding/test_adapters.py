@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from decoding.adapters import for_sglang
 from decoding.adapters.for_dinfer import LearnedParallelDecoder
@@ -457,3 +457,75 @@ def test_a_filter_is_checked_against_the_folder_that_the_model_came_from(tiny_ch
 def test_what_generate_cannot_do_here_is_named(asked, field, tiny_llada):
     with pytest.raises(InputError, match=field):
         tiny_llada.generate(torch.tensor([[1, 2, 3]]), **asked)
+
+
+ONES = torch.ones(1, 3).long()
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        *(({"gen_length": value}, "gen_length") for value in (0, -8, 8.0, "8", True, 10**14)),
+        *(({"max_new_tokens": value}, "max_new_tokens") for value in (0, "8")),
+        ({"gen_length": 8, "max_new_tokens": 16}, "max_new_tokens"), ({"max_length": 11}, "max_length"),
+        ({"gen_length": 8, "generation_config": GenerationConfig(max_new_tokens=16)}, "max_new_tokens"),
+        ({"do_sample": True, "top_k": 0}, "do_sample"), ({"penalty_alpha": 0.6}, "penalty_alpha"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"), ({"assistant_model": 5}, "assistant_model"),
+        *(({"num_return_sequences": value}, "num_return_sequences") for value in (0, -1, "2", 1.5)),
+        *(({"attention_mask": mask}, "attention_mask") for mask in (ONES[:, :2], ONES[:, [0, 0, 0, 0]], ONES[0], [[1, 1, 1]])),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, "attention_mask"),
+        *(({"options": value}, "options") for value in ("abc", {1: 2}, [], 5)), ({"on_step": 5}, "on_step"),
+        ({"on_step": None}, "on_step"), ({"filter": ""}, "threshold.filter"), ({"helper": "x"}, "threshold.helper"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_generate_is_given_is_checked(asked, field, tiny_llada):
+    # gen_length 0 became 128, samples were the most probable tokens, and a mask of ones of another width was dropped.
+    settings = {"gen_length": 8, "block_length": 8} if "max" not in str(asked) else {"block_length": 8}
+    with pytest.raises(InputError, match=f"^{field}: found .*; accepted: ."):
+        tiny_llada.generate(
+            torch.tensor([[1, 2, 3]]), custom_generate=learned_decoding, strategy="threshold", **settings | asked
+        )
+
+
+def test_either_length_is_enough_and_prompts_may_be_padded_on_either_side(tiny_llada):
+    asked = {"custom_generate": learned_decoding, "block_length": 8, "eot": "off"}
+    ids = torch.tensor([[1, 2, 3]])
+    expected = tiny_llada.generate(ids, gen_length=8, **asked)
+    assert expected.shape == (1, 11)
+    for lengths in ({"max_new_tokens": 8}, {"gen_length": 8, "max_new_tokens": 8}):
+        assert torch.equal(tiny_llada.generate(ids, **lengths, **asked), expected)
+    for pads in ((1, 0), (0, 1)):
+        mask = torch.nn.functional.pad(ONES, pads)
+        padded = tiny_llada.generate(torch.nn.functional.pad(ids, pads), attention_mask=mask, gen_length=8, **asked)
+        assert torch.equal(padded[:, 4:], expected[:, 3:])
+
+
+def test_generate_decodes_checkpoints_of_every_family(family_checkpoint, tmp_path):
+    # Dream's logits are of the position before, and each family names its tokens and its longest text otherwise.
+    predictor = MaskPredictor.from_pretrained(family_checkpoint, device="cpu")
+    model, tokenizer = predictor.model, predictor.tokenizer
+    if model.config.mask_token_id is None:  # as LLaDA-MoE is published
+        with pytest.raises(InputError, match=r"model\.config\.mask_token_id: found None"):
+            model.generate(torch.tensor([[1, 2, 3]]), custom_generate=learned_decoding)
+        model.config.mask_token_id = tokenizer.mask_token_id
+    tokenizer.padding_side = "left"
+    texts = ["What is 3 + 4?", "Sort these words: pear, apple, fig"]
+    messages = [[{"role": "user", "content": text}] for text in texts]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    config = FilterConfig(
+        block_length=SIZE, gen_length=24, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask, threshold=0.5,
+        base_fingerprint=fingerprint(family_checkpoint), base_family=predictor.family,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    save_filter(tmp_path / "filter", build_filter(config), config, "# random\n")
+    for strategy, options in (("threshold", {"threshold": 0.3}), ("learn2pd", {"filter": tmp_path / "filter"})):
+        for settings in ({"cache": "none"}, {"cache": "dual", "eot": "off"}):
+            expected = Decoder(predictor, make_strategy(strategy, **options)).generate(texts, **SETTINGS, **settings)
+            found = model.generate(
+                **inputs, custom_generate=learned_decoding, strategy=strategy, options=options, **SETTINGS, **settings
+            )[:, inputs["input_ids"].shape[1] :]
+            assert torch.equal(found, expected.sequences[:, : found.shape[1]])
+            assert (expected.sequences[:, found.shape[1] :] == predictor.ids.eot).all()

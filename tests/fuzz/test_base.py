@@ -131,7 +131,16 @@ def test_tokenizer_settings(folder: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", ["{{", "{% for %}", "{{ messages[9].content }}", "{{ raise_exception('no') }}", "{{ 1/0 }}"]
+    "template",
+    [
+        "{{",
+        "{% for %}",
+        "{{ messages[9].content }}",
+        "{{ raise_exception('no') }}",
+        "{{ 1/0 }}",
+        "hello",
+        "{% for message in messages %}{{ message['role'] }}{% endfor %}",
+    ],
 )
 def test_chat_templates(folder: Path, template: str) -> None:
     (folder / "chat_template.jinja").write_text(template)

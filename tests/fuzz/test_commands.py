@@ -1,5 +1,6 @@
 """Hostile command lines and YAML files: one line that names the setting, status 2, and nothing done."""
 
+import io
 import json
 import re
 import runpy
@@ -202,6 +203,8 @@ COMMANDS = [
     ("train/rollout.py merge", "--folder nowhere", "nowhere/manifest.json: found"),
     ("train/rollout.py predict", "--rollout.sources [5]", "rollout.sources: found 5; accepted: a mapping"),
     ("train/rollout.py predict", '--rollout.sources [{"nope":1}]', "rollout.sources.nope: found an unknown setting"),
+    ("train/rollout.py predict", '--rollout.sources [{"answer_column":"a"}]', "answer_column: found 'a'; accepted: no such"),
+    ("train/rollout.py predict", '--rollout.sources [{"path":"stories:story","size":9999999}]', "size: found 9999999"),
     ("train/rollout.py predict", "--trainer.log_every_n_steps -1", "trainer.log_every_n_steps: found -1"),
     ("train/rollout.py ray", "--actors 5", "actors: found 5"),
     ("train/filter.py fit", "--trainer.max_epochs 0", "trainer.max_epochs: found 0; accepted: more than that"),
@@ -229,6 +232,21 @@ COMMANDS = [
     ("decoding/generate.py", "--prompt a --gen_length 99999999999999", "gen_length: found 99999999999999"),
     ("decoding/generate.py", "--prompt a --strategy threshold --options {\"threshold\":\"abc\"}", "threshold.threshold: found"),
     ("decoding/generate.py", "--prompt a --filter 5", "filter"),
+    *(("decoding/generate.py", f"--prompt a --strategy threshold {words}", message) for words, message in [
+        ("--filter /nowhere", "filter: found '/nowhere'; accepted: none; it is read with strategy learn2pd only"),
+        ("--helper /nowhere", "helper: found '/nowhere'; accepted: none; it is read with strategy apd only"),
+        ("--eot_risk 0.5", "eot_risk: found 0.5; accepted: none; it is read with eot learned only"),
+        ("--batch_size 0", "batch_size: found 0; accepted: none; it is read with plan only"),
+        ("--dtype float64", "dtype: found 'float64'"), ("--prompt_length -3", "prompt_length: found -3"),
+        ("--options {1:\t2}", "options: found {1: 2}; accepted: a mapping from the names"),
+        ('--options {"device":"meta"}', "threshold.device: found an unknown setting"),
+        ('--options {"compile":true}', "threshold.compile: found an unknown setting"),
+        ("--interactive --gen_length 48", "block_length: found 32"),
+        ("--plan x --batch_size 1048576", "batch_size: found 1048576; accepted: a whole number from 1 to 1024"),
+    ]),
+    ("eval/trace.py", "--prompt a --strategies [threshold] --options {threshold:\t{1:\t2}}", "options: found {1: 2}"),
+    ("eval/harness.py", "--tasks short --options {1:\t2}", "options: found {1: 2}; accepted: a mapping from the names"),
+    ("decoding/generate.py", "--strategy threshold --plan /dev/zero", "/dev/zero: found no regular file"),
 ]  # fmt: skip
 
 
@@ -274,12 +292,32 @@ def test_generate_has_the_status_of_a_refusal_of_the_system(
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device", "/cache")
 
-    monkeypatch.setattr("decoding.generate.Decoder.from_pretrained", refuse)
+    monkeypatch.setattr("decoding.generate.MaskPredictor.from_pretrained", refuse)
     monkeypatch.setattr(sys, "argv", ["generate.py", "--prompt", "a"])
     with pytest.raises(SystemExit) as stop:
         generate_main()
     assert stop.value.code == 74
     assert "generate.py: /cache: No space left on device" in refused(capsys)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words", "message"),
+    [
+        (b"a\n\xff\xfe\n", "", "prompt: found 'utf-8' codec can't decode byte 0xff"),
+        (b"a\nb\n", "--eot learned --eot_head /nowhere", "/nowhere"),
+    ],
+)
+def test_what_ends_a_session(
+    typed: bytes, words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Of a setting that is wrong every message would be told, with status 0.
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+    words = f"--interactive --strategy full_step --gen_length 8 --block_length 8 {words}"
+    monkeypatch.setattr(sys, "argv", ["generate.py", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        generate_main()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["eval/bench.py", "eval/risk.py", "train/filter.py fit", "train/filter.py export"])

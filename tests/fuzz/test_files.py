@@ -1,19 +1,30 @@
 """Hostile files: prompts, filters and results that are no such thing, each named with the row or the field."""
 
 import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
+from data.manifest import Rollouts, read_manifest
 from data.prompts import PromptSource, load_prompts
 from decoding.risk import load_calibration
 from eval.lm.answers import Answers
 from eval.report import read
+from models.checkpoint import check_files
 from models.errors import InputError
+from models.families import described
 from models.filter import FilterConfig, build_filter, load_filter, save_filter
+from models.helper import read_description
+from models.predictor import MaskPredictor
+from models.stock import helper_folder
 
 BAD_PROMPTS = ["{}", "[]", '["a"]', '{"a": 1}', "true", '""', '" "', "null", '"\\ue000"', '"\\ud800"', "NaN"]
 
@@ -63,6 +74,60 @@ def test_prompt_sources(change: dict) -> None:
         PromptSource(**change)
 
 
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        *(("bundled", change) for change in (
+            {"options": {"a": 1}}, {"answer_column": "nope"}, {"prompt_column": "text"}, {"subset": "a"}, {"seed": 1},
+            {"task": "a"}, {"revision": "a"})),
+        *(("prompts.jsonl", change) for change in (
+            {"subset": "a"}, {"seed": 1}, {"options": {"a": 1}}, {"revision": "a"}, {"split": "test"})),
+        *(("stories:story", change) for change in ({"task": "a"}, {"task_column": "a"}, {"subset": "a"})),
+        *(("some/set", change) for change in ({"seed": 1}, {"options": {"a": 1}})),
+        *((path, {"size": size}) for path in ("stories:story", "gym:chain_sum") for size in (99_999_999_999, 2**20 + 1)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_a_source_does_not_read(path: str, change: dict) -> None:
+    # It would be as if it had not been given; a hundred thousand million stories would be written to the end.
+    with pytest.raises(InputError, match=f"^{next(iter(change))}: found .*; accepted: ."):
+        PromptSource(path, **change)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("a.csv", "prompt,answer\nfine,1\nfine,2,3\n", "line 3: 3 cells below 2 names"),
+        ("a.csv", "prompt,answer\nfine,1\nfine\n", "line 3: 1 cells below 2 names"),
+        ("a.csv", "prompt,answer,prompt\nfine,1,other\n", "the column 'prompt' twice"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}\n', "line 2: the key 'prompt' twice"),
+        ("a.json", '[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' twice"),
+        ("a.jsonl", "[" * 100_000, "line 1: .*nested too deeply"), ("a.json", '{"a":' * 100_000, "nested too deeply"),
+        *((f"a.{kind}", None, "no regular file") for kind in ("csv", "jsonl", "json", "parquet")),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_prompt_files_that_say_something_twice_or_never_end(
+    tmp_path: Path, alarm: None, name: str, text: str | None, found: str
+) -> None:
+    os.mkfifo(tmp_path / name) if text is None else (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=rf"{name}: found .*{found}"):
+        load_prompts([PromptSource(str(tmp_path / name))])
+
+
+def test_a_parquet_file_with_a_column_twice(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: found the column 'prompt' twice"):
+        load_prompts([PromptSource(str(tmp_path / "a.parquet"))])
+
+
+def test_empty_lines_and_line_breaks_of_a_csv_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,answer\n\n"one\ntwo",1\n\nthree,\n')
+    found = load_prompts([PromptSource(str(tmp_path / "a.csv"), answer_column="answer")])
+    assert sorted((prompt.prompt, prompt.answer) for prompt in found) == [("one\ntwo", "1"), ("three", "")]
+
+
 def test_no_sources() -> None:
     with pytest.raises(InputError, match="sources: found none"):
         load_prompts([])
@@ -75,7 +140,7 @@ def filter_folder(tmp_path: Path) -> Path:
     return tmp_path / "filter"
 
 
-@pytest.mark.parametrize("std", [0.0, -1.0])
+@pytest.mark.parametrize("std", [0.0, -1.0, 1e-45, 1e-30, 9e-7])
 def test_a_filter_that_divides_by_nothing(filter_folder: Path, std: float) -> None:
     file = filter_folder / "model.safetensors"
     tensors = load_file(file)
@@ -148,3 +213,63 @@ def test_stored_answers(tmp_path: Path, line: str | bytes) -> None:
     file.write_bytes(json.dumps(ANSWER).encode() + b"\n" + json.dumps(SCORE).encode() + b"\n" + text + b"\n")
     with pytest.raises(InputError, match=r"answers-rank0\.jsonl: line 3.*: found .*; accepted: ."):
         Answers(tmp_path)
+
+
+JSON_FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "base": ("config.json", lambda folder: described(folder / "config.json")),
+    "component": ("config.json", load_filter),
+    "helper": ("helper.json", read_description),
+    "published helper": ("config.json", helper_folder),
+    "index": ("model.safetensors.index.json", check_files),
+    "calibration": ("risk.json", lambda folder: load_calibration(folder / "risk.json")),
+    "manifest": ("manifest.json", read_manifest),
+    "shard": ("shard-a.json", lambda folder: Rollouts(folder, {"shards": ["a"]}).shards),
+}
+"""Every place that reads JSON: the file it reads, and what reads it."""
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """A pipe that nobody writes to would be waited for until the end of the suite."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("[" * 100_000, "nested too deeply"), ('{"a": ' * 100_000, "nested too deeply"),
+        ('{"kind": "a", "kind": "b"}', "the key 'kind' twice"), ('{"a": [{"b": 1, "c": 2, "b": 1}]}', "the key 'b' twice"),
+        (None, "no regular file"),
+    ],
+    ids=["deep list", "deep object", "key twice", "key twice inside", "pipe"],
+)  # fmt: skip
+@pytest.mark.parametrize("place", JSON_FILES)
+def test_json_that_is_none(tmp_path: Path, alarm: None, place: str, content: str | None, found: str) -> None:
+    name, read = JSON_FILES[place]
+    os.mkfifo(tmp_path / name) if content is None else (tmp_path / name).write_text(content)
+    if place == "helper" and content is None:
+        found = f"without {name}"
+    if place == "published helper" and content is not None:  # one of many kinds of folders, of which none fits
+        found = "without model_type"
+    with pytest.raises(InputError, match=rf"{name}.*{found}|{found}.*; accepted: ."):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_base_with_a_pipe_in_it(tmp_path: Path, alarm: None, tiny_checkpoint: Path, name: str) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"{name}: found no regular file"):
+        MaskPredictor.from_pretrained(folder, device="cpu")
+
+
+def test_a_filter_whose_weights_are_a_pipe(filter_folder: Path, alarm: None) -> None:
+    (filter_folder / "model.safetensors").unlink()
+    os.mkfifo(filter_folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors: found no regular file"):
+        load_filter(filter_folder)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from decoding import Decoder
+from decoding.adapters.for_sglang import engine_of
 from decoding.config import DecodeConfig
+from decoding.engine import Engine
 from decoding.strategies import STRATEGIES, make_strategy
 from models.errors import InputError
 from models.filter import FilterConfig, build_filter
@@ -113,6 +115,8 @@ def test_generate(decoder: Decoder, call: dict, field: str) -> None:
     ("call", "field"),
     [
         ({"device": "nope"}, "device"), ({"device": "cuda:99"}, "device"), ({"device": 5.5}, "device"),
+        ({"device": "meta"}, "device"),
+        ({"device": torch.device("meta")}, "device"),
         ({"dtype": "nope"}, "dtype"), ({"dtype": 5}, "dtype"), ({"dtype": "int8"}, "dtype"),
         ({"strategy": "nope"}, "strategy"), ({"strategy": ["threshold"]}, "strategy"), ({"strategy": None}, "strategy"),
         ({"strategy": "threshold", "risk": "low", "calibration": "/nowhere"}, "/nowhere"), ({"risk": math.nan}, "calibration"),
@@ -130,3 +134,94 @@ def test_a_decode_of_nonsense_stops(tiny_llada) -> None:
     tiny_llada.model.transformer["ln_f"].weight[0] = math.nan
     with pytest.raises(InputError, match="confidence: found not finite"):
         Decoder(predictor, make_strategy("threshold")).generate([[1, 2]], gen_length=8, block_length=4)
+
+
+@pytest.mark.parametrize("weight", [3e38, -3e38])
+@pytest.mark.parametrize("settings", [{"threshold": 0.5}, {"budget": 1.0}], ids=str)
+def test_a_filter_that_computes_nonsense_stops_the_decode(tiny_llada, weight: float, settings: dict) -> None:
+    # Finite weights, and logits that are not: it would commit everything, or never anything.
+    sizes = {"gen_length": 8, "block_length": 4, "vocab_size": 64, "mask_id": 63}
+    config = FilterConfig(**sizes, base_family="llada", base_fingerprint="unsaved")
+    net = build_filter(config)
+    with torch.no_grad():
+        net.head.weight.fill_(weight)
+    rule = make_strategy("learn2pd", network=net.eval(), config=config, **settings)
+    ids = TokenIds(mask=63, eot=62, end_of_turn=61, pad=62, bos=60)
+    with pytest.raises(InputError, match="^filter: probability: found not finite"):
+        Decoder(MaskPredictor(tiny_llada, ids, 64, 256), rule).generate([[1, 2]], gen_length=8, block_length=4)
+    with pytest.raises(InputError, match="^filter: probability: found not finite"):
+        Engine(rule, 63, 4).commit(torch.randn(1, 4, 64), torch.full((1, 4), 63))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("mask_id", value) for value in ("a", -1, 1.5, None, True, math.nan)),
+        *(("eot_id", value) for value in ("x", -1, 1.5, True, 63)),  # 63 is MASK
+        *(("block_length", value) for value in (0, "4", 4.0, 10**14)), *(("steps", value) for value in (0, 5, "4")),
+        *(("strategy", value) for value in ("threshold", None, {})), ("base", 5), ("base", ""),
+    ],
+    ids=lambda value: f"{value!r:.20}",
+)  # fmt: skip
+def test_engines(setting: str, value: object) -> None:
+    given = {"strategy": make_strategy("threshold"), "mask_id": 63, "block_length": 4, "eot_id": 62} | {setting: value}
+    with pytest.raises(InputError, match=f"^{setting}: found .*; accepted: ."):
+        Engine(**given)  # type: ignore[arg-type]
+
+
+FIRST = {"logits": torch.zeros(2, 4, 64), "block_ids": torch.full((2, 4), 63)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("logits", value) for value in (None, [1.0], torch.zeros(4, 64), torch.zeros(2, 4, 64).long())),
+        *(("logits", torch.zeros(shape)) for shape in ((2, 5, 64), (2, 0, 64), (2, 4, 63), (2, 4, 0))),
+        *(("block_ids", value) for value in (None, [63] * 4, torch.full((2, 3), 63), torch.full((3, 4), 63))),
+        *(("block_ids", value) for value in (torch.full((4,), 63), torch.zeros(2, 4))),
+        *(("prompt", value) for value in ([True], torch.zeros(2, 4), torch.zeros(2, 3).bool())),
+        *(("state", value) for value in ({}, [], 5, {"step": 0}, {"step": torch.zeros(2).long()})),
+    ],
+    ids=lambda value: str(tuple(value.shape) if isinstance(value, torch.Tensor) else value)[:30],
+)  # fmt: skip
+def test_what_engines_hand_over(name: str, value: object) -> None:
+    engine = Engine(make_strategy("klass"), 63, 4)
+    with pytest.raises(InputError, match=f"^{name}: found .*; accepted: ."):
+        engine.commit(**FIRST | {name: value})  # type: ignore[arg-type]
+
+
+def test_a_state_of_another_batch_or_block_is_refused() -> None:
+    # Of two rows' state the first would be every row's.
+    for rows, length in ((1, 4), (3, 4), (2, 3)):
+        engine = Engine(make_strategy("klass"), 63, 4)
+        state = engine.begin(torch.zeros(rows, length, 64))
+        with pytest.raises(InputError, match="^state: found "):
+            engine.commit(**FIRST, state=state)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_engine_that_hands_over_nonsense_stops(value: float) -> None:
+    # Token 0 would be committed.
+    logits = FIRST["logits"].clone()
+    logits[1, 2, 5:7] = value  # one infinity would be a choice
+    engine = Engine(make_strategy("threshold"), 63, 4)
+    with pytest.raises(InputError, match="^base model: confidence: found not finite"):
+        engine.commit(logits, FIRST["block_ids"])
+    decoded = FIRST["block_ids"].clone()
+    decoded[1, 2] = 7  # nobody reads it there
+    engine.commit(logits, decoded)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        *((value, "algorithm_config") for value in (None, [], {1: 2}, "threshold")),
+        ({"strategy": "threshold", "block_size": 8}, "block_size"), ({"strategy": "threshold", "block_size": None}, "block_size"),
+        ({"strategy": 5}, "strategy"), ({"strategy": "threshold", "colour": 1}, "threshold.colour"),
+        ({"strategy": "threshold", "eot_id": "x"}, "eot_id"), ({}, "filter"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_sglang(settings: object, field: str) -> None:
+    with pytest.raises(InputError, match=f"^{field}: found .*; accepted: ."):
+        engine_of(settings, 63, 4)  # type: ignore[arg-type]
