@@ -40,6 +40,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1), _in_words(f"a whole number from
 """What seeds NumPy, which Lightning seeds with everything else."""
 Share = Annotated[float, Field(ge=0, le=1), _in_words(SHARE.accepted)]
 Part = Annotated[float, Field(ge=0, lt=1), _in_words("a number below 1, and not negative")]
+Number = Annotated[float, Field(allow_inf_nan=False), _in_words("a finite number")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _in_words("a number above 0, and finite")]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _in_words(NOT_NEGATIVE.accepted)]
 Temperature = Annotated[float, Field(ge=0, le=1000), _in_words("a number from 0 to 1000")]

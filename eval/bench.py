@@ -20,7 +20,8 @@ from data.typed import Count, Length, Part
 from eval.command import command, wandb_mode
 from eval.compare import Comparison, Run, print_table
 from eval.headline import MARGIN, doubts, headline, picked, summary
-from eval.report import SCHEMA_VERSION, write
+from eval.report import write
+from eval.result_file import SCHEMA_VERSION
 from eval.tracking import USUAL, WandbSettings, evaluation_run
 from models.errors import InputError
 from models.predictor import MaskPredictor
