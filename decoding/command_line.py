@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,8 @@ def entry(main: Callable[[], object]) -> None:
         SystemExit: The command failed; any other exception is a bug and keeps its traceback.
     """
     keep_freed_memory()
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal or file of another encoding lacks ×, say
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:
