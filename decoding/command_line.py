@@ -69,6 +69,8 @@ def one_line(message: str, settings: Iterable[str]) -> str:
     message = _LITERAL.sub(lambda found: found[1].replace("'", "").replace(", ", " | "), message)
     message = _PYDANTIC.sub(r"Expected a \1", message)
     message = re.sub(r"- Expected a path but \S+ either not accessible or invalid (?=- )", "", message)
+    if " Given value" not in message:  # an entry of a list, and not one of several types
+        message = re.sub(r"Expected a dot import path string: (.+)$", rf"found \1; accepted: {_SETTINGS}", message)
     message = re.sub(r"Expected a dot import path string: \S+", f"Expected a {_SETTINGS}", message)
     message = _GROUP.sub(rf"found \1; accepted: {_SETTINGS}", message)
     message = _VERB.sub(lambda part: f"{part[1]}: found nothing; accepted: {part[2].replace(',', ' | ')}", message)
