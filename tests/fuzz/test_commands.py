@@ -256,7 +256,7 @@ COMMANDS = [
     ("train/filter.py fit", f"--run {FILTER}/x", "filter-llada-tiny, an exported model; accepted: a folder beside it"),
     ("train/filter.py fit", "--pipeline.rounds 99999999", "pipeline.rounds: found 99999999; accepted: a whole number from 0"),
     ("train/base.py fit", "--data.tasks [nope]", "data.tasks: found nope; accepted: a mapping with at least one setting"),
-    ("train/base.py fit", "--data.gym [nope]", "data.gym: found nope; accepted: a mapping"),
+    ("train/base.py fit", "--data.gym [nope]", "data.gym: found ['nope']; accepted: null | a mapping"),
     ("train/base.py fit", "--data.tasks nope", "data.tasks: found nope; accepted: list"),
     ("train/base.py fit", "--data.tasks [{name:nope}]", "data.tasks"),
     ("train/rollout.py predict", "--rollout.sources [nope]", "rollout.sources: found nope; accepted: a mapping"),
