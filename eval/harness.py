@@ -356,7 +356,9 @@ def lm_eval_command(args: list[str]) -> None:
     except Exception as error:
         if not raised_by(error, "lm_eval"):
             raise
-        raise InputError("arguments", " ".join(str(error).split()), "arguments that `lm-eval run --help` tells of") from error
+        raise InputError(
+            "arguments", " ".join(str(error).split()), "arguments that `lm-eval run --help` tells of"
+        ) from error
     finally:
         processes.leave()
 

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from data.typed import Count, Length, NotNegative, Number, Positive, Share, Text, Whole, checked
 from models.checkpoint import current_eot_rule

@@ -51,7 +51,9 @@ class FiniteLoss(Callback):
 def check_finite(name: str, loss: Tensor) -> None:
     """Raises an InputError for a loss that is no finite number: what is trained is lost, and only settings can help."""
     if not loss.isfinite():
-        raise InputError(name, float(loss), "a finite number; a lower learning_rate helps, or trainer.gradient_clip_val")
+        raise InputError(
+            name, loss.item(), "a finite number; a lower learning_rate helps, or trainer.gradient_clip_val"
+        )
 
 
 def progress() -> ProgressBar:

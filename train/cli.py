@@ -266,10 +266,9 @@ def quiet() -> None:
         "No seed found",  # a command that draws something has a seed among its settings
     ):
         warnings.filterwarnings("ignore", message=expected)
+    said = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to")
     for part in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
-        logging.getLogger(f"lightning.{part}").addFilter(
-            lambda record: not record.getMessage().startswith(("💡", "GPU available", "TPU available", "HPU available", "Seed set to"))
-        )
+        logging.getLogger(f"lightning.{part}").addFilter(lambda record: not record.getMessage().startswith(said))
 
 
 def loggers(folder: Path, job_type: str, settings: Mapping[str, Any]) -> list[Logger]:

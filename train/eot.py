@@ -93,7 +93,9 @@ def fit(head: EotHead, columns: Tensor, lost: Tensor, steps: int, learning_rate:
         optimizer.zero_grad()
         loss = F.binary_cross_entropy_with_logits(head(columns), lost)
         if not loss.isfinite():
-            raise InputError("loss", f"{float(loss)} after {step} steps", "a finite number; a lower learning_rate helps")
+            raise InputError(
+                "loss", f"{loss.item()} after {step} steps", "a finite number; a lower learning_rate helps"
+            )
         if step < steps:
             loss.backward()
             optimizer.step()

@@ -56,7 +56,9 @@ def check_trainer(settings: Mapping[str, Any], subcommand: str, exports: bool) -
     if subcommand == "predict":
         part = settings["limit_predict_batches"]
         if part is not None and (isinstance(part, int) or part != 1):
-            raise InputError("trainer.limit_predict_batches", part, "null: a set has all its prompts; see rollout.limit")
+            raise InputError(
+                "trainer.limit_predict_batches", part, "null: a set has all its prompts; see rollout.limit"
+            )
         if settings["fast_dev_run"]:
             raise InputError("trainer.fast_dev_run", settings["fast_dev_run"], "false: a set has all its prompts")
     if settings["val_check_interval"] in (0, False):
