@@ -44,7 +44,8 @@ class FiniteLoss(Callback):
     """Stops a run whose training loss is no finite number; looks as often as it is logged, since a GPU is waited for."""
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0 and "train/loss" in trainer.callback_metrics:
+        every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue] - Lightning sets it
+        if trainer.global_step % max(every, 1) == 0 and "train/loss" in trainer.callback_metrics:
             check_finite("train/loss", trainer.callback_metrics["train/loss"])
 
 
