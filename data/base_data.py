@@ -21,7 +21,7 @@ from data.gym import GymTask
 from data.prompt import Prompt
 from data.prompts import split_of
 from data.stories import StoryTask
-from data.typed import Count, NotNegative, Whole
+from data.typed import Count, Length, NotNegative, Processes, Whole
 from models.errors import InputError
 from models.tokenizer import train_tokenizer
 
@@ -244,8 +244,8 @@ class BaseDataModule(LightningDataModule):
 
     def __init__(
         self, tasks: list[StoryTask], tokenizer: Path, vocab_size: Count, seed: Whole, tokens: Count, length_step: Count,
-        max_length: Count, more_blocks: list[NotNegative], validation_batches: Count, gym: list[GymTask] | None = None,
-        objective: Objective = "mask", workers: Whole = 0, longest: Count | None = None,
+        max_length: Count, more_blocks: list[NotNegative], validation_batches: Length, gym: list[GymTask] | None = None,
+        objective: Objective = "mask", workers: Processes = 0, longest: Count | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.objective: Objective = objective

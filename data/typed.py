@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from models.errors import InputError
-from models.rules import COUNT, LENGTH, LONGEST, NOT_NEGATIVE, SHARE, TEXT
+from models.rules import COUNT, LENGTH, LONGEST, NOT_NEGATIVE, SHARE, TEXT, whole
 
 
 def _in_words(accepted: str) -> WrapValidator:
@@ -36,10 +36,16 @@ def _in_words(accepted: str) -> WrapValidator:
 Count = Annotated[int, Field(ge=1, le=2**63 - 1), _in_words(COUNT.accepted)]
 Length = Annotated[int, Field(ge=1, le=LONGEST), _in_words(LENGTH.accepted)]
 Whole = Annotated[int, Field(ge=0, le=2**63 - 1), _in_words("a whole number of at least 0")]
+Repeats = Annotated[int, Field(ge=1, le=1000), _in_words(whole(1, 1000).accepted)]
+Rounds = Annotated[int, Field(ge=0, le=100), _in_words(whole(0, 100).accepted)]
+Processes = Annotated[int, Field(ge=0, le=1024), _in_words(whole(0, 1024).accepted)]
+Width = Annotated[int, Field(ge=1, le=4096), _in_words(whole(1, 4096).accepted)]
+Rows = Annotated[int, Field(ge=1, le=65_536), _in_words(whole(1, 65_536).accepted)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1), _in_words(f"a whole number from 0 to {2**32 - 1}")]
 """What seeds NumPy, which Lightning seeds with everything else."""
 Share = Annotated[float, Field(ge=0, le=1), _in_words(SHARE.accepted)]
 Part = Annotated[float, Field(ge=0, lt=1), _in_words("a number below 1, and not negative")]
+Number = Annotated[float, Field(allow_inf_nan=False), _in_words("a finite number")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _in_words("a number above 0, and finite")]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _in_words(NOT_NEGATIVE.accepted)]
 Temperature = Annotated[float, Field(ge=0, le=1000), _in_words("a number from 0 to 1000")]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def one_line(message: str, settings: Iterable[str]) -> str:
     message = _LITERAL.sub(lambda found: found[1].replace("'", "").replace(", ", " | "), message)
     message = _PYDANTIC.sub(r"Expected a \1", message)
     message = re.sub(r"- Expected a path but \S+ either not accessible or invalid (?=- )", "", message)
+    if " Given value" not in message:  # an entry of a list, and not one of several types
+        message = re.sub(r"Expected a dot import path string: (.+)$", rf"found \1; accepted: {_SETTINGS}", message)
     message = re.sub(r"Expected a dot import path string: \S+", f"Expected a {_SETTINGS}", message)
     message = _GROUP.sub(rf"found \1; accepted: {_SETTINGS}", message)
     message = _VERB.sub(lambda part: f"{part[1]}: found nothing; accepted: {part[2].replace(',', ' | ')}", message)
@@ -113,6 +116,8 @@ def entry(main: Callable[[], object]) -> None:
         SystemExit: The command failed; any other exception is a bug and keeps its traceback.
     """
     keep_freed_memory()
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal or file of another encoding lacks ×, say
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:

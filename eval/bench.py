@@ -16,11 +16,12 @@ from data.disk import check_writable
 from data.prompt import Prompt
 from data.prompts import PromptSource, load_prompts, prompt_hash
 from data.provenance import environment, now, write_run_file
-from data.typed import Count, Length, Part
+from data.typed import Count, Length, Part, Repeats
 from eval.command import command, wandb_mode
 from eval.compare import Comparison, Run, print_table
 from eval.headline import MARGIN, doubts, headline, picked, summary
-from eval.report import SCHEMA_VERSION, write
+from eval.report import write
+from eval.result_file import SCHEMA_VERSION
 from eval.tracking import USUAL, WandbSettings, evaluation_run
 from models.errors import InputError
 from models.predictor import MaskPredictor
@@ -35,7 +36,7 @@ def main(
     gen_length: Length = 128,
     block_length: Length = 32,
     batch_size: Length = 32,
-    repeats: Count = 1,
+    repeats: Repeats = 1,
     margin: Part = MARGIN,
     pick_on: Count | None = 256,
     report: Literal["all", "picked"] = "all",
@@ -73,6 +74,9 @@ def main(
         "split": split, "limit": limit, "gen_length": gen_length, "block_length": block_length, "batch_size": batch_size,
         "repeats": repeats, "margin": margin, "pick_on": pick_on, "report": report,
     }  # fmt: skip
+    for name in ("runs", "prompts"):
+        if not settings[name]:
+            raise InputError(name, "none", "at least one")
     check_writable("out", out)
     if pick_on is not None and split in (None, "validation"):
         raise InputError("pick_on", pick_on, "null where validation prompts are reported")

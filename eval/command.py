@@ -21,6 +21,10 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """The YAML files, one folder for each command, wherever the command is started from."""
 
 
+_WANDB_MODES = ("online", "offline", "disabled", "dryrun", "run", "shared")
+"""Those of W&B itself."""
+
+
 class _Help(DefaultHelpFormatter):
     """Help that says ``int`` where a declared type says how many as well."""
 
@@ -119,15 +123,25 @@ def command(
     )
 
 
+def raised_by(error: BaseException, package: str) -> bool:
+    """Whether it was a package's own code that raised an error."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__", "")).startswith(f"{package}.")
+
+
 def wandb_mode() -> str:
     """``online``, ``offline`` or ``disabled``: what ``WANDB_MODE`` says, else offline unless there is a key.
 
     Asked before W&B starts, so that it never stops at a login prompt.
 
     Raises:
-        InputError: ``WANDB_MODE=online`` without a key.
+        InputError: Another mode, or ``WANDB_MODE=online`` without a key.
     """
-    mode = os.environ.get("WANDB_MODE", "").lower()
+    mode = os.environ.get("WANDB_MODE", "")  # W&B itself reads it as it is written
+    if mode not in ("", *_WANDB_MODES):
+        raise InputError("WANDB_MODE", mode, "online | offline | disabled")
     if mode in ("disabled", "offline", "dryrun"):
         return mode.replace("dryrun", "offline")
     if _has_wandb_key():

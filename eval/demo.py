@@ -6,7 +6,7 @@ from typing import Any
 from eval.command import command
 from eval.compare import share
 from eval.headline import MARGIN, pick
-from eval.report import read
+from eval.result_file import read
 from models.errors import InputError
 from models.filter import load_filter
 

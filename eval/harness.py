@@ -20,7 +20,7 @@ from data.provenance import write_aside, write_run_file
 from data.typed import Count, Length, Positive, Share, Temperature, Whole
 from decoding.command_line import entry
 from decoding.config import CacheRule, EotRule
-from eval.command import command, wandb_mode
+from eval.command import command, raised_by, wandb_mode
 from eval.lm import processes
 from eval.lm.presets import PRESETS, resolve
 from eval.tracking import USUAL, WandbSettings, evaluation_run
@@ -68,7 +68,7 @@ def main(
     devices: Count = 1,
     compile: bool = False,
     batch_size: Length = 32,
-    mc_samples: Count = 128,
+    mc_samples: Length = 128,
     greedy_check: bool | None = None,
     add_bos: bool = False,
     truncate: bool = False,
@@ -157,6 +157,10 @@ def check_settings(settings: dict[str, Any]) -> None:
     if limit is not None and limit > 1 and limit != int(limit):
         raise InputError("limit", limit, "a whole number of prompts, or a share of them below 1")
     check({"options": settings["options"]}, {"options": SETTINGS.or_null()})
+    try:
+        (settings["system_instruction"] or "").encode()
+    except UnicodeEncodeError:
+        raise InputError("system_instruction", repr(settings["system_instruction"])[:80], "text in UTF-8") from None
     for name, value in (settings["options"] or {}).items():
         if name in MODEL_SETTINGS:
             raise InputError(f"options.{name}", value, f"--{name}, which is no setting of a strategy alone")
@@ -349,6 +353,14 @@ def lm_eval_command(args: list[str]) -> None:
     sys.argv = ["lm-eval", *args]
     try:
         cli_evaluate()
+    except InputError:
+        raise
+    except Exception as error:
+        if not raised_by(error, "lm_eval"):
+            raise
+        raise InputError(
+            "arguments", " ".join(str(error).split()), "arguments that `lm-eval run --help` tells of"
+        ) from error
     finally:
         processes.leave()
 

@@ -8,7 +8,8 @@ from typing import Any
 from data.provenance import write_aside
 from eval import helper_sizes
 from eval.command import command
-from eval.report import ALL, Row, difference, percent, read, table, times
+from eval.report import ALL, Row, difference, percent, table, times
+from eval.result_file import read
 from eval.risk import broken_promises
 from models.errors import InputError, first_line
 
@@ -23,29 +24,39 @@ def main(results: Path = Path("eval/results"), root: Path = Path()) -> None:
     Raises:
         InputError: ``bench.json`` is missing, a result is not one, or a page lacks the comments.
     """
-    for name, (result, page, made) in _TABLES.items():
+    pages: dict[Path, str] = {}
+    written, kept = [], []
+    for name, (result, where, made) in _TABLES.items():
+        page = root / where
         if result != "bench.json" and not (results / result).is_file():
-            print(f"no {results / result}: {name} stays as it is in {root / page}")
+            kept.append(f"no {results / result}: {name} stays as it is in {page}")
             continue
         content = read(results / result)
         if not content.get("headline"):
             raise InputError(
                 f"{results / result}: headline", "nothing", "a result that `eval/report.py render` has worked out"
             )
-        _fill(root / page, name, made(content))
-        print(f"wrote {name} to {root / page}")
+        pages[page] = _filled(page, pages.get(page) or _text(page), name, made(content))
+        written.append(f"wrote {name} to {page}")
+    for page, text in pages.items():  # all of them, or none
+        write_aside(page, text)
+    print("\n".join(kept + written))
 
 
-def _fill(page: Path, name: str, lines: Sequence[str]) -> None:
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+def _text(page: Path) -> str:
     try:
-        text = page.read_text(encoding="utf-8")
+        return page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(str(page), first_line(error), "a page in UTF-8") from error
+
+
+def _filled(page: Path, text: str, name: str, lines: Sequence[str]) -> str:
+    """The text of a page with a table in its place."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     if text.count(begin) != 1 or end not in text.split(begin)[1]:
         raise InputError(str(page), f"no lines {begin.strip()} and {end}", "both, in this order")
     before, rest = text.split(begin)
-    write_aside(page, "".join([before, begin, *(f"{line}\n" for line in lines), end, rest.split(end, 1)[1]]))
+    return "".join([before, begin, *(f"{line}\n" for line in lines), end, rest.split(end, 1)[1]])
 
 
 def _front(result: dict[str, Any]) -> list[str]:

@@ -6,21 +6,17 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, Field
+from typing import Any
 
 from data.disk import check_writable
 from data.provenance import write_aside
-from data.typed import checked
 from eval import helper_sizes
 from eval.command import command
 from eval.headline import MARGIN, check_margin, headline
 from eval.intervals import paired
-from models.checkpoint import current_eot_rule, writing
-from models.errors import InputError
+from eval.result_file import read
+from models.checkpoint import writing
 
-SCHEMA_VERSION = 4
 Row = dict[str, Any]
 
 
@@ -233,60 +229,6 @@ def draw(rows: Sequence[Row], target: Path, margin: float = MARGIN) -> None:
     with writing(target) as aside:
         figure.savefig(aside, dpi=120, format=target.suffix[1:])
     plt.close(figure)
-
-
-class _Settings(BaseModel):
-    strategy: str
-    eot: str
-    gen_length: int
-
-
-class _Row(BaseModel):
-    label: str
-    reference: str
-    settings: _Settings
-    prompts: int
-    exact_match: float | None
-    nfe_mean: float
-    tokens_per_second: float
-    by_task: dict[str, Any]
-    by_length: dict[str, Any]
-
-
-class _Prompts(BaseModel):
-    hashes: list[str]
-    tasks: dict[str, int]
-
-
-class _Result(BaseModel):
-    """What tells a result of ``eval/bench.py`` from any other JSON, and what everything here reads."""
-
-    command: str
-    environment: dict[str, Any]
-    base: dict[str, str]
-    prompts: _Prompts
-    scorers: list[str]
-    rows: Annotated[list[_Row], Field(min_length=1)]
-
-
-def read(file: Path) -> dict[str, Any]:
-    """Reads a result.
-
-    Raises:
-        InputError: Not a result of ``eval/bench.py`` of this version.
-    """
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(str(file), error, "a JSON file written by eval/bench.py") from error
-    found = result.get("schema_version") if isinstance(result, dict) else None
-    if found not in (3, SCHEMA_VERSION):  # version 3 knew no prompts to pick on
-        raise InputError(f"{file}: schema_version", found, f"3 | {SCHEMA_VERSION}")
-    result |= {"schema_version": SCHEMA_VERSION, "picked_on": result.get("picked_on")}
-    checked(_Result, result, file)
-    for row in result["rows"]:
-        row["settings"]["eot"] = current_eot_rule(row["settings"]["eot"], f"{file}: eot")
-    return result
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from eval.measure import judge
 from models import LLaDAConfig, LLaDAModelLM
 from models.errors import InputError
 from models.predictor import MaskPredictor, TokenIds
+from train.callbacks import check_finite
 
 
 class BaseModule(LightningModule):
@@ -120,7 +121,9 @@ class BaseModule(LightningModule):
         self.log_dict({"train/loss": loss.detach(), "train/lr": rate}, prog_bar=True)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("validation/loss", self.loss(batch), prog_bar=True, sync_dist=True, batch_size=1)
+        loss = self.loss(batch)
+        check_finite("validation/loss", loss)
+        self.log("validation/loss", loss, prog_bar=True, sync_dist=True, batch_size=1)
 
     def on_validation_epoch_end(self) -> None:
         if not self.probes or self.trainer.sanity_checking:

@@ -6,8 +6,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
+from torch import Tensor
+
+from models.errors import InputError
 
 
 def checkpoints(folder: Path, **settings: Any) -> ModelCheckpoint:
@@ -35,6 +38,23 @@ class Checkpoints(ModelCheckpoint):
         assert self.dirpath is not None
         if self.every and trainer.global_step == trainer.max_steps and trainer.global_step % self.every:
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+
+
+class FiniteLoss(Callback):
+    """Stops a run whose training loss is no finite number; looks as often as it is logged, since a GPU is waited for."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue] - Lightning sets it
+        if trainer.global_step % max(every, 1) == 0 and "train/loss" in trainer.callback_metrics:
+            check_finite("train/loss", trainer.callback_metrics["train/loss"])
+
+
+def check_finite(name: str, loss: Tensor) -> None:
+    """Raises an InputError for a loss that is no finite number: what is trained is lost, and only settings can help."""
+    if not loss.isfinite():
+        raise InputError(
+            name, loss.item(), "a finite number; a lower learning_rate helps, or trainer.gradient_clip_val"
+        )
 
 
 def progress() -> ProgressBar:

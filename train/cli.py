@@ -27,11 +27,12 @@ from decoding.command_line import entry
 from eval.command import CONFIGS, CommandParser, command, wandb_mode
 from eval.tracking import WandbSettings
 from models.errors import InputError
-from train.callbacks import checkpoints, progress
+from train.callbacks import FiniteLoss, checkpoints, progress
 from train.folder import (
     CHECKPOINTS,
     RunFile,
     WholeFiles,
+    check_apart,
     check_same_run,
     flatten,
     last_checkpoint,
@@ -147,7 +148,7 @@ class Command(LightningCLI):
         dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml")
         self.settings: dict[str, Any] = yaml.safe_load(dump)[subcommand]
         config = self.config[subcommand]
-        check_trainer(self.settings["trainer"], exports=subcommand == "fit" and "fit" in self.spec.after)
+        check_trainer(self.settings["trainer"], subcommand, exports=subcommand == "fit" and "fit" in self.spec.after)
         self._check_outputs(subcommand)
         last = last_checkpoint(self.folder) if subcommand == "fit" and config.resume else None
         if config.ckpt_path is None and last is not None:
@@ -162,6 +163,8 @@ class Command(LightningCLI):
         for name in ("rollout.folder", *(["pipeline.out"] if subcommand == "fit" else [])):
             if flat.get(name) is not None:
                 check_writable(name, Path(flat[name]))
+        out = flat.get("pipeline.out") if subcommand == "fit" else None
+        check_apart(self.folder, flat.get("rollout.folder"), out)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         subcommand = str(self.subcommand)
@@ -169,7 +172,7 @@ class Command(LightningCLI):
             self.held.enter_context(hold(self.folder))  # now that the input is accepted
         # run.yaml is what fit or predict made this folder with; evaluating must not overwrite it.
         record = "run.yaml" if subcommand in ("fit", "predict") else f"{subcommand}.yaml"
-        callbacks: list[Callback] = [RunFile(self.folder / record, self.settings)]
+        callbacks: list[Callback] = [RunFile(self.folder / record, self.settings), FiniteLoss()]
         configured = self._get(self.config_init, "trainer")
         if configured["enable_progress_bar"] is not False:
             callbacks.append(progress())
@@ -263,10 +266,9 @@ def quiet() -> None:
         "No seed found",  # a command that draws something has a seed among its settings
     ):
         warnings.filterwarnings("ignore", message=expected)
+    said = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to")
     for part in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
-        logging.getLogger(f"lightning.{part}").addFilter(
-            lambda record: not record.getMessage().startswith(("💡", "TPU available", "Seed set to"))
-        )
+        logging.getLogger(f"lightning.{part}").addFilter(lambda record: not record.getMessage().startswith(said))
 
 
 def loggers(folder: Path, job_type: str, settings: Mapping[str, Any]) -> list[Logger]:

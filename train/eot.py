@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.disk import check_writable
 from data.eot_data import EotStates, load_eot_states
 from data.manifest import open_rollouts
-from data.typed import Count, Positive, Whole
+from data.typed import Length, Positive, Whole, Width
 from eval.command import command
 from models.checkpoint import check_replaceable
 from models.eot import COLUMNS, KIND, EotConfig, EotHead, first_end, save_eot
@@ -26,8 +27,8 @@ def main(
     rollouts: Path,
     base: str = "models/bundled/llada-tiny",
     out: Path = Path("exports/eot"),
-    hidden: Count = 16,
-    steps: Count = 500,
+    hidden: Width = 16,
+    steps: Length = 500,
     learning_rate: Positive = 0.02,
     seed: Whole = 1,
 ) -> None:
@@ -45,6 +46,7 @@ def main(
     Raises:
         InputError: Rollouts that hold no EoT evidence, are cut at an EoT, or are of another base model.
     """
+    check_writable("out", out)
     check_replaceable(out.absolute(), KIND)
     predictor = MaskPredictor.from_pretrained(base)
     opened = open_rollouts(rollouts, fingerprint=predictor.fingerprint)
@@ -78,15 +80,25 @@ def examples(states: EotStates) -> tuple[Tensor, Tensor]:
 
 
 def fit(head: EotHead, columns: Tensor, lost: Tensor, steps: int, learning_rate: float) -> EotHead:
-    """Trains a head on columns ``(N, F)`` and whether text would be lost ``(N,)`` float32."""
+    """Trains a head on columns ``(N, F)`` and whether text would be lost ``(N,)`` float32.
+
+    Raises:
+        InputError: The loss is no finite number any more.
+    """
     std = columns.std(0)
     head.mean.copy_(columns.mean(0))
     head.std.copy_(std.where(std > 1e-6, 1.0))
     optimizer = torch.optim.Adam(head.parameters(), learning_rate)
-    for _ in range(steps):
+    for step in range(steps + 1):
         optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(head(columns), lost).backward()
-        optimizer.step()
+        loss = F.binary_cross_entropy_with_logits(head(columns), lost)
+        if not loss.isfinite():
+            raise InputError(
+                "loss", f"{loss.item()} after {step} steps", "a finite number; a lower learning_rate helps"
+            )
+        if step < steps:
+            loss.backward()
+            optimizer.step()
     return head.eval()
 
 

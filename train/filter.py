@@ -19,7 +19,7 @@ from data.manifest import open_rollouts
 from data.prompt import Prompt
 from data.prompts import Split, split_of
 from data.rollout_data import RolloutSettings
-from data.typed import Count, Part, Share, Whole, check_fields
+from data.typed import Count, Part, Rounds, Share, check_fields
 from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
 from eval.compare import Run, compare, print_table, share
@@ -64,7 +64,7 @@ class Pipeline:
     test_prompts: Count | None
     pick_from: list[Share]
     baselines: list[Share]
-    rounds: Whole
+    rounds: Rounds
     loss: Part
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Training of a filter: loss, optimizer and metrics."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from models.errors import InputError
 from models.features import FEATURES
 from models.filter import ConvFilter, FilterConfig, build_filter
 from models.predictor import token_embeddings
+from train.callbacks import check_finite
 from train.reliability import Reliability
 
 _CUTS = torch.linspace(-14, 14, 281).sigmoid()
@@ -168,8 +169,9 @@ class FilterModule(LightningModule):
         if not len(batch):
             return
         logits = self.net(batch.evidence)
-        meters: Any = self.meters[stage]
-        meters["loss"].update(self.loss(logits, batch), batch.weight.sum())
+        meters, loss = cast(Any, self.meters[stage]), self.loss(logits, batch)
+        check_finite(f"{stage}/loss", loss)
+        meters["loss"].update(loss, batch.weight.sum())
         probability = logits.sigmoid()
         for part, where in (("all", batch.example), ("no_tail", batch.example & ~batch.tail)):
             final = batch.final[where].long()

@@ -20,6 +20,38 @@ CHECKPOINTS = {"best": ["best"], "last": ["last"], "trained": ["best", "last"]}
 """Names a user may give instead of a checkpoint's path: the files that are looked for, in order."""
 
 
+_OTHERS = {"config.json": "an exported model", "manifest.json": "a rollout set"}
+"""Files that tell a folder of something else from a run's, and what it is."""
+
+
+def check_apart(run: Path, rollouts: str | None, out: str | None) -> None:
+    """Raises an InputError where one of a command's folders would lie in another one's way.
+
+    An export replaces its folder, whatever is in it; and a set is what its manifest says.
+
+    Args:
+        run: The run folder.
+        rollouts: Folder of the rollouts, where the command has them.
+        out: Folder of the export, likewise.
+    """
+    for name, kind in _OTHERS.items():
+        if (run / name).is_file():
+            raise InputError("run", f"{run}, {kind}, with {name} in it", "a folder of its own")
+    own = run.absolute().resolve()
+    shards, export = (None if path is None else Path(path).absolute().resolve() for path in (rollouts, out))
+    if shards is not None and own == shards:
+        raise InputError("run", f"{run}, the folder of the rollouts", "a folder of its own")
+    if export is not None:
+        if shards is not None and (export == shards or shards in export.parents):
+            raise InputError("pipeline.out", f"{out}, in rollout.folder {rollouts}", "a folder beside it")
+        for name, folder in (("run", own), ("rollout.folder", shards)):
+            if folder is not None and (folder == export or export in folder.parents):
+                raise InputError(name, f"{folder}, in pipeline.out {out}, which is replaced", "a folder beside it")
+    for place in own.parents:
+        if (place / "config.json").is_file() and any(place.glob("model*.safetensors*")):
+            raise InputError("run", f"{run}, in {place}, an exported model", "a folder beside it")
+
+
 def named_checkpoint(folder: Path, wanted: str) -> Path:
     """The checkpoint ``best`` or ``last`` of a run folder; ``trained`` is the best, or else the last.
 

@@ -23,6 +23,7 @@ from models.causal_lm import (
 )
 from models.errors import InputError
 from models.predictor import MaskPredictor, fingerprint
+from train.callbacks import check_finite
 
 
 class HelperModule(LightningModule):
@@ -267,7 +268,9 @@ class HelperModule(LightningModule):
         meters: Any = self.meters[stage]
         known = tokens < self.vocab_size
         if known.any():
-            meters["loss"].update(self.loss(logits, tokens), known.sum())
+            loss = self.loss(logits, tokens)
+            check_finite(f"{stage}/loss", loss)
+            meters["loss"].update(loss, known.sum())
         meters["agreement"].update((logits.argmax(-1) == tokens).float())
 
     def on_validation_epoch_end(self) -> None:

@@ -584,6 +584,24 @@ def test_lm_evals_own_command_line_knows_the_model(tmp_path, monkeypatch, capsys
     assert "short" in capsys.readouterr().out
 
 
+def test_what_lm_eval_says_of_its_arguments_is_bad_input(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["harness.py"])
+    with pytest.raises(InputError, match="arguments: found .*nope.*; accepted: arguments that"):
+        lm_eval_command(
+            ["--model", "nope", "--tasks", "short", "--include_path", str(ROOT / "eval/tasks"), "--limit", "1"]
+        )
+
+
+def test_a_bug_below_lm_eval_keeps_its_traceback(monkeypatch):
+    def broken():
+        raise KeyError("ours")
+
+    monkeypatch.setattr(sys, "argv", ["harness.py"])
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", broken)
+    with pytest.raises(KeyError, match="ours"):
+        lm_eval_command([])
+
+
 def test_presets_name_tasks_of_lm_eval():
     tasks = Path(lm_eval.tasks.__file__).parent
     folders: list[str | Path] = [tasks / name for name in ("gsm8k", "minerva_math", "benchmarks", "humaneval", "mbpp")]

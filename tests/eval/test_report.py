@@ -9,7 +9,8 @@ from eval.command import command
 from eval.headline import confirmed, doubts, headline, pick, picked, summary
 from eval.intervals import paired, wilson
 from eval.pages import main as write_pages
-from eval.report import changes, compare, draw, markdown, read, render, variant, write
+from eval.report import changes, compare, draw, markdown, render, variant, write
+from eval.result_file import read
 from models.errors import InputError
 
 PROMPTS = 1000
@@ -25,6 +26,7 @@ def row(strategy, label, lost, nfe, speed, **settings):
     }  # fmt: skip
     common = {
         "gen_length": 128,
+        "block_length": 32,
         "batch_size": 32,
         "dtype": "float32",
         "temperature": 0.0,
@@ -248,7 +250,7 @@ def placed(*names):
 
 
 def test_pages_take_their_figures_from_results(tmp_path, capsys):
-    twice = row("full_step", "full_step gen 256", 0, 21.0, 90, gen_length=256) | {"prompts": 256}
+    twice = row("full_step", "full_step gen 256", 0, 21.0, 90, gen_length=256) | {"prompts": 256, "right": "1" * 256}
     write(result([*ROWS, row("apd", "apd R 0", 0, 3.0, 50), twice]), tmp_path, 0.01)
     costs = [one | {"settings": one["settings"] | {"block_length": 32}} for one in ROWS]
     (tmp_path / "cost.json").write_text(json.dumps(result(costs)))
@@ -336,6 +338,18 @@ def test_a_page_without_the_place_for_figures_is_named(tmp_path):
     with pytest.raises(InputError, match=r"README.md: found no lines <!-- front --> and <!-- /front -->"):
         write_pages(tmp_path, tmp_path)
     assert page.read_text() == "<!-- /front -->\n<!-- front -->\n"
+
+
+def test_pages_are_all_written_or_none(tmp_path):
+    # Two or three tables were new and the others old when a later result was refused.
+    write(result(), tmp_path, 0.01)
+    (tmp_path / "cost.json").write_text("{")
+    (tmp_path / "docs").mkdir()
+    for page, names in {"README.md": ["front"], "docs/decoders.md": ["headline", "sweep", "beside", "risk", "cost"]}.items():
+        (tmp_path / page).write_text(placed(*names))
+    with pytest.raises(InputError, match=r"cost\.json"):
+        write_pages(tmp_path, tmp_path)
+    assert (tmp_path / "README.md").read_text() == placed("front")
 
 
 def test_the_pages_that_are_committed_have_the_figures_of_the_results_beside_them(tmp_path):

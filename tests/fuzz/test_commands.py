@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from lightning.pytorch import Trainer
 
 from data.typed import Count, NotNegative, Part, Positive, Seed, Share, Text
+from decoding.command_line import entry
 from decoding.generate import main as generate_main
-from eval.command import command
+from eval.command import command, wandb_mode
+from models.errors import InputError
+from train.folder import check_apart
+from train.trainer_settings import check_trainer, refusals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,6 +119,7 @@ def test_files(content: bytes, message: str, tmp_path: Path, capsys: pytest.Capt
 
 
 BASE, RESULTS = ROOT / "models/bundled/llada-tiny", ROOT / "eval/results"
+FILTER = ROOT / "models/bundled/filter-llada-tiny"
 RESULT, RECIPE = RESULTS / "bench.json", ROOT / "configs/base/default.yaml"
 
 EXPORT = "--checkpoint x --rollouts x --out /dev/null/x"
@@ -156,6 +162,29 @@ COMMANDS = [
     ("train/base.py fit", "--model.vocab_size 992", '"model.vocab_size" must be given via "data.vocab_size"'),
     ("eval/bench.py", "--limit -1", "limit: found -1"),
     ("eval/bench.py", "--repeats 0", "repeats: found 0"),
+    ("eval/bench.py", "--repeats 999999999999", "repeats: found 999999999999; accepted: a whole number from 1 to 1000"),
+    ("eval/bench.py", "--runs []", "runs: found none; accepted: at least one"),
+    ("eval/bench.py", "--prompts []", "prompts: found none; accepted: at least one"),
+    ("eval/risk.py", "--strategy threshold --values []", "found threshold, threshold, []; accepted: a strategy with"),
+    ("eval/trace.py", "--prompt a --strategies []", "strategies: found none; accepted: one or more of"),
+    ("eval/doctor.py", "--batch_size 1048576", "batch_size: found 1048576; accepted: a whole number from 1 to 65536"),
+    ("eval/doctor.py", "--batch_size 0", "batch_size: found 0"),
+    ("eval/doctor.py", "--gen_length 33", "block_length: found 32"),
+    ("eval/doctor.py", "--gen_length 99999999999999", "gen_length: found 99999999999999"),
+    ("eval/doctor.py", "--prompt_length -1", "prompt_length: found -1"),
+    ("eval/doctor.py", "--cache nope", "cache: found nope; accepted: none | prefix | dual"),
+    ("eval/doctor.py", "--dtype int8", "dtype: found 'int8'; accepted: float32"),
+    ("train/eot.py", "", "rollouts: found nothing; accepted: a value"),
+    ("train/eot.py", "--rollouts x --out /dev/null/x", "out: found /dev/null, no folder"),
+    ("train/eot.py", f"--rollouts x --out {FILTER}", "which does not hold a eot"),
+    ("train/eot.py", "--rollouts x --hidden 99999", "hidden: found 99999; accepted: a whole number from 1 to 4096"),
+    ("train/eot.py", "--rollouts x --hidden 0", "hidden: found 0"),
+    ("train/eot.py", "--rollouts x --steps 99999999999", "steps: found 99999999999; accepted: a whole number from 1 to 1048576"),
+    ("train/eot.py", "--rollouts x --learning_rate .nan", "learning_rate: found .nan"),
+    ("train/eot.py", "--rollouts x --seed -1", "seed: found -1"),
+    ("train/eot.py", "--rollouts x --base /nope", "found '/nope'; accepted: a folder with config.json"),
+    ("train/eot.py", f"--rollouts nowhere --base {BASE}", "nowhere/manifest.json: found"),
+    ("eval/harness.py", "--tasks short --system_instruction \udcff", "system_instruction: found '\\udcff'; accepted: text"),
     ("eval/bench.py", "--margin 1", "margin: found 1"),
     ("eval/bench.py", "--runs [{strategy:\u00a0full_step}]", "runs"),
     ("eval/bench.py", '--runs [{"strategy":"full_step","limit":-1}]', 'runs.limit: found -1'),
@@ -216,6 +245,32 @@ COMMANDS = [
     ("train/filter.py fit", "--trainer.gradient_clip_val -1", "trainer.gradient_clip_val: found -1"),
     ("train/filter.py fit", "--trainer.check_val_every_n_epoch 0", "trainer.check_val_every_n_epoch: found 0"),
     ("train/filter.py fit", "--trainer.check_val_every_n_epoch 99", "check_val_every_n_epoch: found 99; accepted: at most max"),
+    ("train/filter.py fit", "--trainer.max_time 00:00:00:00", "trainer.max_time: found 00:00:00:00; accepted: more"),
+    ("train/filter.py fit", "--trainer.max_time {seconds:0}", "trainer.max_time: found {seconds:0}; accepted: more"),
+    ("train/filter.py fit", "--trainer.precision 64-true", "trainer.precision: found 64-true; accepted: null | 32-true"),
+    ("train/filter.py fit", "--trainer.num_nodes 2", "trainer.num_nodes: found 2; accepted: 1, unless torchrun"),
+    ("train/filter.py fit", "--run runs/filter --rollout.folder runs/filter", "run: found runs/filter, the folder of"),
+    ("train/filter.py fit", "--pipeline.out runs/rollout/shards/x", "pipeline.out: found runs/rollout/shards/x, in rollout"),
+    ("train/filter.py fit", "--pipeline.out runs/rollout/shards", "pipeline.out: found runs/rollout/shards, in rollout"),
+    ("train/filter.py fit", "--run e/x --pipeline.out e", "e/x, in pipeline.out e, which is replaced; accepted: a folder"),
+    ("train/helper.py fit", "--rollout.folder e/x --pipeline.out e", "e/x, in pipeline.out e, which is replaced"),
+    ("train/filter.py fit", f"--run {FILTER}", "an exported model, with config.json in it; accepted: a folder of its own"),
+    ("train/filter.py fit", f"--run {FILTER}/x", "filter-llada-tiny, an exported model; accepted: a folder beside it"),
+    ("train/filter.py fit", "--pipeline.rounds 99999999", "pipeline.rounds: found 99999999; accepted: a whole number from 0"),
+    ("train/base.py fit", "--data.tasks [nope]", "data.tasks: found nope; accepted: a mapping with at least one setting"),
+    ("train/base.py fit", "--data.gym [nope]", "data.gym: found ['nope']; accepted: null | a mapping"),
+    ("train/base.py fit", "--data.tasks nope", "data.tasks: found nope; accepted: list"),
+    ("train/base.py fit", "--data.tasks [{name:nope}]", "data.tasks"),
+    ("train/rollout.py predict", "--rollout.sources [nope]", "rollout.sources: found nope; accepted: a mapping"),
+    ("train/base.py fit", "--data.workers 99999", "data.workers: found 99999; accepted: a whole number from 0 to 1024"),
+    ("train/base.py fit", "--data.validation_batches 99999999999", "data.validation_batches: found 99999999999"),
+    ("train/rollout.py predict", "--trainer.precision 16-true", "trainer.precision: found 16-true; accepted: null | 32"),
+    ("train/rollout.py predict", "--trainer.num_nodes 99", "trainer.num_nodes: found 99; accepted: 1, unless torchrun"),
+    ("train/rollout.py predict", "--trainer.num_nodes 0", "trainer.num_nodes: found 0"),
+    ("train/rollout.py predict", "--trainer.limit_predict_batches 1", "trainer.limit_predict_batches: found 1; accepted: null"),
+    ("train/rollout.py predict", "--trainer.limit_predict_batches 0.5", "trainer.limit_predict_batches: found 0.5"),
+    ("train/rollout.py predict", "--trainer.fast_dev_run true", "trainer.fast_dev_run: found True; accepted: false"),
+    ("train/rollout.py predict", f"--run {FILTER}", "an exported model, with config.json in it; accepted: a folder of its own"),
     ("train/filter.py fit", "--trainer.fast_dev_run true", "trainer.fast_dev_run: found true; accepted: false"),
     ("train/filter.py fit", "--trainer.enable_checkpointing false", "trainer.enable_checkpointing: found false"),
     ("train/filter.py fit", "--data.rollouts 5", "data.rollouts: found a value of its own; accepted: none: it is rollout.folder"),
@@ -263,6 +318,47 @@ def test_commands(
     assert stop.value.code == 2
     assert message in refused(capsys)
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("mode", ["nonsense", "OFFLINE", "0"])
+def test_modes_of_wandb(mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with pytest.raises(InputError, match=f"WANDB_MODE: found {mode}; accepted: online | offline | disabled"):
+        wandb_mode()
+
+
+def test_a_set_is_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(InputError, match="run: found .*, a rollout set, with manifest.json in it"):
+        check_apart(tmp_path, None, None)
+    (tmp_path / "config.json").touch()  # anybody's
+    check_apart(tmp_path / "run", str(tmp_path / "run/shards"), str(tmp_path / "run/export"))
+
+
+def test_an_accelerator_that_is_not_installed_is_named() -> None:
+    with pytest.raises(InputError, match="trainer: found .*torch_xla.*; accepted: settings that"), refusals():
+        Trainer(accelerator="tpu")
+
+
+def test_nodes_are_taken_from_who_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dict.fromkeys(
+        ["accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val", "log_every_n_steps", "devices",
+         "accelerator", "precision", "val_check_interval", "limit_predict_batches", "fast_dev_run"]
+    ) | {"num_nodes": 2}  # fmt: skip
+    for name in ("MASTER_ADDR", "SLURM_NTASKS"):
+        with pytest.raises(InputError, match="num_nodes"):
+            check_trainer(settings, "predict", exports=False)
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "2")
+            check_trainer(settings, "predict", exports=False)
+
+
+def test_a_terminal_without_a_character_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", told)
+    entry(lambda: print("2× as fast"))
+    told.seek(0)
+    assert told.read() == "2\\xd7 as fast\n"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import os
 import resource
+import runpy
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +16,15 @@ import pytest
 import torch
 
 from data.disk import check_writable, hold
+from data.manifest import RolloutKey
 from data.provenance import write_aside
+from data.shards import ShardWriter
 from decoding.command_line import entry
 from models.checkpoint import abandoned, writing
 from models.errors import InputError
 from train.folder import WholeFiles, last_checkpoint, made_by
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
@@ -189,3 +195,61 @@ def test_a_checkpoint_of_another_command_is_named(tmp_path: Path) -> None:
         export_base(file, tmp_path, tmp_path / "out")
     with pytest.raises(InputError, match="accepted: one that"), made_by("train/filter.py", file):
         raise RuntimeError("size mismatch")
+
+
+@pytest.fixture
+def read_only(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
+    """A disk that holds a base, a rollout set that is begun, a result and a page, and takes no writing."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.name != "posix" or os.geteuid() or shutil.which("mount") is None:
+        pytest.skip("only root mounts a disk")
+    done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", disk], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    try:
+        shutil.copytree(tiny_checkpoint, disk / "base")
+        shutil.copy(ROOT / "eval/results/dream/bench.json", disk)
+        ShardWriter(disk / "set", RolloutKey("f", "t", {"eot_id": 1, "block_length": 4, "passes": ["oracle"]}))
+        (disk / "run").mkdir()
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+READ_ONLY = [
+    "eval/bench.py --out {disk}/out",
+    "eval/trace.py --prompt a --strategies [threshold] --out {disk}/trace.html",
+    "eval/risk.py --strategy threshold --values [0.9] --run {disk}/run",
+    "eval/harness.py --tasks short --out {disk}/out",
+    "eval/card.py --training a --recipes [{recipe}] --base {disk}/base",
+    "eval/report.py render --result {disk}/bench.json",
+    "eval/report.py compare --before {disk}/bench.json --after {disk}/bench.json --out {disk}/changes.md",
+    "train/rollout.py predict --run {disk}/run",
+    "train/rollout.py predict --rollout.folder {disk}/set",
+    "train/rollout.py merge --folder {disk}/set",
+    "train/filter.py fit --run {disk}/run",
+    "train/filter.py fit --rollout.folder {disk}/set",
+    "train/filter.py fit --pipeline.out {disk}/out",
+    "train/helper.py fit --pipeline.out {disk}/out",
+    "train/base.py fit --run {disk}/run",
+    "train/base.py export --checkpoint x --tokenizer x --out {disk}/out",
+    "train/eot.py --rollouts {disk}/set --out {disk}/out",
+]
+
+
+def test_a_read_only_disk_is_refused(
+    read_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for line in READ_ONLY:
+        script, *words = line.format(disk=read_only, recipe=ROOT / "configs/base/default.yaml").split()
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *words])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        out, err = capsys.readouterr()
+        assert stop.value.code in (2, os.EX_IOERR), line
+        assert (out, err.count("\n")) == ("", 1), (line, out, err)
+        assert "Read-only file system" in err, (line, err)
+        assert names(tmp_path) == ["disk"]

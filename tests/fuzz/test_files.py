@@ -1,7 +1,9 @@
 """Hostile files: prompts, filters and results that are no such thing, each named with the row or the field."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -16,8 +18,11 @@ from safetensors.torch import load_file, save_file
 from data.manifest import Rollouts, read_manifest
 from data.prompts import PromptSource, load_prompts
 from decoding.risk import load_calibration
+from eval.headline import headline
 from eval.lm.answers import Answers
-from eval.report import read
+from eval.pages import _TABLES
+from eval.report import changes, markdown
+from eval.result_file import read
 from models.checkpoint import check_files
 from models.errors import InputError
 from models.families import described
@@ -25,6 +30,8 @@ from models.filter import FilterConfig, build_filter, load_filter, save_filter
 from models.helper import read_description
 from models.predictor import MaskPredictor
 from models.stock import helper_folder
+
+ROOT = Path(__file__).resolve().parents[2]
 
 BAD_PROMPTS = ["{}", "[]", '["a"]', '{"a": 1}', "true", '""', '" "', "null", '"\\ue000"', '"\\ud800"', "NaN"]
 
@@ -161,7 +168,9 @@ def test_a_filter_that_reads_a_column_twice(filter_folder: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "5", "{}", '{"schema_version": 4}', '{"schema_version": 4, "rows": []}', '{"schema_version": 4, "rows": [{}]}',
-     '{"schema_version": 4, "rows": [5]}', '{"schema_version": "4"}', '{"schema_version": [4]}'],
+     '{"schema_version": 4, "rows": [5]}', '{"schema_version": "4"}', '{"schema_version": [4]}', "[" * 200_000, "9" * 5000,
+     '{"schema_version": 4, "schema_version": 4}'],
+    ids=lambda value: f"{value:.60}",
 )  # fmt: skip
 def test_results(tmp_path: Path, content: str) -> None:
     file = tmp_path / "bench.json"
@@ -170,7 +179,114 @@ def test_results(tmp_path: Path, content: str) -> None:
         read(file)
 
 
-CALIBRATION = Path(__file__).resolve().parents[2] / "models/bundled/filter-llada-tiny/risk.json"
+def test_a_pipe_is_no_result(tmp_path: Path) -> None:
+    # It would be waited for.
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(InputError, match=r"pipe\.json: found no regular file"):
+        read(tmp_path / "pipe.json")
+
+
+@pytest.fixture(scope="module")
+def whole_result() -> str:
+    """One with everything that a result may hold: settings picked elsewhere, a component, a helper."""
+    found = json.loads((ROOT / "eval/results/bench.json").read_text())
+    helped = next(row["label"] for row in found["rows"] if "helper" in row)
+    for part in (found, found["picked_on"]):
+        kept = [row for row in part["rows"] if row["label"] in ("full_step", "threshold 0.9", helped)]
+        part["rows"] = [row | {"prompts": 3, "right": "111", "reference": "full_step"} for row in kept]
+        for row in part["rows"]:
+            row["paired_difference"] |= {"won": 0, "lost": 0}
+            for groups in (row["by_task"], row["by_length"]):
+                for name in list(groups)[1:]:
+                    del groups[name]
+        (part.get("prompts") or part)["hashes"] = ["a", "b", "c"]
+    found["headline"] = headline(found["rows"], picked_on=found["picked_on"]["rows"])
+    return json.dumps(found)
+
+
+UNREAD = ("counts", "fingerprints", "sources", "speed", "speed_confirmed", "forwards_confirmed", "picked_on")
+"""What is in them is not read, or of the type of the reported rows."""
+
+
+def places(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """Where everything in a result stands; of a list only its last."""
+    if path:
+        yield path
+    if isinstance(value, dict) and path[-1:] not in {(name,) for name in UNREAD}:
+        for name in value:
+            yield from places(value[name], (*path, name))
+    elif isinstance(value, list) and value:
+        yield from places(value[-1], (*path, len(value) - 1))
+
+
+def tell(result: dict) -> None:
+    """Everything that is made of a result but the picture."""
+    for _, _, made in _TABLES.values() if result.get("headline") else ():  # else refused by pages
+        made(result)
+    markdown(result | {"headline": headline(result["rows"], 0.01, (result["picked_on"] or result)["rows"])})
+    changes(result, result)
+
+
+MISSING = object()
+BAD = [MISSING, None, -1, math.nan, 10**400, {"a": 5}]
+
+
+@pytest.mark.parametrize("value", BAD, ids=lambda value: "missing" if value is MISSING else f"{value!r:.10}")
+def test_whatever_is_wrong_in_a_result_is_refused_or_does_no_harm(
+    whole_result: str, tmp_path: Path, value: object
+) -> None:
+    # 16 of 22 changes ended in a traceback of compare, render or pages.
+    file, result, refused = tmp_path / "bench.json", json.loads(whole_result), []
+    file.write_text(whole_result)
+    tell(read(file))
+    for path in places(result):
+        *outer, last = path
+        inner = result
+        for name in outer:
+            inner = inner[name]
+        before = dict(inner) if isinstance(inner, dict) else list(inner)
+        if value is MISSING:
+            del inner[last]
+        else:
+            inner[last] = value
+        file.write_text(json.dumps(result))
+        try:
+            found = read(file)
+        except InputError as error:
+            refused.append(str(error))
+        else:
+            tell(found)
+        inner.clear()
+        inner.extend(before) if isinstance(before, list) else inner.update(before)
+    assert len(refused) > 50
+    assert all(re.match(r".*bench\.json.*: found .*; accepted: .", line) for line in refused)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompts": -5}, "prompts"), ({"exact_match": 2.0}, "exact_match"), ({"exact_match": None}, "exact_match"),
+        ({"seconds": 0}, "seconds"), ({"nfe_mean": math.nan}, "nfe_mean"), ({"right": "11"}, "right"),
+        ({"right": "112"}, "right"), ({"label": "full_step"}, "label"), ({"reference": "nobody"}, "reference"),
+        ({"by_task": {"a": 5}}, "by_task.a"), ({"by_length": {"many": {}}}, r"by_length\S*"), ({"settings": {}}, "strategy"),
+        ({"helper": None}, "helper"), ({"memory": {}}, "memory.peak"), ({"prompts": 10**6}, "prompts"),
+        ({"sequence_agreement": None}, "sequence_agreement"), ({"paired_difference": None}, "paired_difference"),
+    ],
+)  # fmt: skip
+def test_rows_of_results(whole_result: str, tmp_path: Path, change: dict, field: str) -> None:
+    file, result = tmp_path / "bench.json", json.loads(whole_result)
+    result["rows"][1] |= change
+    file.write_text(json.dumps(result))
+    with pytest.raises(InputError, match=rf"bench\.json: rows\.1\.(settings\.)?{field}: found .*; accepted: ."):
+        read(file)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "eval/results").rglob("*.json")), ids=lambda file: str(file)[-30:])
+def test_results_that_are_committed(file: Path) -> None:
+    assert read(file)["rows"]
+
+
+CALIBRATION = ROOT / "models/bundled/filter-llada-tiny/risk.json"
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,22 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from data.disk import hold
 from data.manifest import open_rollouts
 from data.prompts import PromptSource
 from data.rollout_data import RolloutSettings
 from data.shards import ShardWriter
 from models.errors import InputError
+from train.rollout import merge
 from train.rollout_module import rollout
 
 
@@ -114,3 +119,78 @@ def test_a_hundred_damaged_shards_are_found_and_decoded_again(
             for there in files:
                 there.write_bytes(before[there.name])
         assert contents(folder) == before
+
+
+YEAR = 366 * 86_400
+
+
+@pytest.fixture(params=[YEAR, -YEAR], ids=["a year on", "a year back"])
+def clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A clock that has jumped since a set was begun, by this many seconds."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + request.param)
+    moment = (datetime.now(UTC) + timedelta(seconds=request.param)).isoformat(timespec="seconds")
+    monkeypatch.setattr("data.shards.now", lambda: moment)
+    return request.param
+
+
+def gone() -> int:
+    """The id of a process that has ended."""
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def without_times(folder: Path) -> dict[str, bytes]:
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = json.loads(files.pop("manifest.json"))
+    del manifest["started"], manifest["finished"]
+    return files | {"manifest.json": json.dumps(manifest).encode()}
+
+
+def test_a_clock_that_jumps_loses_nothing(
+    tiny_checkpoint: Path, file: Path, whole: Path, tmp_path: Path, clock: int
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(whole, folder)
+    lost, *kept = sorted(folder.glob("shard-*.json"))
+    lost.unlink()  # what is left to do
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    stale = folder / f".steps-x.parquet.{socket.gethostname()}-{gone()}.part"
+    running = folder / f".steps-y.parquet.{socket.gethostname()}-{os.getppid()}.part"
+    for path in (stale, running, folder / "claim-x"):
+        path.touch()
+    for path in folder.iterdir():
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - clock))
+    before = {path.name: path.stat().st_mtime_ns for path in kept}
+    roll(tiny_checkpoint, folder, file)
+    assert running.is_file()  # whose process lives, however old it looks
+    running.unlink()
+    assert without_times(folder) == without_times(whole)
+    assert {path.name: path.stat().st_mtime_ns for path in kept} == before  # none of them anew
+    merge(folder)
+    assert without_times(folder) == without_times(whole)
+
+
+def test_a_lock_is_no_matter_of_time(whole: Path, tmp_path: Path, clock: int) -> None:
+    # Were it told by its age, two processes would decode the same, or all would wait for one that is gone.
+    folder = tmp_path / "set"
+    shutil.copytree(whole, folder)
+    shards = ShardWriter.begun(folder)
+    held, free, run = folder / "claim-held", folder / "claim-free", tmp_path / "run"
+    free.touch()
+    with shards.claim("held") as ours, hold(run):
+        assert ours
+        for path in (held, free, run / ".lock"):
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime - clock))
+        assert shards.claimed() == 1
+        with shards.claim("held") as theirs:
+            assert not theirs
+        with pytest.raises(InputError, match="in use by process"):
+            hold(run)
+        with shards.claim("free") as taken:
+            assert taken
+    hold(run).close()

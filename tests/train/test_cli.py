@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from eval.command import wandb_mode
 from eval.tracking import WandbSettings, evaluation_run
 from models.errors import InputError
-from train.callbacks import ProgressLines
+from train.callbacks import FiniteLoss, ProgressLines
 from train.cli import Command, log_export, run
 from train.folder import load_checkpoint
 
@@ -327,6 +327,15 @@ def test_processes_wait_for_each_other_for_longer_than_a_shard_takes(toy):
     assert waits[0] > timedelta(days=30)
 
 
+@pytest.mark.parametrize("words", ["", "--trainer.devices 1"])
+def test_torchrun_and_the_trainer_have_as_many_processes(toy, monkeypatch: pytest.MonkeyPatch, words: str):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    status, _, told = toy(f"fit {words}")
+    assert status == 2
+    assert "accepted: 2, as many as torchrun has started on this node" in told
+
+
 def test_wandb_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -349,3 +358,17 @@ def test_the_last_step_is_saved_whatever_the_run_s_length(toy, steps):
     assert again[0] == 0
     assert f"at step {steps}" in again[2]
     assert Toy.steps == list(range(steps + 2))
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_a_training_loss_that_is_no_number_stops_the_run(loss):
+    # It went on to its end and exported weights of NaN, or ended in a traceback.
+    trainer = SimpleNamespace(
+        global_step=50, log_every_n_steps=50, callback_metrics={"train/loss": torch.tensor(1.0)}
+    )  # fmt: skip
+    FiniteLoss().on_train_batch_end(trainer)
+    trainer.callback_metrics["train/loss"] = torch.tensor(loss)
+    with pytest.raises(InputError, match="train/loss: found .*; accepted: a finite number"):
+        FiniteLoss().on_train_batch_end(trainer)
+    trainer.global_step = 51  # a GPU is not waited for at every step
+    FiniteLoss().on_train_batch_end(trainer)

@@ -16,8 +16,9 @@ from decoding.strategies import make_strategy
 from eval.command import command
 from models import LLaDAModelLM
 from models.eot import EotConfig, EotHead, eot_columns, load_eot, save_eot
+from models.errors import InputError
 from models.predictor import MaskPredictor
-from train.eot import calibrate, main
+from train.eot import calibrate, fit, main
 from train.rollout_module import rollout
 
 
@@ -45,6 +46,13 @@ def made(base, tmp_path_factory):
     rollout(RolloutSettings(folder=folder / "commit", eot_evidence=True, **settings), accelerator="cpu")
     rollout(RolloutSettings(folder=folder / "plain", eot="off", **settings), accelerator="cpu")
     return folder
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_head_of_no_finite_loss_is_refused(steps):
+    columns, lost = torch.randn(64, 8), torch.arange(64) % 2
+    with pytest.raises(InputError, match=r"loss: found (nan|inf) after \d steps; accepted: a finite number"):
+        fit(EotHead(4), columns, lost.float(), steps, 1e30)
 
 
 def test_a_decode_shows_the_head_what_it_learned_from(base, made, tmp_path, monkeypatch):

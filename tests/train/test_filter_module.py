@@ -316,6 +316,12 @@ def test_rollouts_of_another_block_length_are_refused():
         trainer().fit(FilterModule(block_length=32), datamodule=data(records(400)))
 
 
+def test_a_loss_that_is_no_number_stops_the_run():
+    # The sums of the reliability diagram ended in a traceback.
+    with pytest.raises(InputError, match=r"validation/loss: found (nan|inf); accepted: a finite number"):
+        fit(records(400), learning_rate=1e30)
+
+
 def test_a_cosine_needs_an_end():
     with pytest.raises(InputError, match="schedule"):
         trainer(-1).fit(FilterModule(block_length=16), datamodule=data(records(400)))
