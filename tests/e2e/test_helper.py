@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import yaml
 
 from data.prompts import split_of
 from decoding import Decoder
-from decoding.risk import load_calibration
+from decoding.risk import load_calibration, save_calibration
 from models.errors import InputError
 from models.helper import load_helper
 from models.predictor import MaskPredictor
@@ -100,15 +101,18 @@ def test_the_export_decodes(fitted, tiny_checkpoint):
     assert (out.nfe <= 16).all()
 
 
-def test_the_export_takes_a_risk(fitted, tiny_checkpoint):
+def test_the_export_takes_a_risk(fitted, tiny_checkpoint, tmp_path):
     helper = fitted[0] / "exports/helper"
     calibration = load_calibration(helper / "risk.json")
     assert calibration.values == sorted(calibration.values)
     assert calibration.nfe[-1] == 1
-    risk = calibration.bounds[0] + 1e-6
-    decoder = Decoder.from_pretrained(tiny_checkpoint, "apd", helper=helper, risk=risk)
-    assert decoder.strategy.mixture_weight == calibration.value(risk)
+    assert calibration.loss == "text"  # this base answers nothing rightly: no answer could be lost
     assert f"- below {100 * calibration.bounds[0]:.3g} %: no setting" in (helper / "README.md").read_text()
+    save_calibration(tmp_path / "risk.json", replace(calibration, bounds=[0.01, 0.02]))
+    decoder = Decoder.from_pretrained(
+        tiny_checkpoint, "apd", helper=helper, risk=0.02, calibration=tmp_path / "risk.json"
+    )
+    assert decoder.strategy.mixture_weight == calibration.values[1]
 
 
 def test_a_helper_of_another_model_is_refused_by_name(fitted, tiny_checkpoint):

@@ -345,7 +345,10 @@ def test_pages_are_all_written_or_none(tmp_path):
     write(result(), tmp_path, 0.01)
     (tmp_path / "cost.json").write_text("{")
     (tmp_path / "docs").mkdir()
-    for page, names in {"README.md": ["front"], "docs/decoders.md": ["headline", "sweep", "beside", "risk", "cost"]}.items():
+    for page, names in {
+        "README.md": ["front"],
+        "docs/decoders.md": ["headline", "sweep", "beside", "risk", "cost"],
+    }.items():
         (tmp_path / page).write_text(placed(*names))
     with pytest.raises(InputError, match=r"cost\.json"):
         write_pages(tmp_path, tmp_path)
