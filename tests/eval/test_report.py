@@ -245,6 +245,9 @@ def test_two_files_are_compared(tmp_path, capsys):
     assert (tmp_path / "changes.md").read_text() in capsys.readouterr().out
 
 
+FIXED = ("threshold 0.9", "factor 0.25", "klass 0.8")
+
+
 def placed(*names):
     return "".join(f"<!-- {name} -->\nstale\n<!-- /{name} -->\nB\n" for name in names)
 
@@ -364,3 +367,20 @@ def test_the_pages_that_are_committed_have_the_figures_of_the_results_beside_the
     write_pages(root / "eval/results", tmp_path)
     for page in pages:
         assert (tmp_path / page).read_text() == (root / page).read_text(), f"python eval/pages.py writes {page} anew"
+
+
+def test_what_the_pages_say_in_words_is_what_the_results_say():
+    root = Path(__file__).parents[2]
+
+    def ratio(name: str, ending: str = "") -> str:
+        """The filter's forwards by those of the best fixed rule that is as good."""
+        rows = read(root / "eval/results" / name / "bench.json")["rows"]
+        rows = {row["label"].removesuffix(ending): row["nfe_mean"] for row in rows if row["label"].endswith(ending)}
+        return f"{rows['learn2pd 0.98'] / min(rows[fixed] for fixed in rows if fixed in FIXED):.2f}".removeprefix("0")
+
+    readme, page = (" ".join((root / name).read_text().split()) for name in ("README.md", "docs/decoders.md"))
+    assert f"The filter takes {ratio('')} times the forwards of the best fixed rule" in readme
+    assert f"; {ratio('fresh')} times, and +.3 points, on 1,024 longer ones" in readme
+    assert f"takes {ratio('')} times the forwards of the best fixed rule**" in page
+    assert f"The filter at .98 takes {ratio('fresh')} times the forwards of `threshold` .9" in page
+    assert f"not trained on, {ratio('fresh', ' gen 256 limit 256')} times" in page
