@@ -404,6 +404,14 @@ def test_other_settings_never_reuse_an_answer(make_lm, tmp_path):
         assert info["likelihood"][0]["reused"] == (0 if given in (settings[0], *settings[6:]) else 1), given
 
 
+def test_answers_of_other_code_are_not_reused(make_lm, tmp_path):
+    for changed, reused in ((False, 0), (True, 0), (False, 3)):
+        lm = make_lm(answers=tmp_path)
+        lm.code = f"not {lm.code}" if changed else lm.code
+        lm.generate_until(generation(PROMPTS))
+        assert lm.get_model_info()["dlm_accel"]["generation"][0]["reused"] == reused
+
+
 def test_an_interrupted_run_goes_on_where_it_was(make_lm, tmp_path, monkeypatch):
     prompts = [f"What is {n} + 4?" for n in range(6)]
     add, kept, decoded = Answers.add, [], []
