@@ -134,7 +134,10 @@ class Learned(EotRule):
         self.stable.value = torch.where(looked, again, self.stable.value)
         self.probability.value = torch.where(looked, step.log_probability.exp(), self.probability.value)
         self.top.value = torch.where(looked, step.top, self.top.value)
-        columns = eot_columns(self.probability.value, self.top.value, self.stable.value, step.masked)
+        # What was cut counts as left, with what was last said of it: a head has learned from regions that nobody cut, and would
+        # take the nothing right of a cut for a text that has surely ended.
+        left = step.masked | (torch.arange(self.length, device=step.end.device) >= step.end[:, None])
+        columns = eot_columns(self.probability.value, self.top.value, self.stable.value, left)
         cut = first_end(self.head(columns).sigmoid(), can_end(step.masked, step.end), self.risk)
         return torch.minimum(step.committed, cut)
 

@@ -114,6 +114,23 @@ def test_a_partial_forward_keeps_what_a_whole_one_said(random_base, head, monkey
     assert (seen[0][0] < 1).all()
 
 
+def test_after_a_cut_the_head_reads_the_region_as_if_nobody_had_cut_it(table, head, monkeypatch):
+    # It has learned from whole regions: of a text cut at 20 the next look would say that it surely ends at 19, and so on.
+    seen = []
+    monkeypatch.setattr(
+        "decoding.eot.eot_columns",
+        lambda *fields: seen.append(fields[3].clone()) or eot_columns(*fields),
+    )
+    predictor = table([1] * 20 + [EOT] * 12, [9.0] * 32, prompt=2)
+    config = DecodeConfig(32, 8, **head(predictor))
+    steps = decode_steps(predictor, [[1, 2]], config, make_strategy("full_step"), empty_output(1, config))
+    first, second = next(steps), next(steps)
+    assert first.changed[0].nonzero()[:, 0].tolist() == [0, *range(21, 32)]  # cut at 20
+    assert second.changed[0].nonzero()[:, 0].tolist() == [1]
+    for masked, decoded in zip(seen, (1, 2), strict=True):
+        assert masked[0].tolist() == [False] * decoded + [True] * (32 - decoded)
+
+
 def test_what_the_learned_rule_remembers_follows_the_rows(ending_base, head):
     # Rows move between slots as others finish: a row that inherits another's evidence is cut where that one ends.
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]

@@ -382,5 +382,6 @@ def test_what_the_pages_say_in_words_is_what_the_results_say():
     assert f"The filter takes {ratio('')} times the forwards of the best fixed rule" in readme
     assert f"; {ratio('fresh')} times, and +.3 points, on 1,024 longer ones" in readme
     assert f"takes {ratio('')} times the forwards of the best fixed rule**" in page
+    assert f"the filter at .98 takes {ratio('held_out')} times the forwards of `threshold` .9" in page
     assert f"The filter at .98 takes {ratio('fresh')} times the forwards of `threshold` .9" in page
     assert f"not trained on, {ratio('fresh', ' gen 256 limit 256')} times" in page
