@@ -59,6 +59,10 @@ class EotRule(ABC):
     def last(self, step: EotStep) -> Tensor:
         """Last position of each row's text, ``(b,)`` int64, ``G`` while it has no end; what follows becomes EoT."""
 
+    def closed(self, step: EotStep) -> Tensor | None:
+        """Last position of each row that is still decoded, likewise; what follows stays MASK for the model. Most close none."""
+        return None
+
 
 class Off(EotRule):
     """Every position is decoded."""
@@ -99,10 +103,12 @@ class Published(EotRule):
 
 
 class Learned(EotRule):
-    """A trained head ends the row at the leftmost position where, as it says, text is lost with less than the accepted risk.
+    """A committed EoT ends the row; what follows a position where a trained head says that no text is lost is not decoded.
 
-    As with the published rule, the position itself stays masked. A forward on a part of the region leaves what an earlier one
-    said of the rest.
+    That is the leftmost position where text is lost with less than the accepted risk, as the head says. It stays masked itself,
+    and what follows it stays MASK for the model, too, until the text has its own EoT: a region that ends sooner would tell the
+    model how long the text is to be, and of a region that nobody cuts the head has learned. A forward on a part of the region
+    leaves what an earlier one said of the rest.
     """
 
     name = "learned"
@@ -123,9 +129,13 @@ class Learned(EotRule):
         zero = torch.zeros(self.length, device=state.device)
         self.probability, self.top = state.register(zero), state.register(zero.bool())
         self.stable = state.register(zero.long())
+        self.cut = state.register(torch.full((), self.length, device=state.device))
+
+    def last(self, step: EotStep) -> Tensor:
+        return step.committed
 
     @torch.inference_mode()
-    def last(self, step: EotStep) -> Tensor:
+    def closed(self, step: EotStep) -> Tensor:
         assert step.log_probability is not None
         assert step.top is not None
         # Evidence is zero where no forward looked; a log-probability of 0 is a certainty, and then EoT is the guess.
@@ -134,12 +144,13 @@ class Learned(EotRule):
         self.stable.value = torch.where(looked, again, self.stable.value)
         self.probability.value = torch.where(looked, step.log_probability.exp(), self.probability.value)
         self.top.value = torch.where(looked, step.top, self.top.value)
-        # What was cut counts as left, with what was last said of it: a head has learned from regions that nobody cut, and would
-        # take the nothing right of a cut for a text that has surely ended.
-        left = step.masked | (torch.arange(self.length, device=step.end.device) >= step.end[:, None])
+        # What is closed counts as left, with what was last said of it, as in the regions that the head has learned from.
+        end = torch.minimum(step.end, self.cut.value + 1)
+        left = step.masked | (torch.arange(self.length, device=end.device) >= end[:, None])
         columns = eot_columns(self.probability.value, self.top.value, self.stable.value, left)
-        cut = first_end(self.head(columns).sigmoid(), can_end(step.masked, step.end), self.risk)
-        return torch.minimum(step.committed, cut)
+        found = first_end(self.head(columns).sigmoid(), can_end(step.masked, end), self.risk)
+        self.cut.value = torch.minimum(self.cut.value, found)
+        return self.cut.value
 
 
 RULES: dict[str, type[EotRule]] = {cls.name: cls for cls in (Off, Commit, Published, Learned)}

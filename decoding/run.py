@@ -121,10 +121,12 @@ class Run(ABC):
             committed = torch.where(transfer & (tokens == ids.eot), state.columns, self.config.gen_length).amin(1)
             seen = EotStep(committed, state.masked, state.end, self.eot.get("log_probability"), self.eot.get("top"))
             state.finish_at(self.rule.last(seen))
+            if (closed := self.rule.closed(seen)) is not None:
+                state.close_at(closed)
         self.finished = state.advance(evidence.confidence, decision.broken)
         if self.request.stop is not None:
             self._stop(self.request.stop)
-        result = StepResult(output.forward_calls, self.rows, was_masked ^ state.masked, state.generated)
+        result = StepResult(output.forward_calls, self.rows, was_masked ^ state.masked, state.text)
         output.seconds, output.predictor_seconds = time.perf_counter() - self.started, self.timer.total
         if any(slot.steps > self.config.gen_length for slot in self.scheduler.slots):
             raise RuntimeError(f"strategy {self.request.strategy.name!r} left a row without a commit")
@@ -190,7 +192,7 @@ class Run(ABC):
             length = self.text_length(slot)
             if slot.left and length > slot.checked:
                 slot.checked = length
-                if asked(slot.row, state.generated[number, :length].tolist()):
+                if asked(slot.row, state.text[number, :length].tolist()):
                     last[number], slot.left = length - 1, 0
         ended = [number for number, place in enumerate(last) if place < region]
         if ended:
@@ -202,11 +204,12 @@ class Run(ABC):
         if not self.finished:
             return
         state = self.state
+        text = state.text
         for number in self.finished:
             slot = self.scheduler.slots[number]
-            self.sequences[slot.row], self.output.nfe[slot.row] = state.generated[number], slot.steps
+            self.sequences[slot.row], self.output.nfe[slot.row] = text[number], slot.steps
             if self.request.finished is not None:
-                self.request.finished(slot.row, state.generated[number].tolist(), slot.steps)
+                self.request.finished(slot.row, text[number].tolist(), slot.steps)
         changes = self.scheduler.retire(self.finished)
         state.follow(changes)
         for source, target in changes.moves:

@@ -130,6 +130,13 @@ class BatchState:
         lambda self: self._masked.value,
         doc="``(b, G)`` bool, not decoded yet; tracked apart from ``ids``, so a prompt may hold any token.",
     )
+
+    @property
+    def text(self) -> Tensor:
+        """``(b, G)`` int64, the generated region with EoT where nothing will be decoded."""
+        closed = (self.generated == self.token_ids.mask) & ~self.masked
+        return torch.where(closed, self.token_ids.eot, self.generated)
+
     end = property(lambda self: self._end.value, doc="``(b,)`` int64, generated positions that are left.")
     block = property(lambda self: self._block.value, doc="``(b,)`` int64, number of the active block.")
     step_in_block = property(
@@ -185,6 +192,10 @@ class BatchState:
         self.generated.masked_fill_(beyond, self.token_ids.eot)
         self.masked.masked_fill_(beyond, False)
         self._end.value = torch.minimum(self.end, last + 1)
+
+    def close_at(self, last: Tensor) -> None:
+        """Decodes nothing right of ``last`` ``(b,)``; for the model it stays MASK, in the :attr:`text` it is EoT."""
+        self.masked.masked_fill_(self.region > last[:, None], False)
 
     def advance(self, confidence: Tensor, broken: Tensor | None = None) -> list[int]:
         """Counts the step, moves the block pointers on, and tells the scheduler what the step left.

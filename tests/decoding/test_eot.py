@@ -131,6 +131,23 @@ def test_after_a_cut_the_head_reads_the_region_as_if_nobody_had_cut_it(table, he
         assert masked[0].tolist() == [False] * decoded + [True] * (32 - decoded)
 
 
+def test_what_is_closed_stays_mask_for_the_model_and_is_eot_in_the_text(table, head, monkeypatch):
+    # A region that ends sooner tells the model how long the text is to be: it wrote shorter ones, and wrong ones.
+    predictor, given = table([1] * 20 + [EOT] * 12, [9.0] * 32, prompt=2), []
+    forward = predictor.forward
+    monkeypatch.setattr(
+        predictor, "forward", lambda ids, *rest, **more: given.append(ids.clone()) or forward(ids, *rest, **more)
+    )
+    config, output = DecodeConfig(32, 32, **head(predictor)), empty_output(1, DecodeConfig(32, 32))
+    steps = decode_steps(predictor, [[1, 2]], config, make_strategy("full_step"), output)
+    first, second = next(steps), next(steps)
+    assert first.sequences[0].tolist() == [1] + [predictor.ids.mask] * 20 + [EOT] * 11
+    assert second.sequences[0, 21:].tolist() == [EOT] * 11
+    assert given[1][0].tolist() == [1, 2, 1] + [predictor.ids.mask] * 31
+    assert sum(1 for _ in steps) == 21 - 2  # what is closed takes no forward
+    assert output.sequences[0].tolist() == [1] * 20 + [EOT] * 12
+
+
 def test_what_the_learned_rule_remembers_follows_the_rows(ending_base, head):
     # Rows move between slots as others finish: a row that inherits another's evidence is cut where that one ends.
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
