@@ -105,6 +105,7 @@ class BatchState:
         self.begun = begun
         self.prompt_width = max(len(prompt) for prompt in prompts)
         self.owned: list[RowTensor] = []
+        self.closes = False  # whether a rule leaves positions that are not decoded
         self.region = torch.arange(config.gen_length, device=device)
         self.offsets = self.region[: config.block_length]
         self.storage = torch.arange(self.prompt_width + config.gen_length, device=device)
@@ -134,6 +135,8 @@ class BatchState:
     @property
     def text(self) -> Tensor:
         """``(b, G)`` int64, the generated region with EoT where nothing will be decoded."""
+        if not self.closes:
+            return self.generated
         closed = (self.generated == self.token_ids.mask) & ~self.masked
         return torch.where(closed, self.token_ids.eot, self.generated)
 
@@ -195,6 +198,7 @@ class BatchState:
 
     def close_at(self, last: Tensor) -> None:
         """Decodes nothing right of ``last`` ``(b,)``; for the model it stays MASK, in the :attr:`text` it is EoT."""
+        self.closes = True
         self.masked.masked_fill_(self.region > last[:, None], False)
 
     def advance(self, confidence: Tensor, broken: Tensor | None = None) -> list[int]:
