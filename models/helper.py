@@ -162,7 +162,9 @@ class Helper:
         place = torch.arange(len(ids), device=ids.device) if rows is None else rows
         cache.place.rows, cache.place.columns, cache.place.every_row = place[:, None], columns, rows is None
         visible = torch.arange(cache.length, device=ids.device) <= columns[:, None, :, None]
-        return self.model.base_model(
+        # An adapter that is not merged wraps the model; its layers stand in the model's own.
+        whole: Any = getattr(self.model, "get_base_model", lambda: self.model)()
+        return whole.base_model(
             input_ids=within(ids, self.vocab_size, self.config.eot_id), attention_mask=visible, position_ids=columns,
             past_key_values=cache, use_cache=True,
         ).last_hidden_state  # fmt: skip
