@@ -40,7 +40,6 @@ Repeats = Annotated[int, Field(ge=1, le=1000), _in_words(whole(1, 1000).accepted
 Rounds = Annotated[int, Field(ge=0, le=100), _in_words(whole(0, 100).accepted)]
 Processes = Annotated[int, Field(ge=0, le=1024), _in_words(whole(0, 1024).accepted)]
 Width = Annotated[int, Field(ge=1, le=4096), _in_words(whole(1, 4096).accepted)]
-Rows = Annotated[int, Field(ge=1, le=65_536), _in_words(whole(1, 65_536).accepted)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1), _in_words(f"a whole number from 0 to {2**32 - 1}")]
 """What seeds NumPy, which Lightning seeds with everything else."""
 Share = Annotated[float, Field(ge=0, le=1), _in_words(SHARE.accepted)]

@@ -23,7 +23,8 @@ from models.families import described
 from models.predictor import MaskPredictor, TokenIds
 from models.rules import DTYPES, LENGTH, check, one_of, whole
 
-_ROWS = 1024  # each takes milliseconds to count, and the memory of more grows in proportion
+MOST_ROWS = 1024
+"""Rows that are counted; each takes milliseconds, and what more of them take grows in proportion."""
 _STEPS = 2  # a block's first forward, on the whole sequence, and one of those after it
 
 
@@ -85,7 +86,7 @@ def plan_memory(
     path = Path(config_file)
     path = path / "config.json" if path.is_dir() else path
     given = {"dtype": dtype, "batch_size": batch_size, "prompt_length": prompt_length}
-    check(given, {"dtype": one_of(DTYPES), "batch_size": whole(1, _ROWS), "prompt_length": LENGTH})
+    check(given, {"dtype": one_of(DTYPES), "batch_size": whole(1, MOST_ROWS), "prompt_length": LENGTH})
     _, family, known = described(path)
     longest = getattr(known, family.max_length)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():

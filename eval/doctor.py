@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from data.typed import Length, Rows
+from data.typed import Length
 from decoding.config import CacheRule, DecodeConfig
 from decoding.decoder import Decoder
 from decoding.generate import BUNDLED
@@ -42,7 +42,7 @@ def main(
     dtype: str | None = None,
     gen_length: Length = 128,
     block_length: Length = 32,
-    batch_size: Rows = 1,
+    batch_size: Length = 1,
     prompt_length: Length = 256,
     cache: CacheRule = "none",
     chat_template: bool = True,

@@ -208,13 +208,9 @@ def _risk(result: dict[str, Any]) -> list[str]:
     return [*lines, "", f"{full['prompts']} prompts, 95 % confidence."]
 
 
-def _held_out(result: dict[str, Any]) -> list[str]:
-    return [*table(result["rows"], _QUALITY), "", f"{result['rows'][0]['prompts']} prompts."]
-
-
-def _fresh(result: dict[str, Any]) -> list[str]:
-    columns = _QUALITY | {"prompts": ALL["prompts"]}
-    return table(result["rows"], columns)
+def _whole(result: dict[str, Any]) -> list[str]:
+    """Every row of a result."""
+    return table(result["rows"], _QUALITY | {"prompts": ALL["prompts"]})
 
 
 _DREAM = {name: _APD[name] for name in ("decode", "exact match", "difference (95 %)", "same text")}
@@ -253,8 +249,8 @@ _TABLES = {
     "headline": ("bench.json", "docs/decoders.md", _short_headline),
     "sweep": ("bench.json", "docs/decoders.md", _sweep),
     "beside": ("bench.json", "docs/decoders.md", _beside),
-    "held_out": ("held_out/bench.json", "docs/decoders.md", _held_out),
-    "fresh": ("fresh/bench.json", "docs/decoders.md", _fresh),
+    "held_out": ("held_out/bench.json", "docs/decoders.md", _whole),
+    "fresh": ("fresh/bench.json", "docs/decoders.md", _whole),
     "eot": ("eot/bench.json", "docs/decoders.md", _eot),
     "risk": ("bench.json", "docs/decoders.md", _risk),
     "cost": ("cost.json", "docs/decoders.md", _costs),

@@ -12,7 +12,7 @@ from data.rollout_data import SHARD, RolloutData, RolloutSettings
 from data.shards import ShardWriter
 from data.typed import Count
 from decoding.config import DecodeConfig
-from decoding.memory_plan import plan_memory
+from decoding.memory_plan import MOST_ROWS, plan_memory
 from decoding.strategies import make_strategy
 from models.predictor import checkpoint_folder
 from train.cli import Command, run
@@ -76,11 +76,13 @@ def estimate(rollout: RolloutSettings, accelerator: str = "auto") -> None:
         (*_, record) = module.rollouts.shards
         summary, predictor = module.summary(), module.roller.predictor
         longest = int(sample.encode(sample.prompts(), predictor)[1].max())
+    rows = min(rollout.batch_size, MOST_ROWS)
     memory = plan_memory(
-        checkpoint_folder(rollout.base), rollout.decoding, make_strategy("full_step"), batch_size=rollout.batch_size,
-        prompt_length=longest, dtype=str(predictor.dtype).removeprefix("torch."), record=True, record_eot=rollout.eot_evidence,
+        checkpoint_folder(rollout.base), rollout.decoding, make_strategy("full_step"), batch_size=rows,
+        prompt_length=longest, dtype=str(predictor.dtype).removeprefix("torch."), record=True,
+        record_eot=rollout.eot_evidence,
     )  # fmt: skip
-    print(f"  memory with prompts of {longest} tokens, the first shard's longest: {memory}")
+    print(f"  memory of {rows} prompts of {longest} tokens, the first shard's longest: {memory}")
     share = len(prompts) / summary["rollout/prompts"]
     for kind in ("steps", "sequences"):
         print(f"  {kind}: {record[kind]['bytes'] * share / 2**20:.3g} MiB in all")

@@ -78,6 +78,11 @@ def test_too_little_memory_for_the_batch(folder, monkeypatch, capsys):
     found_wrong(capsys, "memory", "memory: found 0.00 GiB free on cpu; accepted: peak .* GiB", folder)
 
 
+def test_more_rows_than_can_be_counted(folder, capsys):
+    message = "batch_size: found 1025; accepted: a whole number from 1 to 1024"
+    found_wrong(capsys, "memory", message, folder, batch_size=1025)
+
+
 def test_free_memory_is_of_this_machine():
     free = doctor.free_memory(torch.device("cpu"))
     assert free is None or 1 << 20 < free < 1 << 50

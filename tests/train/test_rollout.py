@@ -214,7 +214,10 @@ def test_an_estimate_decodes_one_shard_and_keeps_nothing(base: Path, sources, tm
     hours = {int(n): float(h) for h, n in re.findall(r"([\d.e-]+) hours on (\d+)", said)}
     assert hours[8] == hours[64] == pytest.approx(hours[1] / 5, rel=0.01)  # five shards keep five devices busy
     assert re.search(r"steps: [\d.]+ MiB", said)
-    assert re.search(r"tokens, the first shard's longest: peak [\d.]+ GiB: weights", said)
+    assert re.search(r"memory of 2 prompts of \d+ tokens, the first shard's longest: peak [\d.]+ GiB: weights", said)
+    # More rows than are counted.
+    estimate(RolloutSettings(str(base), tmp_path / "set", sources, batch_size=2048, **SETTINGS), accelerator="cpu")
+    assert "memory of 1024 prompts" in capsys.readouterr().out
     assert not (tmp_path / "set").exists()
 
 
