@@ -72,7 +72,7 @@ class Run:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     label: str = ""
     eot_head: Text | None = None
-    eot_risk: Share = 0.01
+    eot_risk: Share = 0.001
     always: bool = False
 
     def __post_init__(self) -> None:
