@@ -23,7 +23,8 @@ class EotStep:
         committed: ``(b,)`` int64, the first position that this step committed as EoT; ``G`` where it committed none.
         masked: ``(b, G)`` bool.
         end: ``(b,)`` int64, generated positions that are left.
-        log_odds: ``(b, G)`` float32, nats, of EoT, 0 where the step's forwards did not look; ``None`` unless the rule asks for it.
+        log_odds: ``(b, G)`` float32, nats, of EoT, 0 where the step's forwards did not look; ``None`` unless the rule asks for
+            it.
         top: ``(b, G)`` bool, EoT is the argmax there; likewise.
     """
 
@@ -126,7 +127,7 @@ class Learned(EotRule):
 
     def begin(self, state: "BatchState") -> None:
         zero = torch.zeros(self.length, device=state.device)
-        self.said = EotSaid(*(state.register(value) for value in (zero, zero.bool(), zero.long())))
+        self.said = [state.register(value) for value in (zero, zero.bool(), zero.long())]
         nowhere = torch.full((), self.length, device=state.device)
         self.end, self.cut = state.register(nowhere), state.register(nowhere)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.disk import check_writable
 from data.eot_data import EotStates, load_eot_states
-from data.manifest import open_rollouts
+from data.manifest import Rollouts, open_rollouts
 from data.typed import Length, Positive, Whole, Width
 from eval.command import command
 from models.checkpoint import check_replaceable
@@ -21,7 +21,8 @@ from models.errors import InputError
 from models.predictor import MaskPredictor
 
 RISKS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
-_MOST = 200_000  # examples, evenly spread over all
+HIDDEN, STEPS, LEARNING_RATE, SEED = 64, 300, 0.02, 1
+_MOST = 100_000  # examples, evenly spread over all
 _ROWS = 2048  # states whose columns are made at a time
 
 
@@ -29,10 +30,10 @@ def main(
     rollouts: Path,
     base: str = "models/bundled/llada-tiny",
     out: Path = Path("exports/eot"),
-    hidden: Width = 64,
-    steps: Length = 500,
-    learning_rate: Positive = 0.02,
-    seed: Whole = 1,
+    hidden: Width = HIDDEN,
+    steps: Length = STEPS,
+    learning_rate: Positive = LEARNING_RATE,
+    seed: Whole = SEED,
 ) -> None:
     """Fits a head on training prompts, calibrates it on validation prompts, and exports it.
 
@@ -51,26 +52,35 @@ def main(
     check_writable("out", out)
     check_replaceable(out.absolute(), KIND)
     predictor = MaskPredictor.from_pretrained(base)
-    opened = open_rollouts(rollouts, fingerprint=predictor.fingerprint)
-    states = load_eot_states(opened)
+    _, card = learn(
+        open_rollouts(rollouts, fingerprint=predictor.fingerprint), predictor, out, hidden, steps, learning_rate, seed
+    )
+    print(card)
+    print(f"exported {out}")
+
+
+def learn(
+    rollouts: Rollouts, predictor: MaskPredictor, out: Path, hidden: int = HIDDEN, steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE, seed: int = SEED,
+) -> tuple[EotConfig, str]:  # fmt: skip
+    """What the command does with an opened set, whose base model is ``predictor``; returns what is exported, and its card."""
+    states = load_eot_states(rollouts)
     learned, held = states.of("train"), states.of("validation")
     for name, part in (("train", learned), ("validation", held)):
         if not len(part.decode):
-            raise InputError(f"{rollouts}: split", f"no {name} prompt", "prompts of train and of validation")
+            raise InputError(f"{rollouts.folder}: split", f"no {name} prompt", "prompts of train and of validation")
     torch.manual_seed(seed)
     head = fit(EotHead(hidden), *examples(learned), steps, learning_rate)
     calibrate(head, *examples(held))
-    metrics = measure(head, held)
-    settings = opened.manifest["settings"]
+    settings = rollouts.manifest["settings"]
     config = EotConfig(
         hidden=hidden, gen_length=settings["gen_length"], block_length=settings["block_length"],
         vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask, base_fingerprint=predictor.fingerprint,
-        base_family=predictor.family, metrics=metrics,
+        base_family=predictor.family, metrics=measure(head, held),
     )  # fmt: skip
-    card = _card(config, opened.digest, settings["eot"], len(held.decode.unique()))
+    card = _card(config, rollouts.digest, settings["eot"], len(held.decode.unique()))
     save_eot(out, head, config, card)
-    print(card)
-    print(f"exported {out}")
+    return config, card
 
 
 def examples(states: EotStates) -> tuple[Tensor, Tensor]:
