@@ -260,6 +260,11 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
     early = row("full_step", "full_step EoT learned 0.01", 2, 62.0, 100, eot="learned")
     write(result([ROWS[0] | {"nfe_mean": 84.0}, early, ROWS[4]]), tmp_path / "eot", 0.01)
     write(result(), tmp_path / "fresh", 0.01)
+    judged = result(
+        [ROWS[0], row("threshold", "threshold 0.95", 2, 5.5, 400), row("threshold", "threshold 0.9", 31, 4.5, 500)]
+    )
+    known = [ROWS[0], ROWS[3], ROWS[2]]
+    write(judged | {"picked_on": {"hashes": ["h"] * PROMPTS, "rows": known}}, tmp_path / "risk", 0.01)
     (tmp_path / "docs").mkdir()
     pages = {
         "README.md": ["front"],
@@ -288,8 +293,9 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
         "| full_step EoT learned 0.01 | 99.8 % | -0.2 (-0.7 to +0.2) | – | 62.0 | 0.2 % | 75.0 % |"
         in found["docs/decoders.md"]
     )
-    # What loses 6 of 1,000 is vouched for at 3 %, 40 of 1,000 are not.
-    assert "| threshold | 3 % | threshold 0.9 | 4.0 | 0 of 200 | 0 of 200 |" in found["docs/decoders.md"]
+    # What loses 6 of 1,000 validation prompts is vouched for at 3 %, and loses 31 of 1,000 test prompts.
+    assert "| threshold | 3 % | threshold 0.9 | 4.5 | 3.1 % | 200 of 200 | 0 of 200 |" in found["docs/decoders.md"]
+    assert "| threshold | 5 % | threshold 0.9 | 4.5 | 3.1 % | 0 of 200 | 0 of 200 |" in found["docs/decoders.md"]
     assert [line.split(" | ")[0] for line in found["docs/apd.md"].splitlines() if " | " in line][1:] == [
         "| full_step", "| threshold 0.9", "| oracle", "| apd R 0"
     ]  # fmt: skip
@@ -318,7 +324,7 @@ def test_helpers_of_several_sizes_have_a_table_a_picture_and_an_optimum(tmp_path
     write(result(rows[:2]), tmp_path / "dream", 0.01)
     for page, names in {
         "README.md": ["front"],
-        "docs/decoders.md": ["headline", "sweep", "beside", "risk"],
+        "docs/decoders.md": ["headline", "sweep", "beside"],
         "docs/apd.md": ["apd", "helper_sizes"],
         "docs/families.md": ["dream"],
     }.items():
@@ -350,7 +356,7 @@ def test_pages_are_all_written_or_none(tmp_path):
     (tmp_path / "docs").mkdir()
     for page, names in {
         "README.md": ["front"],
-        "docs/decoders.md": ["headline", "sweep", "beside", "risk", "cost"],
+        "docs/decoders.md": ["headline", "sweep", "beside", "cost"],
     }.items():
         (tmp_path / page).write_text(placed(*names))
     with pytest.raises(InputError, match=r"cost\.json"):
