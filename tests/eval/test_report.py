@@ -256,7 +256,12 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
     twice = row("full_step", "full_step gen 256", 0, 21.0, 90, gen_length=256) | {"prompts": 256, "right": "1" * 256}
     write(result([*ROWS, row("apd", "apd R 0", 0, 3.0, 50), twice]), tmp_path, 0.01)
     costs = [one | {"settings": one["settings"] | {"block_length": 32}} for one in ROWS]
+    costs[4]["component"] = {"per_forward": 1.0, "share_of_forward": 0.031}
     (tmp_path / "cost.json").write_text(json.dumps(result(costs)))
+    spent = row("learn2pd", "learn2pd budget 0.1", 2, 2.25, 460)
+    write(
+        result([*ROWS, spent], picked_on={"hashes": ["h"] * PROMPTS, "rows": [*ROWS, spent]}), tmp_path / "budget", 0.01
+    )
     early = row("full_step", "full_step EoT learned 0.01", 2, 62.0, 100, eot="learned")
     write(result([ROWS[0] | {"nfe_mean": 84.0}, early, ROWS[4]]), tmp_path / "eot", 0.01)
     write(result(), tmp_path / "fresh", 0.01)
@@ -268,7 +273,7 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     pages = {
         "README.md": ["front"],
-        "docs/decoders.md": ["headline", "sweep", "beside", "cost", "fresh", "eot", "risk"],
+        "docs/decoders.md": ["headline", "sweep", "beside", "cost", "fresh", "eot", "risk", "budget"],
         "docs/apd.md": ["apd"],
     }
     for page, names in pages.items():
@@ -282,7 +287,9 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
     assert "| dico |" not in found["README.md"]
     assert "| threshold | threshold 0.9 | 99.4 % | -0.6" in found["docs/decoders.md"]
     assert "| dico | none of 1 | – |" in found["docs/decoders.md"]
-    assert "| learn2pd | 1000 | 32 | fp32 |" in found["docs/decoders.md"]
+    assert "| learn2pd | 1000 | 32 | fp32 | 99.9 % | 90.0 % | 2.5 | 450 | 25.0 % | 3.1 % |" in found["docs/decoders.md"]
+    assert "| full_step | 1000 | 32 | fp32 | 100.0 % | 90.0 % | 20.0 | 100 | 25.0 % | – |" in found["docs/decoders.md"]
+    assert "Picked on 1000 validation prompts: learn2pd budget 0.1." in found["docs/decoders.md"]
     sweep, beside = (found["docs/decoders.md"].split(f"<!-- {name} -->")[1] for name in ("sweep", "beside"))
     assert "| threshold 0.5 | 96.0 % | -4.0" in sweep
     assert [line for line in beside.split("<!--")[0].splitlines() if line.startswith("| full_step")]
