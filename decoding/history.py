@@ -71,7 +71,7 @@ class Distributions:
         first = [(slot.steps if self.kept == 2 else slot.step_in_block) == 0 for slot in state.scheduler.slots]
         if not any(first):
             return changed
-        return changed.masked_fill_(torch.tensor(first).to(state.device)[row], torch.inf)
+        return changed.masked_fill_(state.upload(first)[row], torch.inf)
 
     def keep(self, ahead: Tensor, row: Tensor, offset: Tensor) -> None:
         """Remembers log-probabilities ``(N, V)`` float32 at places ``offset`` ``(N,)`` of the next block of ``row`` ``(N,)``."""

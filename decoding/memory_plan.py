@@ -208,10 +208,10 @@ def _worst_case(run: Run) -> Iterator[None]:
     """Has the host told, in place of what the device would say, that each step committed one position of every row."""
     region, size, steps = run.config.gen_length, run.config.block_length, iter(range(1, run.config.block_length))
 
-    def told(known: Tensor) -> list[list[int]]:
+    def told(known: Tensor) -> list[list[float]]:
         blocks, done = region // size, next(steps)
-        others = [0] * (known.shape[1] - 2 - blocks)
-        return [[0, region, *others, size - done, *[size] * (blocks - 1)]] * len(known)
+        others = [0.0] * (known.shape[1] - 1 - blocks)
+        return [[size - done, *[size] * (blocks - 1), region, *others]] * len(known)
 
     run.state.read = told
     try:

@@ -71,7 +71,7 @@ class CachePolicy(ABC):
             return [ForwardPlan(due, slice(0, len(slots)))]
         rest = [number for number in range(len(slots)) if slots[number].step_in_block % period]
         plans = [self.part(state, rest, context)]
-        return [*plans, ForwardPlan(due, torch.tensor(due).to(state.device))] if due else plans
+        return [*plans, ForwardPlan(due, state.upload(due))] if due else plans
 
     def period(self, config: DecodeConfig) -> int:
         """Steps from one whole forward of a block to its next."""

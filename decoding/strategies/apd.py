@@ -11,6 +11,7 @@ from torch import Tensor
 
 from decoding.config import DecodeConfig
 from decoding.eot import first_true
+from decoding.evidence import lay_out
 from decoding.output import Timer
 from decoding.plan import ForwardPlan
 from decoding.read import in_chunks, read_block
@@ -164,17 +165,16 @@ class ApdRun(Run):
             hidden = self._predict(draft)
             found = self._read(draft, hidden)
             cells = draft.index[draft.row] * len(state.region) + draft.place
-            for name, values in found.items():
-                laid = fields.setdefault(name, values.new_zeros(state.masked.shape))
-                laid.view(-1).index_copy_(0, cells, values)
+            lay_out(fields, found, cells, state.masked.shape)
             looked[draft.index] = draft.inside
             accepted[draft.index] = self._judge(draft, hidden, found["token"], fields["token"][draft.index])
         for slot in slots:
             slot.last_committed = self.config.gen_length - slot.left
         kept = {name: fields[name] for name in ("margin", "entropy") if name in fields}
+        confidence = fields["log_confidence"].exp()
         if self.request.record:  # a position is judged once: it has no history
-            kept |= {"stable": torch.zeros_like(fields["token"]), "previous": torch.zeros_like(fields["confidence"])}
-        evidence = Evidence(state.masked_block, fields["token"], fields["confidence"], **kept)
+            kept |= {"stable": torch.zeros_like(fields["token"]), "previous": torch.zeros_like(confidence)}
+        evidence = Evidence(state.masked_block, fields["token"], confidence, **kept)
         return evidence, Decision(accepted, counts=self._counts(accepted, looked, evidence.token))
 
     def _counts(self, accepted: Tensor, looked: Tensor, token: Tensor) -> dict[str, Tensor]:
@@ -195,9 +195,7 @@ class ApdRun(Run):
         state, region = self.state, self.state.region
         slots = [self.scheduler.slots[number] for number in numbers]
         lengths = [min(slot.left, self.strategy.max_lookahead or slot.left) for slot in slots]
-        known = torch.tensor([numbers, [self.config.gen_length - slot.left for slot in slots], lengths]).to(
-            state.device
-        )
+        known = state.upload([numbers, [self.config.gen_length - slot.left for slot in slots], lengths])
         index, done, end = known[0], known[1, :, None], (known[1] + known[2])[:, None]
         inside = (region >= done) & (region < end)
         at = inside.view(-1).nonzero_static(size=sum(lengths))[:, 0]
@@ -221,7 +219,7 @@ class ApdRun(Run):
             window = max(window, self.predictor.left_context)  # the lookahead begins right of what is committed
             starts = [base + max(slot.last_committed - window, -slot.width) for slot in draft.slots]
             length = max(end - start for start, end in zip(starts, ends, strict=True))
-            begins = torch.tensor(starts).to(state.device)
+            begins = state.upload(starts)
             plan = ForwardPlan(draft.numbers, rows, begins[:, None], length, base + draft.end - 1, stop, end)
             first = begins[draft.row]
         return self.forward(plan, draft.row * length + base + draft.place - first)
@@ -281,7 +279,7 @@ class ApdRun(Run):
         """
         assert self.helper_cache is not None
         state = self.state
-        width = torch.tensor([slot.width for slot in draft.slots]).to(state.device)[:, None]
+        width = state.upload([slot.width for slot in draft.slots])[:, None]
         text = torch.where(state.region < draft.done, state.generated[draft.index], text)
         row = torch.cat((state.ids[draft.index, : state.prompt_width], text), 1)
         begins = not draft.slots[0].steps

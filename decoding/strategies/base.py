@@ -89,23 +89,24 @@ class BlockStrategy(Strategy):
         """Chooses the commits of one step; a pure function of ``step``."""
 
 
-def top_k(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
+def top_k(score: Tensor, masked: Tensor, count: Tensor | int) -> Tensor:
     """The ``count`` best masked positions of each row.
 
     Args:
-        score: ``(b, K)`` float.
-        masked: ``(b, K)`` bool.
-        count: ``(b,)`` int64; rows with fewer masked positions give all of them.
+        score: ``(b, K)`` float, ``-inf`` where nothing is masked.
+        masked: ``(b, K)`` bool, somewhere in each row.
+        count: ``(b,)`` int64, or one number for all; rows with fewer masked positions give all of them.
 
     Returns:
         ``(b, K)`` bool. Ties go to the leftmost position.
     """
-    order = torch.where(masked, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    chosen = torch.arange(order.shape[1], device=order.device) < count[:, None]
-    return torch.empty_like(masked).scatter_(1, order, chosen) & masked
+    if isinstance(count, int) and count == 1:
+        return top_1(score)
+    order = score.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(order.shape[1], device=order.device) < (count if isinstance(count, int) else count[:, None])
+    return torch.empty_like(masked).scatter_(1, order, chosen.expand_as(order)) & masked
 
 
-def top_1(score: Tensor, masked: Tensor) -> Tensor:
-    """The best masked position of each row, ``(b, K)`` bool; the leftmost of equals."""
-    best = torch.where(masked, score, -torch.inf).argmax(dim=1, keepdim=True)
-    return torch.zeros_like(masked).scatter_(1, best, True) & masked
+def top_1(score: Tensor) -> Tensor:
+    """The best position of each row, ``(b, K)`` bool; the leftmost of equals. ``-inf`` keeps a position from being it."""
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.argmax(dim=1, keepdim=True), True)

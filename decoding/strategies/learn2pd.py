@@ -106,7 +106,7 @@ class Learn2PD(FilterStrategy):
         evidence = step.evidence
         logits = self.network(evidence)
         probability = logits.sigmoid()
-        best = top_1(step.log_confidence, evidence.masked)
+        best = top_1(step.log_confidence)
         if self.budget is None:
             final = (probability > self.threshold) & evidence.masked
         else:
@@ -114,8 +114,7 @@ class Learn2PD(FilterStrategy):
             ascending, order = risk.sort(dim=1, stable=True)
             final = torch.empty_like(best).scatter_(1, order, ascending.cumsum(1) <= self.budget)
         # An infinite logit would commit everything, or nothing; so does NaN.
-        broken = (~logits.isfinite() & evidence.masked).any(1)
-        return Decision(final | best, counts={"filter_commits": (final & ~best).sum(1)}, broken=broken)
+        return Decision(final | best, counts={"filter_commits": (final > best).sum(1)}, component=logits)
 
     def settings(self) -> dict[str, Any]:
         limit = {"threshold": self.threshold} if self.budget is None else {"budget": self.budget}

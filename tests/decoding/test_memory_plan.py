@@ -128,8 +128,8 @@ def test_a_step_reads_the_device_once(random_helper, name, cache, record):
             reads.append(known)
             # Rows at different steps of different blocks, and in different phases.
             of_blocks = [[50]] * 3 if name == "apd" else [[28, 32], [0, 30], [30, 32]]
-            numbers = known.shape[1] - 2 - len(of_blocks[0])
-            return [[0, 64, *[row] * numbers, *masked] for row, masked in enumerate(of_blocks)]
+            others = known.shape[1] - 1 - len(of_blocks[0])
+            return [[*masked, 64, *[row] * others] for row, masked in enumerate(of_blocks)]
 
         run.state.read = told
         for _ in range(steps):
