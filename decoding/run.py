@@ -217,7 +217,7 @@ class Run(ABC):
         for source, target in changes.moves:
             self.moved(source, target)
         self.rows = torch.tensor(self.scheduler.rows)
-        self._shrink()
+        self.shrink()
 
     def moved(self, source: int, target: int) -> None:
         """A row went from one slot to another; whatever is stored by slot has to follow."""
@@ -230,7 +230,12 @@ class Run(ABC):
         width = len(self.state.storage) - self.cache_first
         self.cache = self.predictor.allocate_cache(len(self.scheduler.slots), width)
 
-    def _shrink(self) -> None:
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of the keys and values that are kept."""
+        return 0 if self.cache is None else self.cache.nbytes
+
+    def shrink(self) -> None:
         """Gives memory back where the live rows need no more than half of the keys' storage."""
         if self.cache is None or not self.scheduler.slots:
             return

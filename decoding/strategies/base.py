@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from decoding.blocks import BlockRun
 from decoding.config import DecodeConfig
@@ -32,6 +32,27 @@ class Strategy(ABC):
         Raises:
             InputError: It does not.
         """
+
+    def outlined(self, predictor: MaskPredictor, config: DecodeConfig) -> "Strategy":
+        """The strategy as :func:`decoding.memory_plan.plan_memory` counts it; a component need not have its weights.
+
+        Args:
+            predictor: Of which only the sizes mean something.
+            config: Decode settings.
+
+        Raises:
+            InputError: It does not fit the settings, or its component has another vocabulary.
+        """
+        return self
+
+    def taken(self, config: DecodeConfig) -> DecodeConfig:
+        """The settings less those that mean nothing to it."""
+        return config
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Its learned component's, once it is there; what a decode calls of each is its ``base_model`` if it has one."""
+        return []
 
     def fingerprints(self) -> dict[str, str]:
         """Identity of the weights of its learned components: name of the setting to 16 hex digits."""
