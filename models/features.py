@@ -83,6 +83,11 @@ def run_to_the_left(flags: Tensor) -> Tensor:
 
 
 def _rank(evidence: Evidence) -> Tensor:
+    """Share of the block's positions that are more confident, by the confidence as it is rounded to fp32.
+
+    Everything that decides ranks log-confidences, which tell positions apart whose confidences both round to 1; these here count
+    as equal, and the leftmost comes first. Records hold confidences alone, and filters are trained on records.
+    """
     confidence = torch.where(evidence.masked, evidence.confidence, -1.0)
     order = confidence.argsort(dim=1, descending=True, stable=True)
     place = _places(order.shape[1], order.device).expand_as(confidence)
