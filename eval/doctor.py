@@ -19,7 +19,7 @@ from decoding.config import CacheRule, DecodeConfig
 from decoding.decoder import Decoder
 from decoding.generate import BUNDLED
 from decoding.memory_plan import plan_memory
-from decoding.strategies import Strategy, make_strategy
+from decoding.strategies import APD, Strategy, make_strategy
 from decoding.text import encode
 from eval.command import command
 from models.errors import InputError, first_line
@@ -87,8 +87,15 @@ def main(
                 "dtype", f"{chosen}, which {place} does not compute", " | ".join(usable) or "another device"
             )
         found.append(f"{chosen}; {place} computes {', '.join(usable)}")
+    rules = {"": make_strategy("threshold")}
+    if asked := {name: each for name, each in (("filter", filter), ("helper", helper)) if each is not None}:
+        with _checked("components") as found:
+            for option, given in asked.items():
+                rules[option] = make_strategy({"filter": "learn2pd", "helper": "apd"}[option], **{option: given})
+                found.append(f"{option} {given}")
     with _checked("memory") as found:
-        found.append(_fits(folder, config, place, str(chosen), batch_size, prompt_length))
+        for rule in rules.values():
+            found.append(_fits(folder, config, rule, place, str(chosen), batch_size, prompt_length))
     with _checked("weights") as found:
         predictor = MaskPredictor.from_pretrained(folder, device=place, dtype=getattr(torch, str(chosen)))
         count = sum(each.numel() for each in predictor.model.parameters())
@@ -99,18 +106,14 @@ def main(
         found.append(_fence(predictor, chat_template))
     with _checked("attention mask") as found:
         found.append(_padding(predictor, chat_template))
-    for strategy, option, given in (("threshold", "", None), ("learn2pd", "filter", filter), ("apd", "helper", helper)):
-        if option and given is None:
-            continue
-        rule, settings = None, config
+    for option, rule in rules.items():
+        settings = DecodeConfig(gen_length, block_length) if isinstance(rule, APD) else config
         if option:
             with _checked(option) as found:
-                rule = make_strategy(strategy, **{option: given})
-                settings = DecodeConfig(gen_length, block_length) if strategy == "apd" else config
                 rule.prepare(predictor, settings)
-                found.append(f"fits this base, {given}")
-        with _checked(f"decode, {strategy}") as found:
-            found += _decode(predictor, rule or make_strategy(strategy), settings, chat_template)
+                found.append("fits this base")
+        with _checked(f"decode, {rule.name}") as found:
+            found += _decode(predictor, rule, settings, chat_template)
     print("all is well")
 
 
@@ -190,20 +193,23 @@ def free_memory(device: torch.device) -> int | None:
         return free
 
 
-def _fits(folder: Path, config: DecodeConfig, device: torch.device, dtype: str, rows: int, length: int) -> str:
+def _fits(
+    folder: Path, config: DecodeConfig, rule: Strategy, device: torch.device, dtype: str, rows: int, length: int
+) -> str:
     """The plan of a decode beside the memory that is free for it.
 
     Raises:
         InputError: It does not fit.
     """
-    rule = make_strategy("threshold")
+    if isinstance(rule, APD):
+        return "apd: not counted, its forwards depend on what the helper says"
     plan = plan_memory(folder, config, rule, dtype=dtype, batch_size=rows, prompt_length=length)
     free = free_memory(device)
     if free is not None and plan.peak > free:
         fewer = "another device, dtype, batch_size, prompt_length or gen_length"
-        raise InputError("memory", f"{free / 2**30:.2f} GiB free on {device}", f"{plan}, or {fewer}")
+        raise InputError("memory", f"{free / 2**30:.2f} GiB free on {device}", f"{rule.name}, {plan}, or {fewer}")
     known = "unknown" if free is None else f"{free / 2**30:.2f} GiB"
-    return f"free {known}; batch {rows}, prompts of {length}, gen_length {config.gen_length}: {plan}"
+    return f"{rule.name}: free {known}; batch {rows}, prompts of {length}, gen_length {config.gen_length}: {plan}"
 
 
 def _special(predictor: MaskPredictor) -> str:

@@ -1,11 +1,14 @@
-"""Writes the table of what a decode takes in memory: ``python eval/memory_table.py --config_file config.json --out FILE``."""
+"""Counts what decodes take in memory, for docs/memory.md: ``python eval/memory_table.py``, then ``python eval/pages.py``."""
 
 import itertools
+import json
 from pathlib import Path
+from typing import Any
 
+from data.disk import check_writable
 from data.provenance import versions, write_aside
 from decoding.config import CacheRule, DecodeConfig
-from decoding.memory_plan import MemoryPlan, plan_memory
+from decoding.memory_plan import plan_memory
 from decoding.strategies import make_strategy
 from eval.command import command
 
@@ -15,44 +18,57 @@ KEEPING = "klass"
 """The strategy that keeps most beside keys: the table ends with its longest decodes."""
 
 
-def table(
-    config_file: Path, out: Path, dtype: str = "bfloat16", prompt_length: int = 256, strategy: str = "threshold"
+def main(
+    config_file: Path = Path("docs/llada_8b.json"),
+    out: Path = Path("eval/results/memory.json"),
+    dtype: str = "bfloat16",
+    prompt_length: int = 256,
+    strategy: str = "threshold",
 ) -> None:
     """Counts decodes of a model over batch sizes, lengths and caches; nothing is decoded and no weights are needed.
 
     Args:
         config_file: ``config.json`` of the model.
-        out: Markdown file to write.
+        out: JSON file to write.
         dtype: Dtype of the weights.
         prompt_length: Tokens of each prompt.
         strategy: Strategy of the decodes, but for the last rows.
+
+    Raises:
+        InputError: What :func:`decoding.memory_plan.plan_memory` refuses, or a file that cannot be written.
     """
+    check_writable("out", out, folder=False)
+    settings: dict[str, Any] = {"config_file": str(config_file), "dtype": dtype, "prompt_length": prompt_length}
     cases = [(strategy, *case) for case in itertools.product(BATCHES, LENGTHS, CACHES)]
     cases += [(KEEPING, *case) for case in itertools.product(BATCHES, LENGTHS[-1:], CACHES)]
-    rows = []
-    for name, batch, length, cache in cases:
-        config = DecodeConfig(length, eot="published", cache=cache)
-        plan = plan_memory(
-            config_file, config, make_strategy(name), dtype=dtype, batch_size=batch, prompt_length=prompt_length
-        )
-        rows.append(f"| {name} | {batch} | {length} | {cache} | {_cells(plan)} |")
-    title = (
-        f"# What a decode takes in memory\n\nGiB for `{config_file.name}` in {dtype}: prompts of {prompt_length} tokens, "
-        f"blocks of 32, EoT rule `published`, which reads the whole region. Counted on shapes by the loop "
-        f"itself (torch {versions()['torch']}), attention fused; what allocator, kernels and device need comes on top.\n"
-    )
-    head = [
-        "| strategy | batch | gen_length | cache | weights | keys | state | activations | evidence | peak |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    rows = [
+        counted(**settings, strategy=name, batch_size=batch, gen_length=length, cache=cache)
+        for name, batch, length, cache in cases
     ]
-    write_aside(out, "\n".join([title, *head, *rows]) + "\n")
+    usual = _config(LENGTHS[0], "none")
+    known = {"block_length": usual.block_length, "eot": usual.eot, "torch": str(versions()["torch"])}
+    write_aside(out, json.dumps({"memory": settings | known | {"rows": rows}}, indent=1) + "\n")
     print(f"wrote {out}")
 
 
-def _cells(plan: MemoryPlan) -> str:
-    sizes = (plan.weights, plan.keys, plan.state, plan.activations, plan.evidence, plan.peak)
-    return " | ".join(f"{size / 2**30:.2f}" for size in sizes)
+def counted(
+    config_file: str, dtype: str, prompt_length: int, strategy: str, batch_size: int, gen_length: int, cache: CacheRule
+) -> dict[str, Any]:
+    """A row of the table: the decode, and the bytes of its :class:`decoding.memory_plan.MemoryPlan`.
+
+    Raises:
+        InputError: What :func:`decoding.memory_plan.plan_memory` refuses.
+    """
+    config, rule = _config(gen_length, cache), make_strategy(strategy)
+    plan = plan_memory(
+        config_file, config, rule, dtype=dtype, batch_size=batch_size, prompt_length=prompt_length
+    )  # fmt: skip
+    return {"strategy": strategy, "batch_size": batch_size, "gen_length": gen_length, "cache": cache} | vars(plan)
+
+
+def _config(gen_length: int, cache: CacheRule) -> DecodeConfig:
+    return DecodeConfig(gen_length, eot="published", cache=cache)  # the rule that reads the whole region
 
 
 if __name__ == "__main__":
-    command(table)
+    command(main)

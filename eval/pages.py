@@ -7,9 +7,10 @@ from textwrap import wrap
 from typing import Any
 
 from data.provenance import write_aside
-from eval import helper_sizes
+from eval import helper_sizes, recorded
 from eval.command import command
-from eval.report import ALL, Row, difference, filter_share, percent, table, times
+from eval.recorded import read_tables
+from eval.report import ALL, Row, difference, filter_share, markdown, percent, table, times
 from eval.result_file import read
 from eval.risk import broken_promises
 from models.errors import InputError, first_line
@@ -18,30 +19,41 @@ from models.errors import InputError, first_line
 def main(results: Path = Path("eval/results"), root: Path = Path()) -> None:
     """Writes the figures of README and docs anew, each table between the comments ``<!-- name -->`` and ``<!-- /name -->``.
 
+    The Markdown beside each result of ``eval/bench.py`` is written, too.
+
     Args:
-        results: Folder of what ``eval/bench.py`` wrote; the table of a missing result other than ``bench.json`` stays as it is.
+        results: Folder of the results; the table of a missing one other than ``bench.json`` stays as it is.
         root: Folder of README and docs.
 
     Raises:
         InputError: ``bench.json`` is missing, a result is not one, or a page lacks the comments.
     """
     pages: dict[Path, str] = {}
+    known: dict[Path, dict[str, Any]] = {}
     written, kept = [], []
-    for name, (result, where, made) in _TABLES.items():
-        page = root / where
-        if result != "bench.json" and not (results / result).is_file():
-            kept.append(f"no {results / result}: {name} stays as it is in {page}")
+    for name, (result, where, made) in TABLES.items():
+        file, page = results / result, root / where
+        if result != "bench.json" and not file.is_file():
+            kept.append(f"no {file}: {name} stays as it is in {page}")
             continue
-        content = read(results / result)
-        if not content.get("headline"):
-            raise InputError(
-                f"{results / result}: headline", "nothing", "a result that `eval/report.py render` has worked out"
-            )
-        pages[page] = _filled(page, pages.get(page) or _text(page), name, made(content))
+        if file not in known:
+            known[file] = _content(file)
+            if file.name == "bench.json":
+                pages[file.with_suffix(".md")] = markdown(known[file])
+        pages[page] = _filled(page, pages.get(page) or _text(page), name, made(known[file]))
         written.append(f"wrote {name} to {page}")
     for page, text in pages.items():  # all of them, or none
         write_aside(page, text)
     print("\n".join(kept + written))
+
+
+def _content(file: Path) -> dict[str, Any]:
+    if file.name != "bench.json":
+        return read_tables(file)
+    content = read(file)
+    if not content.get("headline"):
+        raise InputError(f"{file}: headline", "nothing", "a result that `eval/report.py render` has worked out")
+    return content
 
 
 def _text(page: Path) -> str:
@@ -113,8 +125,6 @@ _APD = {
     "same text": ALL["same text"],
     "NFE": _COST["NFE"],
     "tokens/forward": ALL["tokens/forward"],
-    "tokens/s": ALL["tokens/s"],
-    "without the helper's time": lambda row: f"{row['tokens_per_second_without_helper']:.0f}",
 }
 
 
@@ -133,6 +143,14 @@ def _costs(result: dict[str, Any]) -> list[str]:
     rows = [row for row in result["rows"] if _cost_shown(row, result["rows"][0])]
     known = any(filter_share(row) != "–" for row in rows)
     return table(rows, _COST | ({"filter's time, of a forward": filter_share} if known else {}))
+
+
+def _long(result: dict[str, Any]) -> list[str]:
+    """What caches save in the longest region."""
+    most = max(row["settings"]["gen_length"] for row in result["rows"])
+    columns = {name: _COST[name] for name in ("decode", "prompts", "same text", "NFE")}
+    columns["seconds"] = lambda row: f"{row['seconds']:.1f}"
+    return table([row for row in result["rows"] if row["settings"]["gen_length"] == most], columns)
 
 
 def _tried(result: dict[str, Any]) -> list[Row]:
@@ -262,7 +280,7 @@ def _helper_sizes(result: dict[str, Any]) -> list[str]:
     ]
 
 
-_TABLES = {
+TABLES = {
     "front": ("bench.json", "README.md", _front),
     "headline": ("bench.json", "docs/decoders.md", _short_headline),
     "sweep": ("bench.json", "docs/decoders.md", _sweep),
@@ -272,10 +290,18 @@ _TABLES = {
     "eot": ("eot/bench.json", "docs/decoders.md", _eot),
     "risk": ("risk/bench.json", "docs/decoders.md", _risk),
     "budget": ("budget/bench.json", "docs/decoders.md", _budget),
-    "cost": ("cost.json", "docs/decoders.md", _costs),
+    "cost": ("cost/bench.json", "docs/decoders.md", _costs),
+    "long": ("cost/bench.json", "docs/decoders.md", _long),
     "apd": ("bench.json", "docs/apd.md", _apd),
     "helper_sizes": ("helper_sizes/bench.json", "docs/apd.md", _helper_sizes),
     "dream": ("dream/bench.json", "docs/families.md", _dream),
+    "memory": ("memory.json", "docs/memory.md", recorded.memory),
+    "checked": ("reliability.json", "docs/reliability.md", recorded.measured("checked")),
+    "kills": ("reliability.json", "docs/reliability.md", recorded.measured("kills")),
+    "hours": ("scale.json", "docs/scale.md", recorded.hours),
+    "gpu": ("scale.json", "docs/scale.md", recorded.measured("gpu")),
+    "labelling": ("scale.json", "docs/scale.md", recorded.measured("labelling")),
+    "records": ("scale.json", "docs/scale.md", recorded.measured("records")),
 }
 """Every table of README and docs: its result, the page it stands on, and how it is made."""
 

@@ -75,7 +75,10 @@ class FilterConfig:
 
     @property
     def logits_only(self) -> bool:
-        """True if logits and the block's tokens are all it reads: it then runs in engines that hand over no hidden states."""
+        """True if logits and the block's tokens are all it reads: it then runs in engines that hand over no hidden states.
+
+        An export's ``config.json`` says it under this name.
+        """
         return "hidden" not in self.needs
 
 
@@ -256,6 +259,7 @@ def save_filter(folder: str | Path, net: Filter, config: FilterConfig, card: str
     metrics = {name: value if is_number(value) else None for name, value in config.metrics.items()}
     values = asdict(replace(config, metrics=metrics))
     _check(values, _EXPORT_RULES, KIND)
+    values["logits_only"] = config.logits_only
     # Into a fresh network first: what cannot be loaded again is not written.
     tensors = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
     load_tensors(build_filter(config), tensors, Path(folder) / TENSORS)
@@ -279,13 +283,17 @@ def load_filter(folder: str | Path) -> tuple[BlockMLP | ConvFilter, FilterConfig
         folder,
         KIND,
         SCHEMA_VERSION,
-        [f.name for f in fields(FilterConfig)],
-        older={"embedding": 0, "base_family": "llada"},
+        [*(f.name for f in fields(FilterConfig)), "logits_only"],
+        older={"embedding": 0, "base_family": "llada", "logits_only": None},
     )
+    said = values.pop("logits_only")
     _check(values, _EXPORT_RULES, str(folder / CONFIG))
     values["eot_rule"] = current_eot_rule(values["eot_rule"], f"{folder / CONFIG}: eot_rule")
     values["features"] = tuple(values["features"])
     config = FilterConfig(**values)
+    if said is not config.logits_only and said is not None:
+        found = f"{folder / CONFIG}: logits_only"
+        raise InputError(found, repr(said)[:80], f"{config.logits_only}".lower() + ", as its features have it")
     net = build_filter(config)
     load_tensors(net, tensors, folder / TENSORS)
     if isinstance(net, ConvFilter) and not (net.std >= _LEAST_STD).all():

@@ -137,8 +137,10 @@ class MaskPredictor:
             backend: Backend of ``torch.compile``.
 
         Raises:
-            InputError: The compiled forward gives other hidden states.
+            InputError: It cannot be compiled here, or gives other hidden states compiled.
         """
+        from torch._dynamo.exc import TorchDynamoException  # seconds, which only this needs
+
         rows, length, part = 3, 24, 8
         ids = (torch.arange(rows * length, device=self.device) * 7919 % self.vocab_size).view(rows, length)
         mask = torch.arange(length, device=self.device) >= torch.tensor([[0], [3], [9]], device=self.device)
@@ -156,7 +158,15 @@ class MaskPredictor:
         expected = outputs()
         ops: Elementwise = self.model.model.ops  # type: ignore[assignment, union-attr]
         ops.compile(backend)
-        difference = ((outputs() - expected).abs().max() / expected.abs().max()).item()
+        try:
+            compiled = outputs()
+        except TorchDynamoException as error:
+            ops.restore()
+            found = first_line(getattr(error, "inner_exception", error))
+            raise InputError(
+                "compile", found, "false; or a C++ compiler (g++, or what CXX names) on a CPU, Triton on a GPU"
+            ) from error
+        difference = ((compiled - expected).abs().max() / expected.abs().max()).item()
         accepted = 1e-4 if self.dtype is torch.float32 else 0.05
         if not difference <= accepted:
             ops.restore()

@@ -96,7 +96,7 @@ class BlockStrategy(Strategy):
 
     @property
     def beyond_block(self) -> str:
-        return "hidden states" if "hidden" in self.needs else ""
+        return ""
 
     def start(self, request: Request) -> Run:
         return BlockRun(request, self)

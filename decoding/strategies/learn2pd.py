@@ -29,6 +29,10 @@ class FilterStrategy(BlockStrategy):
     network: nn.Module | None
     config: FilterConfig | None
 
+    @property
+    def beyond_block(self) -> str:
+        return "" if self.config is None or self.config.logits_only else "hidden states"
+
     def take_filter(self) -> FilterConfig:
         """Loads ``filter`` where no ``network`` was given, and asks for the evidence that the network reads.
 

@@ -1,6 +1,7 @@
 """Other engines decode what our own loop decodes, token for token."""
 
 import copy
+import json
 import pkgutil
 import sys
 import tomllib
@@ -21,6 +22,7 @@ from decoding.engine import Engine, join, split
 from decoding.loop import decode
 from decoding.strategies import APD, make_strategy
 from models.errors import InputError
+from models.features import FEATURES
 from models.filter import FilterConfig, build_filter, load_filter, save_filter
 from models.predictor import MaskPredictor, TokenIds, fingerprint
 
@@ -166,17 +168,21 @@ def test_what_reads_more_than_its_block_is_refused_by_name(strategy, found):
         Engine(strategy, MASK, SIZE)
 
 
-def test_a_filter_that_reads_hidden_states_is_refused(filter_folder):
-    rule = made("learn2pd", filter_folder)
-    rule.needs = rule.needs | {"hidden"}
-    with pytest.raises(InputError, match="hidden states"):
-        Engine(rule, MASK, SIZE)
-
-
 def test_an_export_says_where_it_runs(filter_folder):
-    assert load_filter(filter_folder / "learn2pd")[1].logits_only
+    config = json.loads((filter_folder / "learn2pd/config.json").read_text())
+    assert config["logits_only"] is True
     card = (filter_folder / "learn2pd/README.md").read_text()
     assert "Reads logits and the block's tokens alone: it runs in SGLang and dInfer, too" in card
+
+
+def test_a_filter_that_reads_hidden_states_says_so_and_is_refused(filter_folder, tmp_path, monkeypatch):
+    _, config = load_filter(filter_folder / "learn2pd")
+    monkeypatch.setitem(FEATURES, "entropy", replace(FEATURES["entropy"], needs=frozenset({"hidden"})))
+    save_filter(tmp_path / "filter", build_filter(config), config, "# random\n")
+    assert json.loads((tmp_path / "filter/config.json").read_text())["logits_only"] is False
+    assert "it runs in this project's own loop alone" in (tmp_path / "filter/README.md").read_text()
+    with pytest.raises(InputError, match="strategy: found learn2pd, which reads hidden states"):
+        Engine(make_strategy("learn2pd", filter=tmp_path / "filter"), MASK, SIZE)
 
 
 def test_a_filter_for_another_vocabulary_mask_block_or_base_is_refused(filter_folder, tiny_checkpoint):
@@ -239,6 +245,35 @@ def test_sglang_writes_what_the_decode_loop_writes(name, wrapped, algorithm, ran
                 assert ours.step(batch, full, states) == [True]
 
         assert looped(random_llada, prompt, blocks, step)[0] == expected
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_sglang_takes_a_request_in_the_middle_of_anothers_block(name, algorithm, random_llada, prompts, filter_folder):
+    # A state that went to the wrong request, or began anew with each round, would decode to other tokens in company.
+    strategy, options = chosen(name, filter_folder)
+    ours = algorithm({"strategy": strategy} | options)
+    rule, config = made(name, filter_folder), DecodeConfig(SIZE, SIZE, eot="off")
+    expected = [decode(random_llada, [prompt], config, rule) for prompt in prompts[:2]]
+    ids = [torch.full((SIZE,), MASK) for _ in expected]
+    states, steps, joins = [None, None], [0, 0], int(expected[0].nfe[0]) // 2
+    assert joins or name == "published"  # the first is in the middle of its block
+    for number in range(64):
+        present = [row for row in ((0,) if number < joins else (1, 0)) if (ids[row] == MASK).any()]
+        if not present:
+            break
+        logits = []
+        for row in present:
+            tokens = torch.tensor([prompts[row] + ids[row].tolist()])
+            places = torch.arange(tokens.shape[1])
+            logits.append(random_llada.logits(random_llada(tokens, None, places[None], places)[-SIZE:]).clone())
+        batch = SimpleNamespace(batch_size=len(present), input_ids=torch.cat([ids[row] for row in present]))
+        kept = [states[row] for row in present]
+        ours.step(batch, torch.cat(logits), kept)
+        for row, state, block in zip(present, kept, batch.input_ids.view(-1, SIZE), strict=True):
+            states[row], ids[row], steps[row] = state, block.clone(), steps[row] + 1
+    for row, out in enumerate(expected):
+        assert ids[row].tolist() == out.sequences[0].tolist()
+        assert steps[row] == int(out.nfe[0])
 
 
 def test_sglang_keeps_the_prompt_even_where_it_holds_mask(algorithm):

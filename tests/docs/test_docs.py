@@ -1,7 +1,11 @@
-"""README and docs do what they print: blocks below ``<!-- run -->`` or ``<!-- run alone -->`` are run as they stand."""
+"""README and docs do what they print: blocks below ``<!-- run -->`` or ``<!-- run alone -->`` are run as they stand.
+
+Those that cannot be stand below ``<!-- not run: reason -->``.
+"""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_BLOCK = re.compile(r"(?:<!-- (run|run alone) -->\n)?^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"(?:<!-- (run|run alone|not run: [^\n]+) -->\n)?^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Block:
     """A block of a page.
 
     Attributes:
-        mark: ``run``, ``run alone``, or empty where it is not run.
+        mark: ``run``, ``run alone``, ``not run: `` and a reason, or empty.
         language: ``python``, ``bash`` or another.
         text: What is in it.
     """
@@ -51,8 +55,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like a clone, in which what is written stays out of this one."""
-    for name in ("models", "decoding", "data", "eval", "train", "configs", "docs"):
+    for name in ("models", "decoding", "data", "train", "configs"):
         (folder / name).symlink_to(ROOT / name)
+    for name in ("eval", "docs"):  # what a block may write to
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("decodes", "__pycache__"))
+    shutil.copy(ROOT / "README.md", folder)
     monkeypatch.chdir(folder)
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     fresh = {"HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}  # no caches, no settings of one's own
@@ -90,15 +97,22 @@ def test_a_page_from_its_first_line_to_its_last(page: Path, tmp_path: Path, monk
         pytest.skip("every block of it stands alone")
     prepared(tmp_path, monkeypatch)
     for block in blocks(page):
-        if block.mark:
+        if block.mark in ("run", "run alone"):
             run(block)
+
+
+def test_every_command_is_run_or_says_why_not():
+    for page in PAGES:
+        bare = [block.text for block in blocks(page) if block.language in ("python", "bash") and not block.mark]
+        assert bare == [], page.name
 
 
 def test_every_mark_is_read_and_every_script_is_there():
     # A mark that stands one line off, or a script that was renamed, would be passed over in silence.
     for page in PAGES:
         text = page.read_text()
-        assert text.count("<!-- run") == sum(bool(block.mark) for block in blocks(page)), page.name
+        marks = len(re.findall(r"<!-- (?:not )?run", text))
+        assert marks == sum(bool(block.mark) for block in blocks(page)), page.name
         scripts = [
             name for block in blocks(page) for name in re.findall(r"\b(?:train|eval|decoding|data)/\w+\.py", block.text)
         ]
@@ -123,6 +137,13 @@ def test_links_between_pages_lead_somewhere():
         text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
         links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
         assert [link for link in links if link and not (page.parent / link).exists()] == [], page.name
+
+
+def test_the_changelog_is_of_the_version_that_is_declared():
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    first = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first is not None
+    assert first[1].split(",")[0] == version
 
 
 def test_the_citation_has_what_the_format_asks_for():

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from decoding.memory_plan import plan_memory
 from eval import doctor
 from eval.command import command
 from models.errors import InputError
@@ -38,9 +40,14 @@ def test_a_healthy_base_with_its_filter_and_helper(capsys):
     printed = capsys.readouterr().out
     checks = [line[7:27].strip() for line in printed.splitlines() if line.startswith("ok")]
     assert checks == [
-        "versions", "device", "base", "dtype", "memory", "weights", "special tokens", "tokenizer fence", "attention mask",
-        "decode, threshold", "filter", "decode, learn2pd", "helper", "decode, apd",
+        "versions", "device", "base", "dtype", "components", "memory", "weights", "special tokens", "tokenizer fence",
+        "attention mask", "decode, threshold", "filter", "decode, learn2pd", "helper", "decode, apd",
     ]  # fmt: skip
+    planned = [
+        line.split()[-1] for line in printed.splitlines() if " learn2pd: free " in line or " threshold: free " in line
+    ]
+    assert len(planned) == 2
+    assert "apd: not counted" in printed
     assert "#### 13" in printed  # the second prompt's answer
     assert "note   " in printed  # the filter was trained with gen_length 128
     assert printed.endswith("all is well\n")
@@ -75,7 +82,22 @@ def test_a_dtype_that_the_device_does_not_compute(folder, monkeypatch, capsys):
 
 def test_too_little_memory_for_the_batch(folder, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "free_memory", lambda device: 1 << 10)
-    found_wrong(capsys, "memory", "memory: found 0.00 GiB free on cpu; accepted: peak .* GiB", folder)
+    found_wrong(capsys, "memory", "memory: found 0.00 GiB free on cpu; accepted: threshold, peak .* GiB", folder)
+
+
+def test_too_little_memory_for_the_filter_alone(folder, monkeypatch, capsys):
+    # A filter reads more of the logits than a threshold does: the plan of one does not speak for the other.
+    def planned(*words, **settings):
+        plan = plan_memory(*words, **settings)
+        return replace(plan, peak=plan.peak << 30) if words[2].name == "learn2pd" else plan
+
+    monkeypatch.setattr(doctor, "plan_memory", planned)
+    message = "memory: found .* free on cpu; accepted: learn2pd, peak .* GiB"
+    found_wrong(capsys, "memory", message, folder, filter=str(BUNDLED / "filter-llada-tiny"))
+
+
+def test_a_component_that_cannot_be_read(folder, tmp_path, capsys):
+    found_wrong(capsys, "components", "filter folder: found no folder", folder, filter=str(tmp_path / "none"))
 
 
 def test_more_rows_than_can_be_counted(folder, capsys):

@@ -1,14 +1,23 @@
 """The equal-quality headline, and what two results say about each other."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from eval.command import command
 from eval.headline import confirmed, doubts, headline, pick, picked, summary
 from eval.intervals import paired, wilson
+from eval.memory_table import counted
+from eval.pages import TABLES
 from eval.pages import main as write_pages
+from eval.recorded import read_tables
 from eval.report import changes, compare, draw, markdown, render, variant, write
 from eval.result_file import read
 from models.errors import InputError
@@ -257,7 +266,7 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
     write(result([*ROWS, row("apd", "apd R 0", 0, 3.0, 50), twice]), tmp_path, 0.01)
     costs = [one | {"settings": one["settings"] | {"block_length": 32}} for one in ROWS]
     costs[4]["component"] = {"per_forward": 1.0, "share_of_forward": 0.031}
-    (tmp_path / "cost.json").write_text(json.dumps(result(costs)))
+    write(result(costs), tmp_path / "cost", 0.01)
     spent = row("learn2pd", "learn2pd budget 0.1", 2, 2.25, 460)
     write(
         result([*ROWS, spent], picked_on={"hashes": ["h"] * PROMPTS, "rows": [*ROWS, spent]}), tmp_path / "budget", 0.01
@@ -273,7 +282,7 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     pages = {
         "README.md": ["front"],
-        "docs/decoders.md": ["headline", "sweep", "beside", "cost", "fresh", "eot", "risk", "budget"],
+        "docs/decoders.md": ["headline", "sweep", "beside", "cost", "long", "fresh", "eot", "risk", "budget"],
         "docs/apd.md": ["apd"],
     }
     for page, names in pages.items():
@@ -338,7 +347,7 @@ def test_helpers_of_several_sizes_have_a_table_a_picture_and_an_optimum(tmp_path
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_text(placed(*names))
     write_pages(tmp_path, tmp_path)
-    assert f"no {tmp_path}/cost.json: cost stays as it is" in capsys.readouterr().out
+    assert f"no {tmp_path}/cost/bench.json: cost stays as it is" in capsys.readouterr().out
     page = (tmp_path / "docs/apd.md").read_text()
     assert line.removesuffix("|") + "| 100.0 % | +0.0" in page
     dream = "| 1 layers R 0.5 | 100.0 % | +0.0 (-0.4 to +0.4) | 90.0 % | 60.0 % | 3.0 | 1.00 |"
@@ -359,27 +368,92 @@ def test_a_page_without_the_place_for_figures_is_named(tmp_path):
 def test_pages_are_all_written_or_none(tmp_path):
     # Two or three tables were new and the others old when a later result was refused.
     write(result(), tmp_path, 0.01)
-    (tmp_path / "cost.json").write_text("{")
+    (tmp_path / "cost").mkdir()
+    (tmp_path / "cost/bench.json").write_text("{")
+    (tmp_path / "bench.md").write_text("stale")
     (tmp_path / "docs").mkdir()
     for page, names in {
         "README.md": ["front"],
         "docs/decoders.md": ["headline", "sweep", "beside", "cost"],
     }.items():
         (tmp_path / page).write_text(placed(*names))
-    with pytest.raises(InputError, match=r"cost\.json"):
+    with pytest.raises(InputError, match=r"cost/bench\.json"):
         write_pages(tmp_path, tmp_path)
     assert (tmp_path / "README.md").read_text() == placed("front")
+    assert (tmp_path / "bench.md").read_text() == "stale"
 
 
 def test_the_pages_that_are_committed_have_the_figures_of_the_results_beside_them(tmp_path):
     root = Path(__file__).parents[2]
-    (tmp_path / "docs").mkdir()
-    pages = ["README.md", "docs/decoders.md", "docs/apd.md", "docs/families.md"]
-    for page in pages:
-        (tmp_path / page).write_text((root / page).read_text())
-    write_pages(root / "eval/results", tmp_path)
+    results = [file for file in (root / "eval/results").rglob("*.json") if "decodes" not in file.parts]
+    assert {str(file.relative_to(root / "eval/results")) for file in results} == {
+        file for file, _, _ in TABLES.values()
+    }
+    beside = [file.with_suffix(".md") for file in results if file.name == "bench.json"]
+    pages = [str(file.relative_to(root)) for file in beside] + [page for _, page, _ in TABLES.values()]
+    for name in {*pages, *(str(file.relative_to(root)) for file in results)}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, tmp_path / name)
+    write_pages(tmp_path / "eval/results", tmp_path)
     for page in pages:
         assert (tmp_path / page).read_text() == (root / page).read_text(), f"python eval/pages.py writes {page} anew"
+
+
+def test_a_table_of_figures_stands_between_its_comments():
+    # A table written by hand is measured once and believed for ever.
+    root = Path(__file__).parents[2]
+    for page in {page for _, page, _ in TABLES.values()}:
+        text = re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", "", (root / page).read_text(), flags=re.DOTALL)
+        cells = [cell.strip() for line in text.splitlines() if line.startswith("|") for cell in line.split("|")[2:-1]]
+        assert [
+            cell for cell in cells if re.fullmatch(r"[\d,]+\.?\d*( (%|s|MB|GB|GiB))?", cell) and cell != "1.0"
+        ] == [], page
+
+
+def test_every_benchmark_that_is_committed_is_among_what_is_made_anew():
+    root = Path(__file__).parents[2]
+    told = (root / "CONTRIBUTING.md").read_text().split("## What is bundled")[1]
+    for file in sorted((root / "configs/eval").glob("*.yaml")):
+        if yaml.safe_load(file.read_text())["out"].startswith("eval/results"):
+            assert f"`{file.stem}.yaml`" in told, file.name
+
+
+def test_the_memory_table_is_what_the_planner_counts(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    found = read_tables(root / "eval/results/memory.json")["memory"]
+    settings = {name: found[name] for name in ("config_file", "dtype", "prompt_length", "strategy")}
+    for row in (found["rows"][0], found["rows"][-1]):
+        assert counted(**settings, **{name: row[name] for name in ("batch_size", "gen_length", "cache")}) == row
+
+
+@pytest.mark.slow
+def test_the_cases_that_are_told_are_those_that_pytest_collects():
+    root = Path(__file__).parents[2]
+    rows = read_tables(root / "eval/results/reliability.json")["checked"]["rows"]
+    told = {test.strip("`"): cases for _, _, cases, test in rows if cases is not None}
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", *told]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    found = Counter(line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line)
+    assert found == told, "eval/results/reliability.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "a JSON list"),
+        ('{"kills": {"columns": ["a"], "rows": []}}', "kills: measured: found nothing"),
+        (
+            '{"kills": {"measured": "now", "columns": ["a"], "rows": [[1, 2]]}}',
+            "kills.rows: found one of another length",
+        ),
+        ('{"hours": {}}', "hours: prompts: found nothing"),
+    ],
+)
+def test_a_file_of_recorded_figures_that_is_none_is_named(tmp_path, content, message):
+    (tmp_path / "scale.json").write_text(content)
+    with pytest.raises(InputError, match=f"scale.json.*{message}"):
+        read_tables(tmp_path / "scale.json")
 
 
 def test_what_the_pages_say_in_words_is_what_the_results_say():

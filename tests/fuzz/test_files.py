@@ -20,7 +20,7 @@ from data.prompts import PromptSource, load_prompts
 from decoding.risk import load_calibration
 from eval.headline import headline
 from eval.lm.answers import Answers
-from eval.pages import _TABLES
+from eval.pages import TABLES
 from eval.report import changes, markdown
 from eval.result_file import read
 from models.checkpoint import check_files
@@ -221,8 +221,9 @@ def places(value: object, path: tuple = ()) -> Iterator[tuple]:
 
 def tell(result: dict) -> None:
     """Everything that is made of a result but the picture."""
-    for _, _, made in _TABLES.values() if result.get("headline") else ():  # else refused by pages
-        made(result)
+    for file, _, made in TABLES.values() if result.get("headline") else ():  # else refused by pages
+        if file.endswith("bench.json"):
+            made(result)
     markdown(result | {"headline": headline(result["rows"], 0.01, (result["picked_on"] or result)["rows"])})
     changes(result, result)
 
@@ -281,7 +282,7 @@ def test_rows_of_results(whole_result: str, tmp_path: Path, change: dict, field:
         read(file)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "eval/results").rglob("*.json")), ids=lambda file: str(file)[-30:])
+@pytest.mark.parametrize("file", sorted((ROOT / "eval/results").rglob("bench.json")), ids=lambda file: str(file)[-30:])
 def test_results_that_are_committed(file: Path) -> None:
     assert read(file)["rows"]
 

@@ -158,6 +158,8 @@ def test_a_network_that_is_not_the_configs_is_not_exported(tmp_path: Path):
         ("confidence_dtype", "bfloat16"),
         ("metrics", {"auroc": "good"}),
         ("schema_version", 2),
+        ("logits_only", False),
+        ("logits_only", 1),
     ],
 )
 def test_an_impossible_field_is_refused_by_name(tmp_path: Path, name: str, value: object):
@@ -212,11 +214,11 @@ def test_a_card_says_how_many_parameters_a_filter_has(tmp_path: Path):
     assert f"\n{without + words:,} parameters, {without:,} without the embedding of tokens. Reads" in card
 
 
-def test_an_export_from_before_filters_read_tokens_is_one_that_reads_none(tmp_path: Path):
+def test_an_older_export_reads_no_tokens_and_need_not_say_where_it_runs(tmp_path: Path):
     net = build_filter(CONV)
     save_filter(tmp_path, net, CONV, "card")
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["embedding"]
+    del config["embedding"], config["logits_only"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_filter(tmp_path)[1] == CONV
 

@@ -163,6 +163,16 @@ def test_a_compiled_forward_is_checked_against_the_eager_one(folder, monkeypatch
     torch.testing.assert_close(predictor(ids, None, positions, at), eager)
 
 
+def test_what_cannot_be_compiled_here_is_one_error_and_decodes_eagerly(folder, monkeypatch, tmp_path):
+    predictor = MaskPredictor.from_pretrained(folder, device="cpu")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    torch._dynamo.reset()
+    with pytest.raises(InputError, match=r"compile: found .*; accepted: false; or a C\+\+ compiler"):
+        predictor.compile()
+    assert predictor.model.model.ops == Elementwise()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
 def test_a_really_compiled_forward(folder):
