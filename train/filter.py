@@ -147,7 +147,7 @@ def finish(command: Command) -> None:
     curves = module.reliability
     if not trainer.is_global_zero:  # every rank has to take part up to here
         return
-    predictor = MaskPredictor.from_pretrained(rollouts.base)
+    predictor = MaskPredictor.from_pretrained(rollouts.base, dtype=rollouts.dtype)
     config = describe(module.config, predictor, rollouts.folder, metrics)
     module.net.to(predictor.device).eval()
     config, split, rows, calibration = pick_threshold(
@@ -188,9 +188,9 @@ def pick_threshold(
 ) -> tuple[FilterConfig, str, list[dict[str, Any]], Calibration]:  # fmt: skip
     """Picks the cheapest threshold that loses no more than is accepted, on validation prompts, and measures it on test.
 
-    The training-free threshold that it is compared with is picked by the same rule. Where the sources have no test
-    prompt, the figures are those of validation. Finished decodes are kept in the folder ``decodes``, for when this is
-    interrupted.
+    Prompts are encoded and decoded as the rollouts were. The training-free threshold that it is compared with is picked by
+    the same rule. Where the sources have no test prompt, the figures are those of validation. Finished decodes are kept in
+    the folder ``decodes``, for when this is interrupted.
 
     Returns:
         The configuration with the threshold and its figures, the split that these are of, the rows of the comparison, and what
@@ -205,15 +205,16 @@ def pick_threshold(
         }
         return compare(
             predictor, prompts, runs, gen_length=config.gen_length, block_length=config.block_length,
-            batch_size=rollouts.batch_size, strategies=ready, folder=decodes,
+            batch_size=rollouts.batch_size, chat_template=rollouts.chat_template, strategies=ready, folder=decodes,
             progress=lambda label: print(f"decoding {len(prompts)} {split} prompts: {label}", file=sys.stderr),
         )  # fmt: skip
 
-    plain = [Run("threshold", {"threshold": threshold}) for threshold in sorted(pipeline.baselines)]
-    learned = [Run("learn2pd", {"threshold": threshold}) for threshold in sorted(pipeline.pick_from)]
+    decoding: Any = {"eot": rollouts.eot, "steps": rollouts.steps}
+    plain = [Run("threshold", {"threshold": value}, **decoding) for value in sorted(pipeline.baselines)]
+    learned = [Run("learn2pd", {"threshold": value}, **decoding) for value in sorted(pipeline.pick_from)]
     split: Split = "validation"
     prompts = rollouts.encode(rollouts.prompts(split, pipeline.pick_prompts), predictor)[0]
-    rows = decode(split, prompts, [Run("full_step"), *plain, *learned])
+    rows = decode(split, prompts, [Run("full_step", **decoding), *plain, *learned])
     picked = [pick(part, pipeline.loss) for part in (rows[1 : len(plain) + 1], rows[len(plain) + 1 :])]
     threshold = picked[1]["settings"]["threshold"]
     safest_first = rows[: len(plain) : -1]
@@ -226,7 +227,7 @@ def pick_threshold(
         split = "test"
         tests = rollouts.encode(rollouts.prompts(split, pipeline.test_prompts), predictor)[0]
         chosen = [run for run in (*plain, *learned) if run.label in (picked[0]["label"], picked[1]["label"])]
-        rows = decode(split, tests, [Run("full_step"), *chosen, Run("oracle")])
+        rows = decode(split, tests, [Run("full_step", **decoding), *chosen, Run("oracle", **decoding)])
         picked = rows[1:3]
     figures = {f"decode/{name}": picked[1][name] for name in FIGURES}
     figures |= {"decode/prompts": picked[1]["prompts"], "decode/threshold_nfe_mean": picked[0]["nfe_mean"]}

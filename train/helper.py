@@ -74,7 +74,7 @@ def finish(command: Command) -> None:
     metrics = dict(trainer.validate(module, command.datamodule, verbose=False)[0])
     if not trainer.is_global_zero:  # every rank has to take part up to here
         return
-    predictor = MaskPredictor.from_pretrained(rollouts.base)
+    predictor = MaskPredictor.from_pretrained(rollouts.base, dtype=rollouts.dtype)
     config = describe(module, predictor, rollouts.folder, metrics)
     module.to(predictor.device)
     rows, calibration = measure(predictor, Helper(module.net, config), pipeline, rollouts, command.folder / "decodes")
@@ -118,7 +118,9 @@ def describe(
 def measure(
     predictor: MaskPredictor, helper: Helper, pipeline: Pipeline, rollouts: RolloutSettings, decodes: Path
 ) -> tuple[list[dict[str, Any]], Calibration | None]:
-    """Decodes validation prompts full-step and with APD at every mixture weight; what is finished is kept in ``decodes``.
+    """Decodes validation prompts full-step and with APD at every mixture weight, encoded and decoded as the rollouts were.
+
+    What is finished is kept in ``decodes``.
 
     Returns:
         The rows of the comparison, full_step first, and what they vouch for; nothing where there are no mixture weights.
@@ -126,16 +128,17 @@ def measure(
     if not pipeline.mixture_weights:
         return [], None
     prompts = rollouts.encode(rollouts.prompts("validation", pipeline.measure_prompts), predictor)[0]
-    runs, ready = [Run("full_step")], dict[str, Strategy]()
+    decoding: Any = {"eot": rollouts.eot, "steps": rollouts.steps}
+    runs, ready = [Run("full_step", **decoding)], dict[str, Strategy]()
     for weight in sorted(pipeline.mixture_weights):
-        runs.append(Run("apd", {"mixture_weight": weight}))
+        runs.append(Run("apd", {"mixture_weight": weight}, **decoding))
         ready[runs[-1].label] = make_strategy(
             "apd", network=helper, mixture_weight=weight, kv_window=pipeline.kv_window,
             max_lookahead=pipeline.max_lookahead,
         )  # fmt: skip
     rows = compare(
         predictor, prompts, runs, gen_length=rollouts.gen_length, block_length=rollouts.block_length,
-        batch_size=rollouts.batch_size, strategies=ready, folder=decodes,
+        batch_size=rollouts.batch_size, chat_template=rollouts.chat_template, strategies=ready, folder=decodes,
         progress=lambda label: print(f"decoding {len(prompts)} validation prompts: {label}", file=sys.stderr),
     )  # fmt: skip
     # The larger the weight, the more drafts are accepted: cheaper, and further from the helper's own text.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from data.labels import PASSES
 from data.manifest import open_rollouts
@@ -88,6 +89,23 @@ def test_prompts_without_answers_are_judged_by_their_text(tiny_checkpoint, tmp_p
     assert load_filter(tmp_path / "exports/filter")[1].metrics["decode/exact_match"] is None
     assert "| learn2pd 0.5 | – |" in (tmp_path / "exports/filter/README.md").read_text()
     assert json.loads((tmp_path / "exports/filter/risk.json").read_text())["loss"] == "text"
+
+
+def test_the_threshold_is_picked_on_decodes_like_the_rollouts(fitted, tiny_checkpoint, tmp_path):
+    # Of a base without a chat template fit failed after all its training; else it picked on other prompts and references.
+    shutil.copytree(tiny_checkpoint, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    given = {"chat_template": False, "eot": "off", "steps": 8, "dtype": "bfloat16"}
+    more = [word for name, value in given.items() for word in (f"--rollout.{name}", str(value).lower())]
+    more += ["--rollout.base", tmp_path / "base", "--trainer.max_epochs", 1]
+    done = run(*fitted[1], *more, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    decodes = list((tmp_path / "runs/filter/decodes").iterdir())
+    assert len(decodes) == 8  # full_step, threshold and two of learn2pd; of the test prompts one, and the oracle
+    for file in decodes:
+        with safe_open(file, "pt") as stored:
+            settings = json.loads(stored.metadata()["generation"])["settings"]
+        assert settings.items() >= given.items(), file
+    assert json.loads((tmp_path / "exports/filter/risk.json").read_text())["decoding"]["eot"] == "off"
 
 
 def test_the_export_decodes(fitted, tiny_checkpoint):
