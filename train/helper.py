@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from data.disk import check_writable
 from data.helper_data import HelperDataModule
-from data.manifest import open_rollouts
+from data.manifest import MANIFEST, Rollouts, check_key, open_rollouts
 from data.rollout_data import RolloutSettings
 from data.typed import Count, Length, Share, check_fields
 from decoding.risk import Calibration
@@ -75,7 +75,7 @@ def finish(command: Command) -> None:
     if not trainer.is_global_zero:  # every rank has to take part up to here
         return
     predictor = MaskPredictor.from_pretrained(rollouts.base, dtype=rollouts.dtype)
-    config = describe(module, predictor, rollouts.folder, metrics)
+    config = describe(module, predictor, Rollouts(rollouts.folder, command.datamodule.manifest), metrics)
     module.to(predictor.device)
     rows, calibration = measure(predictor, Helper(module.net, config), pipeline, rollouts, command.folder / "decodes")
     for row in rows[1:]:
@@ -96,14 +96,15 @@ def finish(command: Command) -> None:
 
 
 def describe(
-    module: HelperModule, predictor: MaskPredictor, rollouts: Path, metrics: Mapping[str, float]
+    module: HelperModule, predictor: MaskPredictor, rollouts: Rollouts, metrics: Mapping[str, float]
 ) -> HelperConfig:
     """The helper's description: what it was trained on, and for what.
 
     Raises:
         InputError: The rollouts are not of this base model.
     """
-    settings = open_rollouts(rollouts, fingerprint=predictor.fingerprint).manifest["settings"]
+    check_key(rollouts.folder / MANIFEST, rollouts.manifest, predictor.fingerprint)
+    settings = rollouts.manifest["settings"]
     source = module.pretrained
     if source is not None and Path(source).is_dir():
         source = str(Path(source).resolve())  # wherever the export is loaded from
@@ -224,7 +225,7 @@ def export(checkpoint: Path, rollouts: Path, out: Path, base: str | None = None,
         module.build(predictor)
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"], strict=module.strict_loading)
-    config = describe(module, predictor, rollouts, {})
+    config = describe(module, predictor, open_rollouts(rollouts), {})
     net = module.net
     if merge:
         net, config = net.merge_and_unload(), replace(config, adapter=False)
