@@ -55,7 +55,7 @@ class Spec:
     module: type[LightningModule]
     data: type[LightningDataModule]
     subcommands: Sequence[str] = ("fit", "validate", "test")
-    settings: Mapping[str, type] = field(default_factory=dict)
+    settings: Mapping[str, type | Mapping[str, Any]] = field(default_factory=dict)
     links: Sequence[tuple[Any, ...]] = ()
     checkpoint: Mapping[str, Any] | None = None
     callbacks: Callable[[Path], list[Callback]] | None = None
@@ -112,7 +112,10 @@ class Command(LightningCLI):
         )
         parser.add_class_arguments(WandbSettings, "wandb")
         for key, group in self.spec.settings.items():
-            parser.add_class_arguments(group, key)
+            if isinstance(group, type):
+                parser.add_class_arguments(group, key)
+            else:
+                parser.add_argument(f"--{key}", **group)
         for link in self.spec.links:
             parser.link_arguments(*link)
 
@@ -199,7 +202,7 @@ def run(
     *,
     subcommands: Sequence[str] = ("fit", "validate", "test"),
     verbs: Mapping[str, Callable[..., object]] | None = None,
-    settings: Mapping[str, type] | None = None,
+    settings: Mapping[str, type | Mapping[str, Any]] | None = None,
     links: Sequence[tuple[Any, ...]] = (),
     checkpoint: Mapping[str, Any] | None = None,
     callbacks: Callable[[Path], list[Callback]] | None = None,
@@ -216,7 +219,8 @@ def run(
         data: Its data; likewise ``--data.*``.
         subcommands: The Trainer's methods offered: fit, validate, test, predict.
         verbs: Further first words, each a typed function run by its signature.
-        settings: Further settings, key to a dataclass; hooks read them by :meth:`Command.setting`.
+        settings: Further settings, key to a dataclass, or to what ``add_argument`` takes; hooks read them by
+            :meth:`Command.setting`.
         links: Arguments of ``link_arguments``: source key, target key and, where needed, a function.
         checkpoint: Settings of Lightning's ``ModelCheckpoint``; ``None`` saves no checkpoints.
         callbacks: Makes the command's own callbacks for a run folder.

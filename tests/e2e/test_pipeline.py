@@ -158,7 +158,7 @@ def test_rounds_train_on_the_filters_own_states_and_are_kept(fitted, tmp_path):
     folder, words = fitted
     shards = tmp_path / "shards"
     shutil.copytree(folder / "runs/rollout/shards", shards)
-    words = [*words, "--rollout.folder", shards, "--pipeline.rounds", 1, "--trainer.max_epochs", 1]
+    words = [*words, "--rollout.folder", shards, "--rounds", 1, "--trainer.max_epochs", 1]
     done = run(*words, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (own,) = shards.glob("filter-*")
@@ -169,6 +169,12 @@ def test_rounds_train_on_the_filters_own_states_and_are_kept(fitted, tmp_path):
     references = [load_sequences(one).references for one in (shards, own)]
     assert torch.equal(*references)  # taken from the first set
     assert second.passes.unique().tolist() == [PASSES.index("filter")]
+    told = {
+        name
+        for file in tmp_path.glob("runs/filter/csv/*/metrics.csv")
+        for name in file.read_text().split("\n")[0].split(",")
+    }
+    assert {"rollout/prompts", "round 1-rollout/nfe_filter", "round 1-validation/loss", "validation/loss"} <= told
     digests = "+".join(open_rollouts(one).digest for one in (shards, own))
     assert digests in (tmp_path / "exports/filter/README.md").read_text()
     # Once more: neither the round's filter nor its rollouts are made again.
@@ -186,7 +192,7 @@ def test_rounds_train_on_the_filters_own_states_and_are_kept(fitted, tmp_path):
 @pytest.mark.slow  # starts the command, with two processes
 def test_on_two_devices_rounds_find_each_others_filter(fitted, tmp_path):
     _, words = fitted
-    more = ["--pipeline.rounds", 1, "--trainer.devices", 2, "--data.batch_size", 16, "--trainer.max_epochs", 1]
+    more = ["--rounds", 1, "--trainer.devices", 2, "--data.batch_size", 16, "--trainer.max_epochs", 1]
     done = run(*words, *more, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("exported exports/filter") == 1
@@ -200,8 +206,8 @@ def test_the_command_refuses_what_does_not_fit(fitted):
         (["--rollout.gen_length", 32], "gen_length"),
         (["--rollout.base", "nowhere"], "base checkpoint: found 'nowhere'"),
         (["--model.chanels", 8], "channels"),
-        (["--pipeline.rounds", -1], "pipeline.rounds: found -1; accepted: a whole number from 0 to 100"),
-        (["--pipeline.rounds", 1, "--data.passes", "[oracle]"], "data.passes: found oracle; accepted: null, or filter"),
+        (["--rounds", -1], "rounds: found -1; accepted: a whole number from 0 to 100"),
+        (["--rounds", 1, "--data.passes", "[oracle]"], "data.passes: found oracle; accepted: null, or filter"),
         (["--rollout.block_length", 7], "block_length: found 7; accepted: a divisor of gen_length 16"),
     ):
         done = run(*words, *arguments, folder=folder)

@@ -157,7 +157,7 @@ def test_help_tells_of_ten_settings_first_and_of_all(
         runpy.run_path(str(script), run_name="__main__")
     told = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
     first = ["base", "sources", "limit", "folder", "gen_length", "block_length", "batch_size"]
-    first = [f"--rollout.{name}" for name in first] + ["--pipeline.rounds", "--pipeline.out", "--trainer.devices"]
+    first = [f"--rollout.{name}" for name in first] + ["--rounds", "--pipeline.out", "--trainer.devices"]
     assert [name.strip(",") for name in told[: len(first)]] == first
     assert len(told) == len(set(told))
     assert {"--run", "--model.channels", "--rollout.passes", "--pipeline.loss", "--wandb.project"} <= set(told)
