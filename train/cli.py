@@ -335,5 +335,21 @@ def log_export(
         export = wandb.Artifact(name, type="model", metadata={"rollouts": rollouts, **metrics})
         export.add_dir(str(folder))
         for digest in [] if rollouts is None or run.settings._offline else rollouts.split("+"):
-            run.use_artifact(wandb.Artifact(f"rollouts-{digest}", type="rollouts", metadata={"digest": digest}))
+            run.use_artifact(_rollouts(digest))
         run.log_artifact(export)
+
+
+def log_rollouts(loggers: Sequence[Logger], digest: str) -> None:
+    """Tells W&B which rollouts a run has made: the artifact that :func:`log_export` names as the input of what learns from them.
+
+    Args:
+        loggers: The trainer's.
+        digest: Digest of the set, of which W&B is told nothing else: shards stay where they are.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.log_artifact(_rollouts(digest))
+
+
+def _rollouts(digest: str) -> wandb.Artifact:
+    return wandb.Artifact(f"rollouts-{digest}", type="rollouts", metadata={"digest": digest})
