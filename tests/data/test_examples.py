@@ -253,5 +253,5 @@ def test_a_set_larger_than_its_memory_is_read_in_bounded_memory(tiny_checkpoint:
     (few, small), (many, large) = peaks
     assert many * 32 * 48 > 800 << 20
     assert large < 350
-    assert large - small < (many - few) * 64 / 2**20 + 30  # what grows are the indices of the order
+    assert large - small < 30 < (many - few) * 64 / 2**20  # 64 bytes a record would be more
     assert open_rollouts(tmp_path / "set").manifest["counts"]["steps"]
