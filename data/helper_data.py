@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from data.manifest import open_rollouts
 from data.rollout_data import plan
 from data.rollouts import Sequences, load_sequences
+from data.store import Folder, place
 from data.typed import Count, Whole, checked
 from models.errors import InputError
 
@@ -115,15 +115,15 @@ class HelperDataModule(LightningDataModule):
     """Reference texts of a rollout folder for ``train/helper.py``, split by prompt.
 
     Args:
-        rollouts: Folder of the shards.
+        rollouts: Folder of the shards, or its URL.
         batch_size: Texts in a training batch on one device.
         seed: Seed of the order of batches.
     """
 
-    def __init__(self, rollouts: Path, batch_size: Count = 16, seed: Whole = 0) -> None:
+    def __init__(self, rollouts: Folder, batch_size: Count = 16, seed: Whole = 0) -> None:
         super().__init__()
         checked(Count, batch_size, "batch_size")
-        self.rollouts, self.batch_size, self.seed = Path(rollouts), batch_size, seed
+        self.rollouts, self.batch_size, self.seed = place(rollouts), batch_size, seed
         self.parts: dict[str, Texts] = {}
         self.manifest: dict[str, Any] = {}
         self.digest: str | None = None

@@ -11,7 +11,7 @@ from data.manifest import read_manifest
 LIBRARY = "dlm-accel"
 
 
-def made_from(base: str, rollouts: Path) -> dict[str, Any]:
+def made_from(base: str, rollouts: str | Path) -> dict[str, Any]:
     """The settings that :func:`metadata` reads, where only a folder of rollouts is at hand."""
     requests = read_manifest(rollouts)["sources"]
     return {"base": base, "sources": [source for request in requests for source in request["sources"]]}

@@ -19,6 +19,7 @@ from data.manifest import open_rollouts
 from data.prompt import Prompt
 from data.prompts import Split, split_of
 from data.rollout_data import RolloutSettings
+from data.store import Folder, inside
 from data.typed import Count, Part, Rounds, Share, check_fields
 from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
@@ -93,7 +94,7 @@ def prepare(command: Command) -> None:
         learner = command.folder / "rounds" / str(number)
         learn(command, learner)
         own = replace(
-            rollouts, folder=rollouts.folder / f"filter-{fingerprint(learner)}-{command.model.config.threshold:g}",
+            rollouts, folder=inside(rollouts.folder, f"filter-{fingerprint(learner)}-{command.model.config.threshold:g}"),
             passes=["filter"], filter=learner, references=rollouts.folder,
         )  # fmt: skip
         roll_out(command, own)
@@ -168,7 +169,9 @@ def finish(command: Command) -> None:
     log_export(trainer.loggers, "filter", pipeline.out, picked, rows, ["label", *FIGURES], command.datamodule.digest)
 
 
-def describe(config: FilterConfig, predictor: MaskPredictor, rollouts: Path, metrics: dict[str, float]) -> FilterConfig:
+def describe(
+    config: FilterConfig, predictor: MaskPredictor, rollouts: Folder, metrics: dict[str, float]
+) -> FilterConfig:
     """The filter's configuration completed by what it was trained on.
 
     Raises:
@@ -268,7 +271,7 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: Share) -> None:
+def export(checkpoint: Path, rollouts: Folder, base: str, out: Path, threshold: Share) -> None:
     """Exports a training checkpoint with a threshold of your own.
 
     Args:

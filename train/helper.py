@@ -17,6 +17,7 @@ from data.disk import check_writable
 from data.helper_data import HelperDataModule
 from data.manifest import open_rollouts
 from data.rollout_data import RolloutSettings
+from data.store import Folder
 from data.typed import Count, Length, Share, check_fields
 from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
@@ -96,7 +97,7 @@ def finish(command: Command) -> None:
 
 
 def describe(
-    module: HelperModule, predictor: MaskPredictor, rollouts: Path, metrics: Mapping[str, float]
+    module: HelperModule, predictor: MaskPredictor, rollouts: Folder, metrics: Mapping[str, float]
 ) -> HelperConfig:
     """The helper's description: what it was trained on, and for what.
 
@@ -196,7 +197,7 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def export(checkpoint: Path, rollouts: Path, out: Path, base: str | None = None, merge: bool = False) -> None:
+def export(checkpoint: Path, rollouts: Folder, out: Path, base: str | None = None, merge: bool = False) -> None:
     """Exports a training checkpoint.
 
     Args:
