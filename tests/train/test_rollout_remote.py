@@ -200,7 +200,7 @@ def test_workers_without_locks_seldom_meet() -> None:
         decoded += [index[0] for index in taken]
         shards.there |= {str(index[0]) for index in taken}
     assert set(decoded) == set(range(300))
-    assert len(decoded) < 345  # 300 of them once; about a dozen are expected twice
+    assert len(decoded) < 330  # seven of them twice is usual; in one and the same order it would be 900
 
 
 def test_a_url_stays_as_it_is_written_and_file_urls_are_folders(tmp_path: Path) -> None:
