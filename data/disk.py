@@ -41,12 +41,12 @@ def check_writable(field: str, path: Path, folder: bool = True) -> None:
         raise InputError(field, f"{path} with {free >> 20} MiB free", accepted)
 
 
-def locked(stream: IO[str]) -> bool:
-    """Locks a file for this process; False where another has it. True where the system knows no locks."""
+def locked(stream: IO[str], wait: bool = False) -> bool:
+    """Locks a file for this process; False where another has it, unless it waits. True where the system knows no locks."""
     try:
         import fcntl
 
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except (ImportError, OSError) as error:

@@ -16,6 +16,7 @@ from data.labels import PASSES, Records
 from data.manifest import MANIFEST, Rollouts, check_key
 from data.order import Shuffle
 from data.prompts import Split
+from data.store import Folder, place
 from data.typed import Count, NotNegative, Whole, checked
 from models.errors import InputError
 
@@ -65,7 +66,7 @@ class FilterDataModule(LightningDataModule):
     """Records of a rollout folder for ``train/filter.py``, split by prompt.
 
     Args:
-        rollouts: Folder of the shards; or several, of one model and one block length.
+        rollouts: Folder of the shards, or its URL; or several, of one model and one block length.
         batch_size: Records in a training batch on one device; null for all of them (the published recipe).
         passes: Decodes whose records are used, of :data:`data.labels.PASSES`, where a set has them; null for all.
         tail_weight: Weight in the loss of positions after the reference's first EoT, which are up to nine tenths of all
@@ -79,7 +80,7 @@ class FilterDataModule(LightningDataModule):
 
     def __init__(
         self,
-        rollouts: Path | list[Path],
+        rollouts: Folder | list[Folder],
         batch_size: Count | None = 2048,
         passes: list[str] | None = None,
         tail_weight: NotNegative = 0.1,
@@ -97,10 +98,10 @@ class FilterDataModule(LightningDataModule):
         for name in passes or []:
             if name not in PASSES:
                 raise InputError("passes", name, ", ".join(PASSES))
-        self.rollouts = [Path(folder) for folder in (rollouts if isinstance(rollouts, list) else [rollouts])]
+        self.rollouts = [place(folder) for folder in (rollouts if isinstance(rollouts, list) else [rollouts])]
         self.batch_size, self.passes, self.tail_weight = batch_size, passes, tail_weight
         self.seed, self.memory, self.limit = seed, memory, limit
-        self.sets: dict[Path, Rollouts] = {}
+        self.sets: dict[str | Path, Rollouts] = {}
         self.records: Records | None = None
         self.parts: dict[str, FilterBatch | StoredExamples] = {}
         self.digest: str | None = None
@@ -166,7 +167,7 @@ class FilterDataModule(LightningDataModule):
                 "batch_size", None, f"a number, for records of more than {self.memory} MiB; or more memory"
             )
         key = json.dumps([self.digest, [passes for _, passes in sets], self.tail_weight, last])
-        folder = self.rollouts[0] / "records" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        folder = sets[0][0].folder / "records" / hashlib.sha256(key.encode()).hexdigest()[:16]
         if not (self.trainer and self.trainer.global_rank) and open_stored(folder, device) is None:
             parts = (part for one, passes in sets for part in by_shard(one, passes, last))
             store(folder, parts, self.passes or PASSES, self.tail_weight)

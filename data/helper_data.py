@@ -4,7 +4,6 @@ import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -18,6 +17,7 @@ from data.order import Shuffle
 from data.prompt_list import SPLITS
 from data.rollout_data import WINDOW, plan
 from data.rollouts import open_on_ranks
+from data.store import Folder, place
 from data.tables import fixed
 from data.typed import Count, Whole, checked
 from models.errors import InputError
@@ -156,15 +156,15 @@ class HelperDataModule(LightningDataModule):
     """Reference texts of a rollout folder for ``train/helper.py``, split by prompt.
 
     Args:
-        rollouts: Folder of the shards.
+        rollouts: Folder of the shards, or its URL.
         batch_size: Texts in a training batch on one device.
         seed: Seed of the order of batches.
     """
 
-    def __init__(self, rollouts: Path, batch_size: Count = 16, seed: Whole = 0) -> None:
+    def __init__(self, rollouts: Folder, batch_size: Count = 16, seed: Whole = 0) -> None:
         super().__init__()
         checked(Count, batch_size, "batch_size")
-        self.rollouts, self.batch_size, self.seed = Path(rollouts), batch_size, seed
+        self.rollouts, self.batch_size, self.seed = place(rollouts), batch_size, seed
         self.parts: dict[str, Texts] = {}
         self.manifest: dict[str, Any] = {}
         self.digest: str | None = None

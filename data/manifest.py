@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
+from data.disk import locked
+from data.store import UrlStore, open_store, place
 from data.tables import SEQUENCE_COLUMNS, STEP_COLUMNS
 from data.typed import Count, Whole, checked
-from models.checkpoint import read_json, writing
-from models.errors import InputError
+from models.checkpoint import parse_json, read_json, writing
+from models.errors import InputError, first_line
 
 SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
@@ -24,6 +30,7 @@ COLUMNS = {"steps": STEP_COLUMNS, "sequences": SEQUENCE_COLUMNS}
 """The two kinds of files of a shard and their columns."""
 _KEY = b"dlm_accel.key"
 """Where the metadata of a shard's files keeps the key of its set, as JSON: they belong to it with a manifest or without."""
+_AT_ONCE = 8  # files that are fetched side by side
 _OLDER = {"states": "pass"}  # schema version 1: name of a column to the one it has now
 _OPTIONAL = ("end", "text", "open", "eot_log_odds", "eot_top")
 """Columns that a set may lack: ``end`` before schema version 3, when labels came from the references; ``text`` before filters
@@ -107,7 +114,7 @@ class _Manifest(BaseModel):
     sources: list[dict[str, Any]]
     shards: list[_Name]
     counts: _Counts | None = None
-    digest: str | None = None
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
     skipped: dict[str, Whole] = {}  # tokens of the prompts that were too long, by hash
 
 
@@ -131,14 +138,7 @@ class Rollouts:
 
     def _record(self, name: str) -> dict[str, Any]:
         path = self.folder / f"shard-{name}.json"
-        accepted = f"the shard that {MANIFEST} lists; run the rollout again"
-        record = read_json(path, accepted)
-        record = renamed(record) if isinstance(record, dict) else record
-        try:
-            checked(ShardRecord, record, path)
-        except InputError as error:
-            raise InputError(error.field, error.found, accepted) from error
-        return record
+        return checked_record(path, read_json(path, _LISTED))
 
     @property
     def digest(self) -> str:
@@ -152,6 +152,27 @@ class Rollouts:
             there = _columns(file)
             names = [name for name in columns or COLUMNS[kind] if name in there or name not in _OPTIONAL]
             yield pq.read_table(file, columns=[there[name] for name in names]).rename_columns(names)
+
+
+_LISTED = f"the shard that {MANIFEST} lists; run the rollout again"
+
+
+def checked_record(where: str | Path, found: Any) -> dict[str, Any]:
+    """The record of a shard as it is called now.
+
+    Args:
+        where: The file, for the message.
+        found: What it holds.
+
+    Raises:
+        InputError: It is none.
+    """
+    record = renamed(found) if isinstance(found, dict) else found
+    try:
+        checked(ShardRecord, record, where)
+    except InputError as error:
+        raise InputError(error.field, error.found, _LISTED) from error
+    return record
 
 
 def digest(key: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
@@ -172,8 +193,11 @@ def open_rollouts(
 ) -> Rollouts:
     """Verifies a finished rollout set, every byte of it.
 
+    A set in an object store is fetched first, into a folder of the user's cache that is named by the set's digest; what is
+    there already is not fetched again. The set that is returned is the local one.
+
     Args:
-        folder: The set's folder.
+        folder: The set's folder, or its URL.
         fingerprint: Fingerprint of the base model it must come from; ``None`` accepts any.
         settings: Settings it must have; those not named may have any value.
 
@@ -205,22 +229,79 @@ def find_rollouts(
     Raises:
         InputError: No manifest, an unfinished set, or another schema, model or setting.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    check_key(folder / MANIFEST, manifest, fingerprint, settings=settings)
+    folder = place(folder)
+    where, manifest = open_store(folder).at(MANIFEST), read_manifest(folder)
+    check_key(where, manifest, fingerprint, settings=settings)
     if not manifest["complete"]:
-        raise InputError(f"{folder / MANIFEST}: complete", False, "a finished set; run the rollout again, it continues")
-    return Rollouts(folder, manifest)
+        raise InputError(f"{where}: complete", False, "a finished set; run the rollout again, it continues")
+    return Rollouts(folder if isinstance(folder, Path) else _fetched(folder, manifest), manifest)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a set, finished or not.
+def _fetched(url: str, manifest: Mapping[str, Any]) -> Path:
+    """The local folder of a finished set in an object store; a file that is not what it was is not taken."""
+    store = UrlStore(url)
+    if manifest.get("digest") is None:
+        accepted = "what `train/rollout.py merge` writes"
+        raise InputError(f"{store.at(MANIFEST)}: digest", "nothing", accepted)
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "dlm-accel" / "rollouts" / manifest["digest"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as stream:
+        locked(stream, wait=True)  # one of a machine's processes fetches, the others find it
+        records = _fetch_records(store, [f"shard-{name}.json" for name in manifest["shards"]], folder)
+        files = [record[kind] for record in records for kind in COLUMNS]
+        missing = [described for described in files if not intact(folder / described["file"], described)]
+        if missing:
+            size = sum(described["bytes"] for described in missing) / 2**20
+            print(f"{url}: fetching {len(missing)} files, {size:.3g} MiB, to {folder}", file=sys.stderr)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for _ in pool.map(lambda described: _fetch(store, described, folder), missing):
+                pass
+        write_json(folder / MANIFEST, manifest)
+    return folder
+
+
+def _fetch_records(store: UrlStore, names: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    found = {}
+    for name in names:
+        with suppress(InputError):
+            found[name] = checked_record(folder / name, read_json(folder / name))
+    contents = store.read_many(name for name in names if name not in found)
+    for name in names:
+        if name not in found:
+            if name not in contents:
+                raise InputError(store.at(name), "no such file", _LISTED)
+            try:
+                content = parse_json(contents[name].decode())
+            except ValueError as error:
+                raise InputError(store.at(name), first_line(error), _LISTED) from error
+            found[name] = checked_record(store.at(name), content)
+            with writing(folder / name, sweep=False) as aside:
+                aside.write_bytes(contents[name])
+    return [found[name] for name in names]
+
+
+def _fetch(store: UrlStore, described: Mapping[str, Any], folder: Path) -> None:
+    name = described["file"]
+    try:
+        content = store.read(name)
+    except FileNotFoundError:
+        raise InputError(store.at(name), "no such file", _LISTED) from None
+    if not fits(content, described):
+        found = f"{hashlib.sha256(content).hexdigest()} (corrupt or truncated)"
+        raise InputError(f"{store.at(name)}: sha256", found, f"{described['sha256']}; run the rollout again")
+    with writing(folder / name, sweep=False) as aside:
+        aside.write_bytes(content)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a set, finished or not, in a folder or at a URL.
 
     Raises:
         InputError: There is none, it cannot be read, it has a schema version that is not known, or a field of another type.
     """
-    path = folder / MANIFEST
-    manifest = read_json(path, "the manifest of a rollout set")
+    store = open_store(folder)
+    path, manifest = store.at(MANIFEST), store.json(MANIFEST, "the manifest of a rollout set")
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if found not in (1, 2, 3, SCHEMA_VERSION):
         raise InputError(f"{path}: schema_version", found, f"1 | 2 | 3 | {SCHEMA_VERSION}")
@@ -244,7 +325,7 @@ def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_key(
-    path: Path,
+    path: str | Path,
     described: Mapping[str, Any],
     fingerprint: str | None = None,
     tokenizer_hash: str | None = None,
@@ -268,15 +349,17 @@ def check_key(
             raise InputError(f"{path}: settings.{name}", repr(found), f"{wanted!r}; or another folder")
 
 
-def check_shard(path: Path, key: Mapping[str, Any], required: bool = False) -> None:
+def check_shard(path: str | Path, key: Mapping[str, Any], required: bool = False, content: bytes | None = None) -> None:
     """Raises an InputError if a shard's file says that it belongs to a set of another key.
 
     Args:
         path: The Parquet file.
         key: A manifest, or what :meth:`RolloutKey.described` gives.
         required: Refuse a file that says nothing, too: there is no manifest to say it, as older versions left it to.
+        content: What the file holds; it is read where this is not given.
     """
-    stamp = (pq.read_schema(path).metadata or {}).get(_KEY)
+    schema = pq.read_schema(path if content is None else pa.BufferReader(content))
+    stamp = (schema.metadata or {}).get(_KEY)
     if stamp is not None:
         check_key(path, json.loads(stamp), key["model_fingerprint"], key["tokenizer_hash"], key["settings"])
     elif required:
@@ -307,9 +390,14 @@ def _columns(path: Path) -> dict[str, str]:
     return {_OLDER.get(name, name): name for name in names}
 
 
-def describe(path: Path, rows: int) -> dict[str, Any]:
+def describe(name: str, content: bytes, rows: int) -> dict[str, Any]:
     """What the manifest says about a file: name, rows, bytes and checksum."""
-    return {"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"file": name, "rows": rows, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def fits(content: bytes, described: Mapping[str, Any]) -> bool:
+    """Whether the content of a file has the size and checksum it was described with."""
+    return len(content) == described["bytes"] and hashlib.sha256(content).hexdigest() == described["sha256"]
 
 
 def intact(path: Path, described: Mapping[str, Any]) -> bool:
@@ -323,7 +411,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """JSON as it is written."""
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON aside and renames it, so that no reader ever sees half a file."""
     with writing(path) as aside:
-        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        aside.write_bytes(json_bytes(content))

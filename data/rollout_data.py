@@ -1,5 +1,6 @@
 """What is rolled out, and in which batches; the same settings for every command that makes or reads rollouts."""
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from data.prompt import Prompt, Split
 from data.prompt_list import PromptList
 from data.prompts import PromptSource, encode_prompts, read_prompts
 from data.shards import ShardWriter
+from data.store import Folder, place
 from data.typed import Count, Length, Text, check_fields
 from decoding.config import DecodeConfig
 from models.errors import InputError
@@ -30,7 +32,7 @@ class RolloutSettings:
 
     Args:
         base: Folder or hub id of the base model.
-        folder: Folder of the shards.
+        folder: Folder of the shards; or a URL that fsspec opens, such as s3://bucket/set or gs://bucket/set.
         sources: Where the prompts come from.
         split: Keep the prompts of one split; null keeps all.
         limit: Roll out the first prompts only, this many; a larger limit later adds the others.
@@ -55,7 +57,7 @@ class RolloutSettings:
     """
 
     base: Text = "models/bundled/llada-tiny"
-    folder: Path = Path("runs/rollout/shards")
+    folder: Folder = Path("runs/rollout/shards")
     sources: list[PromptSource] = field(
         default_factory=lambda: [PromptSource(split="train"), PromptSource(split="validation")]
     )
@@ -70,7 +72,7 @@ class RolloutSettings:
     eot: Literal["commit", "off"] = "commit"
     passes: list[str] = field(default_factory=lambda: ["full_step", "oracle"])
     filter: Path | None = None
-    references: Path | None = None
+    references: Folder | None = None
     states: Count = 4
     eot_evidence: bool = False
     chat_template: bool = True
@@ -89,6 +91,7 @@ class RolloutSettings:
             accepted = "the folder of an exported filter if passes has filter, else null"
             raise InputError("filter", self.filter, accepted)
         self.passes = [name for name in PASSES if name in self.passes]
+        self.folder = place(self.folder)
         self.decoding  # noqa: B018  # refuses lengths that do not go together
 
     @property
@@ -185,7 +188,7 @@ def plan(lengths: Sequence[int], size: int, window: int = WINDOW) -> list[list[i
 
 
 def waiting(
-    settings: RolloutSettings, prompts: PromptList, lengths: np.ndarray, shards: ShardWriter
+    settings: RolloutSettings, prompts: PromptList, lengths: np.ndarray, shards: ShardWriter, verify: bool = True
 ) -> list[list[int]]:
     """The batches that are not written yet, as indices of their prompts.
 
@@ -194,8 +197,9 @@ def waiting(
         prompts: All prompts.
         lengths: ``(P,)`` tokens of each.
         shards: What is written.
+        verify: Read every byte of it, so that a damaged shard is among them.
     """
-    done = {prompt for record in shards.written() for prompt in record["prompts"]}
+    done = {prompt for record in shards.written(verify) for prompt in record["prompts"]}
     planned = plan(lengths.tolist(), settings.batch_size * SHARD, WINDOW // SHARD)
     left = ([n for n in index if prompts.hash(n) not in done] for index in planned)
     return [index for index in left if index]
@@ -224,7 +228,8 @@ class RolloutData(LightningDataModule):
         self.prompts, lengths, skipped = self.settings.encode(self.prompts, predictor)
         if trainer.is_global_zero:
             shards.skip(skipped)
-        batches = waiting(self.settings, self.prompts, lengths, shards)
+        # The others of the run need not read a set that the first one reads.
+        batches = waiting(self.settings, self.prompts, lengths, shards, verify=trainer.is_global_zero)
 
         def make(index: list[int]) -> PromptBatch:
             return self.settings.batch(self.prompts, index, predictor)
@@ -241,7 +246,8 @@ class PromptBatches:
     """The batches that no other process has taken: a rank's own share first, then what is left of the others'.
 
     Nothing is handed out beforehand, so no rank waits for a slower one, a process that dies costs its current batch, and
-    further ones may join: any number of runs on one folder share its work.
+    further ones may join: any number of runs on one folder share its work. Where nothing says what others are at, as in an
+    object store, each takes what is not written in an order of its own, so that they seldom meet before the end.
 
     Args:
         batches: Their prompts' indices.
@@ -260,8 +266,11 @@ class PromptBatches:
         shards: ShardWriter,
     ) -> None:  # fmt: skip
         named = list(zip(batches, names, strict=True))
-        own = named[rank::ranks]
-        self.batches = own + [batch for n, batch in enumerate(named) if n % ranks != rank]
+        own, others = named[rank::ranks], [batch for n, batch in enumerate(named) if n % ranks != rank]
+        if shards.remote:
+            for part in (own, others):
+                random.SystemRandom().shuffle(part)  # whatever seeds the run
+        self.batches = own + others
         self.share, self.make, self.shards = len(own), make, shards
 
     def __len__(self) -> int:

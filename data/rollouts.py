@@ -44,7 +44,7 @@ class Sequences:
     nfe: dict[str, Tensor]
 
 
-def open_on_ranks(folder: Path, trainer: "Trainer | None") -> Rollouts:
+def open_on_ranks(folder: str | Path, trainer: "Trainer | None") -> Rollouts:
     """Opens a set for every rank of a trainer: the first one verifies all of it for the others.
 
     Args:

@@ -89,7 +89,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(file: Path) -> Iterator[Path]:
+def writing(file: Path, sweep: bool = True) -> Iterator[Path]:
     """Lets a file appear in full or not at all: what the block writes into the path it is given replaces ``file``.
 
     It is on the disk before it is renamed, and nothing is left beside it, whatever goes wrong; what a kill leaves goes when
@@ -97,6 +97,7 @@ def writing(file: Path) -> Iterator[Path]:
 
     Args:
         file: The file; its folder is made.
+        sweep: Look for what kills have left, which lists the folder; one of very many files has to be swept as a whole.
 
     Yields:
         A path beside it, of this process alone.
@@ -110,7 +111,8 @@ def writing(file: Path) -> Iterator[Path]:
         aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)
-    _sweep(file)
+    if sweep:
+        _sweep(file)
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -12,7 +12,7 @@ from data.provenance import environment
 LIBRARY = "dlm-accel"
 
 
-def made_from(base: str, rollouts: Path) -> dict[str, Any]:
+def made_from(base: str, rollouts: str | Path) -> dict[str, Any]:
     """The settings that :func:`metadata` reads, where only a folder of rollouts is at hand."""
     requests = read_manifest(rollouts)["sources"]
     return {"base": base, "sources": [source for request in requests for source in request["sources"]]}

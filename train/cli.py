@@ -15,13 +15,14 @@ from typing import Any
 
 import wandb
 import yaml
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from data.disk import check_writable, hold
+from data.store import check_folder, place
 from data.typed import Seed, checked
 from decoding.command_line import entry
 from eval.command import CONFIGS, CommandParser, command, wandb_mode
@@ -64,6 +65,8 @@ class Spec:
     verbs: Sequence[str] = ()
     precision: str | None = None
     first: Sequence[str] = ()
+    options: Mapping[str, tuple[Any, Any, str]] = field(default_factory=dict)
+    instead: Callable[[Mapping[str, Any]], Callable[["Command"], None] | None] = lambda settings: None
 
 
 class TrainParser(CommandParser, LightningArgumentParser):
@@ -76,6 +79,7 @@ class Command(LightningCLI):
     Attributes:
         folder: The run folder, ``runs/<name>`` unless ``--run`` says otherwise.
         settings: The resolved config of the subcommand as plain data.
+        instead: What is done in Lightning's place; its trainer is not made then, nor are the trainer's settings looked at.
         held: What is let go when the command ends: the run folder.
     """
 
@@ -111,6 +115,8 @@ class Command(LightningCLI):
             "--resume", type=bool, default=True, help="Let fit continue from the last checkpoint in the run folder."
         )
         parser.add_class_arguments(WandbSettings, "wandb")
+        for name, (kind, default, told) in self.spec.options.items():
+            parser.add_argument(f"--{name}", type=kind, default=default, help=told)
         for key, group in self.spec.settings.items():
             if isinstance(group, type):
                 parser.add_class_arguments(group, key)
@@ -151,7 +157,11 @@ class Command(LightningCLI):
         dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml")
         self.settings: dict[str, Any] = yaml.safe_load(dump)[subcommand]
         config = self.config[subcommand]
-        check_trainer(self.settings["trainer"], subcommand, exports=subcommand == "fit" and "fit" in self.spec.after)
+        self.instead = self.spec.instead(self.settings)
+        if self.instead is None:
+            check_trainer(
+                self.settings["trainer"], subcommand, exports=subcommand == "fit" and "fit" in self.spec.after
+            )
         self._check_outputs(subcommand)
         last = last_checkpoint(self.folder) if subcommand == "fit" and config.resume else None
         if config.ckpt_path is None and last is not None:
@@ -163,13 +173,27 @@ class Command(LightningCLI):
         """Whatever will be written can be: it would be found out after hours otherwise."""
         flat = flatten(self.settings)
         check_writable("run", self.folder)
-        for name in ("rollout.folder", *(["pipeline.out"] if subcommand == "fit" else [])):
-            if flat.get(name) is not None:
-                check_writable(name, Path(flat[name]))
-        out = flat.get("pipeline.out") if subcommand == "fit" else None
-        check_apart(self.folder, flat.get("rollout.folder"), out)
+        rollouts, out = flat.get("rollout.folder"), flat.get("pipeline.out") if subcommand == "fit" else None
+        if rollouts is not None:
+            check_folder("rollout.folder", rollouts)
+            rollouts = found if isinstance(found := place(rollouts), Path) else None
+        if out is not None:
+            check_writable("pipeline.out", Path(out))
+        check_apart(self.folder, rollouts, out)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def loggers(self) -> list[Logger]:
+        """Those of :func:`loggers`, unless the settings name others, or none."""
+        asked = self._get(self.config_init, "trainer")["logger"] in (None, True)
+        return loggers(self.folder, JOB_TYPES[str(self.subcommand)], self.settings) if asked else []
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.instead is not None:
+            return self.instead(self)
+        return super()._run_subcommand(subcommand)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        if self.instead is not None:
+            return None
         subcommand = str(self.subcommand)
         if subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
             self.held.enter_context(hold(self.folder))  # now that the input is accepted
@@ -189,7 +213,7 @@ class Command(LightningCLI):
         if configured["precision"] is None and self.spec.precision is not None:
             kwargs["precision"] = self.spec.precision
         if configured["logger"] in (None, True):
-            kwargs["logger"] = loggers(self.folder, JOB_TYPES[subcommand], self.settings)
+            kwargs["logger"] = self.loggers()
         given = configured["plugins"] or []
         kwargs["plugins"] = [*(given if isinstance(given, list) else [given]), WholeFiles()]
         return patient(super().instantiate_trainer(**kwargs))
@@ -210,6 +234,8 @@ def run(
     after: Mapping[str, Callable[[Command], None]] | None = None,
     precision: str | None = None,
     first: Sequence[str] = (),
+    options: Mapping[str, tuple[Any, Any, str]] | None = None,
+    instead: Callable[[Mapping[str, Any]], Callable[[Command], None] | None] = lambda settings: None,
 ) -> None:
     """Runs a command of this package from the words it was started with.
 
@@ -228,6 +254,8 @@ def run(
         after: Subcommand to a function called when it is done.
         precision: The Trainer's precision where the settings leave it to the command.
         first: Settings that the help of its subcommands tells of first.
+        options: Further settings of one value each, key to type, default and help.
+        instead: From the resolved settings, what does the subcommand's work in Lightning's place; ``None`` leaves it there.
 
     Raises:
         SystemExit: See :func:`decoding.command_line.entry`.
@@ -239,7 +267,7 @@ def run(
         return command({word: verbs[word]}, f"{name}/{word}")
     spec = Spec(
         name, module, data, subcommands, settings or {}, links, checkpoint, callbacks, before or {}, after or {},
-        tuple(verbs), precision, first,
+        tuple(verbs), precision, first, options or {}, instead,
     )  # fmt: skip
     return entry(lambda: _lightning(spec))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from data.disk import check_writable
 from data.eot_data import EotStates, load_eot_states
 from data.manifest import Rollouts, open_rollouts
+from data.store import Folder
 from data.typed import Length, Positive, Whole, Width
 from eval.command import command
 from models.checkpoint import check_replaceable
@@ -27,7 +28,7 @@ _ROWS = 2048  # states whose columns are made at a time
 
 
 def main(
-    rollouts: Path,
+    rollouts: Folder,
     base: str = "models/bundled/llada-tiny",
     out: Path = Path("exports/eot"),
     hidden: Width = HIDDEN,
@@ -38,7 +39,7 @@ def main(
     """Fits a head on training prompts, calibrates it on validation prompts, and exports it.
 
     Args:
-        rollouts: Folder of a finished set, rolled out with eot_evidence true.
+        rollouts: Folder of a finished set, or its URL, rolled out with eot_evidence true.
         base: Folder or hub id of the base model that was rolled out.
         out: Folder of the export.
         hidden: Width of the head's hidden layer.

@@ -23,6 +23,7 @@ from data.manifest import MANIFEST, Rollouts, check_key, open_rollouts
 from data.prompt import Prompt
 from data.prompts import Split, split_of
 from data.rollout_data import RolloutSettings
+from data.store import Folder, inside
 from data.typed import Count, Part, Rounds, Share, check_fields
 from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
@@ -93,7 +94,7 @@ def prepare(command: Command) -> None:
         learner, loggers = command.folder / "rounds" / str(number), of_round(command, number)
         learn(command, learner, loggers)
         own = replace(
-            rollouts, folder=rollouts.folder / f"filter-{fingerprint(learner)}-{command.model.config.threshold:g}",
+            rollouts, folder=inside(rollouts.folder, f"filter-{fingerprint(learner)}-{command.model.config.threshold:g}"),
             passes=["filter"], filter=learner, references=rollouts.folder,
         )  # fmt: skip
         roll_out(command, own, loggers)
@@ -295,7 +296,7 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: Share) -> None:
+def export(checkpoint: Path, rollouts: Folder, base: str, out: Path, threshold: Share) -> None:
     """Exports a training checkpoint with a threshold of your own.
 
     Args:

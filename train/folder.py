@@ -24,7 +24,7 @@ _OTHERS = {"config.json": "an exported model", "manifest.json": "a rollout set"}
 """Files that tell a folder of something else from a run's, and what it is."""
 
 
-def check_apart(run: Path, rollouts: str | None, out: str | None) -> None:
+def check_apart(run: Path, rollouts: str | Path | None, out: str | None) -> None:
     """Raises an InputError where one of a command's folders would lie in another one's way.
 
     An export replaces its folder, whatever is in it; and a set is what its manifest says.

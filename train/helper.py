@@ -17,6 +17,7 @@ from data.disk import check_writable
 from data.helper_data import HelperDataModule
 from data.manifest import MANIFEST, Rollouts, check_key, open_rollouts
 from data.rollout_data import RolloutSettings
+from data.store import Folder
 from data.typed import Count, Length, Share, check_fields
 from decoding.risk import Calibration
 from decoding.strategies import Strategy, make_strategy
@@ -75,7 +76,7 @@ def finish(command: Command) -> None:
     if not trainer.is_global_zero:  # every rank has to take part up to here
         return
     predictor = MaskPredictor.from_pretrained(rollouts.base, dtype=rollouts.dtype)
-    config = describe(module, predictor, Rollouts(rollouts.folder, command.datamodule.manifest), metrics)
+    config = describe(module, predictor, Rollouts(Path(rollouts.folder), command.datamodule.manifest), metrics)
     module.to(predictor.device)
     rows, calibration = measure(predictor, Helper(module.net, config), pipeline, rollouts, command.folder / "decodes")
     for row in rows[1:]:
@@ -200,7 +201,7 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def export(checkpoint: Path, rollouts: Path, out: Path, base: str | None = None, merge: bool = False) -> None:
+def export(checkpoint: Path, rollouts: Folder, out: Path, base: str | None = None, merge: bool = False) -> None:
     """Exports a training checkpoint.
 
     Args:

@@ -1,34 +1,62 @@
 """Rolls out a base model into labelled steps: ``python train/rollout.py predict``; settings in ``configs/rollout``."""
 
+import time
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
-from data.disk import check_writable
+from lightning.pytorch.loggers import Logger
+
+from data.manifest import Rollouts, read_manifest
 from data.prompt import split_of
 from data.prompts import PromptSource, read_prompts
+from data.provenance import write_run_file
 from data.rollout_data import SHARD, RolloutData, RolloutSettings
 from data.shards import ShardWriter
-from data.typed import Count
+from data.store import Folder
 from decoding.config import DecodeConfig
 from decoding.memory_plan import MOST_ROWS, plan_memory
 from decoding.strategies import make_strategy
 from models.predictor import checkpoint_folder
 from train.cli import Command, log_rollouts, run
-from train.rollout_module import RolloutModule, RolloutWriter
+from train.rollout_module import RolloutModule, RolloutWriter, summary
 from train.rollout_module import run as run_rollout
-from train.rollout_ray import rollout_by_ray
+from train.rollout_ray import RaySettings, rollout_by_ray
 
 
 def _report(command: Command) -> None:
-    module = command.model
-    if not module.trainer.is_global_zero:
-        return
-    numbers = ", ".join(f"{name.removeprefix('rollout/')} {value:.4g}" for name, value in module.summary().items())
-    print(f"{module.folder}: {numbers}")
-    if module.rollouts.manifest["complete"]:
-        log_rollouts(module.trainer.loggers, module.rollouts.digest)
+    if command.model.trainer.is_global_zero:
+        _tell(command.model.folder, command.model.summary(), command.model.trainer.loggers)
+
+
+def _tell(folder: Folder, numbers: Mapping[str, float], loggers: Sequence[Logger]) -> None:
+    """Prints what a run has done, and tells the loggers of a set that it has finished."""
+    print(f"{folder}:", ", ".join(f"{name.removeprefix('rollout/')} {value:.4g}" for name, value in numbers.items()))
+    manifest = read_manifest(folder)
+    if manifest["complete"]:
+        log_rollouts(loggers, manifest["digest"])
+
+
+def _instead(settings: Mapping[str, Any]) -> Callable[[Command], None] | None:
+    """What does a subcommand's work where Lightning does not."""
+    if settings["dry_run"]:
+        return lambda command: estimate(command.setting("rollout"), settings["trainer"]["accelerator"])
+    return _by_ray if settings["engine"] == "ray" else None
+
+
+def _by_ray(command: Command) -> None:
+    settings: RolloutSettings = command.setting("rollout")
+    write_run_file(command.folder / "run.yaml", command.settings)
+    loggers, started = command.loggers(), time.perf_counter()
+    decoded = rollout_by_ray(settings, command.setting("ray"))
+    numbers = summary(read_manifest(settings.folder), decoded, time.perf_counter() - started)
+    _tell(settings.folder, numbers, loggers)
+    for logger in loggers:
+        logger.log_metrics(numbers)
+        logger.finalize("success")
 
 
 def plan(
@@ -75,8 +103,8 @@ def estimate(rollout: RolloutSettings, accelerator: str = "auto") -> None:
     with TemporaryDirectory() as folder:
         sample = replace(rollout, folder=Path(folder), limit=min(len(prompts), SHARD * rollout.batch_size))
         module = run_rollout(sample, accelerator=accelerator, devices=1)
-        (*_, record) = module.rollouts.shards
-        summary, predictor = module.summary(), module.roller.predictor
+        (*_, record) = Rollouts(Path(folder), module.manifest).shards
+        numbers, predictor = module.summary(), module.roller.predictor
         longest = int(sample.encode(sample.prompts(), predictor)[1].max())
     rows = min(rollout.batch_size, MOST_ROWS)
     memory = plan_memory(
@@ -85,20 +113,22 @@ def estimate(rollout: RolloutSettings, accelerator: str = "auto") -> None:
         record_eot=rollout.eot_evidence,
     )  # fmt: skip
     print(f"  memory of {rows} prompts of {longest} tokens, the first shard's longest: {memory}")
-    share = len(prompts) / summary["rollout/prompts"]
+    share = len(prompts) / numbers["rollout/prompts"]
     for kind in ("steps", "sequences"):
         print(f"  {kind}: {record[kind]['bytes'] * share / 2**20:.3g} MiB in all")
-    hours = len(prompts) / summary["rollout/prompts_per_second"] / 3600
-    print(f"{summary['rollout/prompts_per_second']:.2f} prompts a second on one {module.device.type} device, so about")
+    hours = len(prompts) / numbers["rollout/prompts_per_second"] / 3600
+    print(f"{numbers['rollout/prompts_per_second']:.2f} prompts a second on one {module.device.type} device, so about")
     for devices in (1, 8, 64):
         print(f"  {hours / min(devices, shards):.3g} hours on {devices}")
 
 
-def merge(folder: Path) -> None:
+def merge(folder: Folder) -> None:
     """Finishes a set whose prompts are all decoded, by however many processes; may run while they still work.
 
+    It reads every byte; a damaged shard is removed, and decoded again by the next ``predict``.
+
     Args:
-        folder: Folder of the shards.
+        folder: Folder of the shards, or its URL.
 
     Raises:
         InputError: No set, or prompts that are not decoded yet, with their number.
@@ -109,24 +139,9 @@ def merge(folder: Path) -> None:
         sources = [PromptSource(**source) for source in request["sources"]]
         prompts = read_prompts(sources, request["split"], request["limit"], request["per_task"])
         expected |= dict.fromkeys(prompts.hashes())
-    counts = shards.finish(expected).manifest["counts"]
+    shards.written()
+    counts = shards.finish(expected)["counts"]
     print(f"{folder}: {counts['prompts']} prompts, complete")
-
-
-def ray(rollout: RolloutSettings, actors: tuple[Count, Count] = (1, 1), address: str | None = None) -> None:
-    """Rolls out as ``predict`` does, to the same files, with Ray Data in Lightning's place: on clusters that grow and shrink.
-
-    Args:
-        rollout: What is to be rolled out.
-        actors: Fewest and most actors, one GPU each where there are any.
-        address: Address of a running cluster, such as auto; null for RAY_ADDRESS, or this machine alone.
-    """
-    check_writable("rollout.folder", rollout.folder)
-    done = rollout_by_ray(rollout, actors, address)
-    if done is None:
-        print(f"{rollout.folder}: what is left is with other runs, of which the last finishes the set")
-    else:
-        print(f"{rollout.folder}: {done.manifest['counts']['prompts']} prompts, complete")
 
 
 if __name__ == "__main__":
@@ -135,9 +150,14 @@ if __name__ == "__main__":
         RolloutModule,
         RolloutData,
         subcommands=("predict",),
-        verbs={"plan": plan, "estimate": estimate, "merge": merge, "ray": ray},
-        settings={"rollout": RolloutSettings},
+        verbs={"plan": plan, "merge": merge},
+        settings={"rollout": RolloutSettings, "ray": RaySettings},
         links=[("rollout", f"{part}.settings", None, "instantiate") for part in ("model", "data")],
         callbacks=lambda folder: [RolloutWriter()],
         after={"predict": _report},
+        options={
+            "engine": (Literal["lightning", "ray"], "lightning", "What hands the shards out: ray takes the group ray."),
+            "dry_run": (bool, False, "Print how much work it is, from the first shard, and keep nothing."),
+        },
+        instead=_instead,
     )

@@ -3,7 +3,8 @@
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import Logger
 
-from data.manifest import read_manifest
+from data.manifest import Rollouts, open_rollouts, read_manifest
 from data.rollout_data import PromptBatch, RolloutData, RolloutSettings
-from data.shards import RolloutBatch, Rollouts, ShardWriter
+from data.shards import RolloutBatch, ShardWriter
 from models.predictor import MaskPredictor
 from train.callbacks import progress
 from train.cli import Command
@@ -75,26 +76,59 @@ class RolloutModule(LightningModule):
         """
         self.trainer.strategy.barrier("rollout-done")
         if self.trainer.is_global_zero:
-            expected = list(self.trainer.datamodule.prompts.hashes())  # type: ignore[attr-defined]
-            if (others := self.shards.claimed()) and (missing := self.shards.missing(expected)):
-                print(f"{self.folder}: {len(missing)} prompts are left, {others} batches of them with other runs")
-            else:
-                self.shards.finish(expected)
+            finish(self.shards, list(self.trainer.datamodule.prompts.hashes()))  # type: ignore[attr-defined]
         self.trainer.strategy.barrier("rollout-merged")
-        self.rollouts = Rollouts(self.folder, read_manifest(self.folder))
+        self.manifest = read_manifest(self.folder)
         decoded = torch.tensor(float(self.decoded), device=self.trainer.strategy.root_device)
         self.decoded = int(self.trainer.strategy.reduce(decoded, reduce_op="sum"))
         for logger in self.trainer.loggers:
             logger.log_metrics(self.summary())
 
     def summary(self) -> dict[str, float]:
-        """What there is to say about a finished run: sizes, mean NFE of each of the passes, and this run's speed."""
-        seconds = time.perf_counter() - self.started
-        own = {"rollout/decoded": self.decoded, "rollout/prompts_per_second": self.decoded / seconds}
-        if not (counts := self.rollouts.manifest.get("counts")):
-            return own
-        means = {f"rollout/nfe_{name}": steps / counts["prompts"] for name, steps in counts["steps"].items()}
-        return {"rollout/prompts": counts["prompts"]} | own | means
+        """See :func:`summary`."""
+        return summary(self.manifest, self.decoded, time.perf_counter() - self.started)
+
+
+def finish(shards: ShardWriter, expected: list[str]) -> bool:
+    """Finishes a set, or says what is left of it where other runs may be at that.
+
+    Args:
+        shards: The set.
+        expected: Hashes of the prompts that were to be decoded.
+
+    Returns:
+        Whether it is finished.
+
+    Raises:
+        InputError: A prompt is missing, and nobody is at it.
+    """
+    others = shards.claimed()
+    missing = shards.missing(expected) if others or shards.remote else []
+    if missing:
+        who = (
+            f", {others} batches of them with other runs"
+            if others
+            else "; another run may be at them, or run this again"
+        )
+        print(f"{shards.folder}: {len(missing)} prompts are left{who}")
+    else:
+        shards.finish(expected)
+    return not missing
+
+
+def summary(manifest: Mapping[str, Any], decoded: int, seconds: float) -> dict[str, float]:
+    """What there is to say about a run: sizes, mean NFE of each of the passes, and its speed.
+
+    Args:
+        manifest: The set's, finished or not.
+        decoded: Prompts that this run decoded.
+        seconds: For how long.
+    """
+    own = {"rollout/decoded": decoded, "rollout/prompts_per_second": decoded / seconds}
+    if not (counts := manifest.get("counts")):
+        return own
+    means = {f"rollout/nfe_{name}": steps / counts["prompts"] for name, steps in counts["steps"].items()}
+    return {"rollout/prompts": counts["prompts"]} | own | means
 
 
 class RolloutWriter(BasePredictionWriter):
@@ -120,12 +154,14 @@ def rollout(settings: RolloutSettings, *, accelerator: str = "auto", devices: in
         num_nodes: Number of nodes.
 
     Returns:
-        The finished set, as :func:`data.rollouts.load_records` takes it.
+        The finished set, as :func:`data.rollouts.load_records` takes it; of one in an object store the local copy.
 
     Raises:
         InputError: Bad prompts, or a folder with rollouts of another model or other settings.
     """
-    return run(settings, accelerator=accelerator, devices=devices, num_nodes=num_nodes).rollouts
+    module = run(settings, accelerator=accelerator, devices=devices, num_nodes=num_nodes)
+    folder = module.settings.folder
+    return Rollouts(folder, module.manifest) if isinstance(folder, Path) else open_rollouts(folder)
 
 
 def run(settings: RolloutSettings, **devices: Any) -> RolloutModule:

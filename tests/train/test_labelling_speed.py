@@ -21,11 +21,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.manifest import Rollouts, open_rollouts
 from data.prompts import PromptSource
 from data.provenance import environment
 from data.rollout_data import RolloutSettings, waiting
 from data.rollouts import load_records
-from data.shards import Rollouts, ShardWriter
+from data.shards import ShardWriter
 from decoding.config import DecodeConfig
 from models.predictor import MaskPredictor
 from train.roller import Roller
@@ -93,7 +94,8 @@ def rolled_out(settings: RolloutSettings, predictor: MaskPredictor) -> Rollouts:
     shards = ShardWriter(settings.folder, roller.key, [settings.request()])
     for index in waiting(settings, prompts, lengths, shards):
         shards.write(roller.roll(settings.batch(prompts, index, predictor)))
-    return shards.finish([])
+    shards.finish([])
+    return open_rollouts(settings.folder)
 
 
 def looped(settings: RolloutSettings, predictor: MaskPredictor, eot: Literal["commit", "off"]) -> int:

@@ -430,6 +430,15 @@ def test_bad_settings_are_refused_by_name(base: Path, sources, tmp_path: Path, s
 
 
 @pytest.mark.slow  # starts the command
+def test_a_dry_run_says_how_much_it_is_and_writes_nothing(base: Path, file: Path, tmp_path: Path) -> None:
+    words = command(base, file, tmp_path / "set", "--dry_run", "true")
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("40 prompts in 5 shards of 4 batches of 2\n")
+    assert "hours on 64" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow  # starts the command
 def test_the_command_refuses_bad_input_in_one_line(base: Path, file: Path, tmp_path: Path) -> None:
     words = command(base, file, tmp_path / "set", "--rollout.limit", "0")
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
