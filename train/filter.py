@@ -37,6 +37,7 @@ from models.predictor import MaskPredictor, fingerprint
 from train.callbacks import FiniteLoss, checkpoints, progress
 from train.cards import filter_time, made_from, metadata
 from train.cli import Command, log_export, run
+from train.eot import learn as learn_eot
 from train.filter_module import FilterModule
 from train.folder import WholeFiles, last_checkpoint, load_checkpoint, made_by
 from train.reliability import draw
@@ -62,6 +63,7 @@ class Pipeline:
         baselines: Confidence thresholds of the training-free decode, of which the best is picked by the same rule.
         loss: Right answers, as a share from 0 to 1, that a decode may lose against full_step to count as equally good; one
             standard error of the loss is added to it.
+        eot_out: Folder of an EoT head that is trained on the same rollouts, which need ``rollout.eot_evidence``; null for none.
     """
 
     out: Path
@@ -70,6 +72,7 @@ class Pipeline:
     pick_from: list[Share]
     baselines: list[Share]
     loss: Part
+    eot_out: Path | None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -89,6 +92,11 @@ def prepare(command: Command) -> None:
     if rounds and "filter" not in (data.passes or ["filter"]):
         raise InputError("data.passes", ", ".join(data.passes or []), "null, or filter among them, with rounds")
     check_replaceable(pipeline.out.absolute(), "filter")
+    if pipeline.eot_out is not None:
+        if not rollouts.eot_evidence:
+            raise InputError("rollout.eot_evidence", False, "true, with pipeline.eot_out")
+        check_writable("pipeline.eot_out", pipeline.eot_out)
+        check_replaceable(pipeline.eot_out.absolute(), "eot")
     roll_out(command)
     for number in range(1, rounds + 1):
         learner, loggers = command.folder / "rounds" / str(number), of_round(command, number)
@@ -172,7 +180,11 @@ def finish(command: Command) -> None:
     if not trainer.is_global_zero:  # every rank has to take part up to here
         return
     predictor = MaskPredictor.from_pretrained(rollouts.base, dtype=rollouts.dtype)
-    config = describe(module.config, predictor, command.datamodule.open(None)[0], metrics)
+    (first, *_) = command.datamodule.open(None)
+    config = describe(module.config, predictor, first, metrics)
+    if pipeline.eot_out is not None:
+        learn_eot(first, predictor, pipeline.eot_out)
+        print(f"exported {pipeline.eot_out}")
     module.net.to(predictor.device).eval()
     config, split, rows, calibration = pick_threshold(
         predictor, module, config, pipeline, rollouts, command.folder / "decodes"
@@ -253,6 +265,9 @@ def pick_threshold(
         split = "test"
         tests = rollouts.encode(rollouts.prompts(split, pipeline.test_prompts), predictor)[0]
         chosen = [run for run in (*plain, *learned) if run.label in (picked[0]["label"], picked[1]["label"])]
+        if pipeline.eot_out is not None:
+            ended: Any = {"eot": "learned", "eot_head": str(pipeline.eot_out), "label": ""}
+            chosen += [replace(run, **ended) for run in (Run("full_step", **decoding), chosen[-1])]
         rows = decode(split, tests, [Run("full_step", **decoding), *chosen, Run("oracle", **decoding)])
         picked = rows[1:3]
     figures = {f"decode/{name}": picked[1][name] for name in FIGURES}

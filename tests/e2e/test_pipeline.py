@@ -18,6 +18,7 @@ from data.manifest import open_rollouts
 from data.prompts import split_of
 from data.rollouts import load_records, load_sequences
 from decoding import Decoder
+from models.eot import load_eot
 from models.errors import InputError
 from models.filter import load_filter
 from models.predictor import MaskPredictor, fingerprint
@@ -52,6 +53,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, prom
         "--rollout.limit", 24, "--rollout.gen_length", 16, "--rollout.batch_size", 8,
         "--pipeline.pick_prompts", 3, "--pipeline.test_prompts", 2, "--pipeline.pick_from", "[0.5, 0.9]",
         "--pipeline.baselines", "[0.9]", "--rollout.block_length", 8,
+        "--rollout.eot_evidence", "true", "--pipeline.eot_out", "exports/eot",
         "--trainer.max_epochs", 3, "--trainer.accelerator", "cpu",
     ]  # fmt: skip
     done = run(*words, folder=folder)
@@ -67,13 +69,15 @@ def test_fit_leaves_everything_a_user_needs(fitted, tiny_checkpoint):
     assert (config.gen_length, config.block_length) == (16, 8)
     assert config.threshold in (0.5, 0.9)
     assert {"validation/auroc", "validation/auroc_no_tail", "decode/nfe_mean"} <= set(config.metrics)
+    assert load_eot(folder / "exports/eot")[1].base_fingerprint == config.base_fingerprint
     assert json.loads((folder / "runs/rollout/shards/manifest.json").read_text())["complete"]
     record = yaml.safe_load((folder / "runs/filter/run.yaml").read_text())
     assert record["config"]["model"]["architecture"] == "conv"
     card = (folder / "exports/filter/README.md").read_text()
     assert "(reliability.png)" in card
     assert (folder / "exports/filter/reliability.png").is_file()
-    assert f"| learn2pd {config.threshold:g} |" in card
+    for label in (f"learn2pd {config.threshold:g}", "full_step EoT learned 0.001"):
+        assert f"| {label} |" in card
     assert re.search(r"In the decode the filter took [0-9]+\.[0-9] % of a forward's time \(batch 8, .+\)\.", card)
     assert re.search(r"\n[0-9]{1,2},[0-9]{3} parameters\. Reads logits", card)
     assert "Risk of losing the text of full_step, at 95 % confidence (3 calibration prompts)" in card
@@ -201,6 +205,14 @@ def test_on_two_devices_rounds_find_each_others_filter(fitted, tmp_path):
     assert done.stdout.count("exported exports/filter") == 1
     (own,) = (tmp_path / "runs/rollout/shards").glob("filter-*")
     assert open_rollouts(own).manifest["counts"]["prompts"] == 24
+
+
+def test_an_eot_head_needs_its_evidence(fitted):
+    folder, words = fitted
+    words = [word for word in words if word not in ("--rollout.eot_evidence", "true")]
+    done = run(*words, "--run", "runs/other", folder=folder)
+    assert done.returncode == 2
+    assert "rollout.eot_evidence: found False; accepted: true, with pipeline.eot_out" in done.stderr
 
 
 def test_the_command_refuses_what_does_not_fit(fitted):
