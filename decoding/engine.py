@@ -120,7 +120,7 @@ class Engine:
             the next step. A block with nothing masked transfers nothing.
 
         Raises:
-            InputError: A tensor of another shape or dtype, or or a confidence or a filter's probability that is not finite.
+            InputError: A tensor of another shape or dtype, or a confidence or a filter's probability that is not finite.
         """
         sizes = self._sizes(logits)
         _check_tensor("block_ids", block_ids, torch.long, sizes[:2])

@@ -163,7 +163,7 @@ class Run(ABC):
         elif isinstance(plan.first, int):
             first, last = plan.first, plan.first + plan.length
             ids, positions = state.ids[rows, first:last], state.positions[rows, first:last]
-            arguments["cache_index"] = state.storage[first - low : last - low].expand(len(ids), -1)
+            arguments["cache_index"] = slice(first - low, last - low)
         else:
             ids = state.ids[rows]
             columns = (plan.first + state.storage[: plan.length]).expand(len(ids), -1)

@@ -76,10 +76,8 @@ def run_to_the_left(flags: Tensor) -> Tensor:
         ``(B, K)`` float32.
     """
     place = _places(flags.shape[1] - 2, flags.device)
-    last_known = (
-        (place * (1 - flags[:, :-2])).cummax(dim=1).values
-    )  # in positions of the block up to it, itself included
-    return place - last_known
+    known = place * (1 - flags[:, :-2])  # where the position to the left is decoded, how many there are up to it
+    return place - known.cummax(dim=1).values
 
 
 def _rank(evidence: Evidence) -> Tensor:

@@ -72,13 +72,14 @@ class KVCache:
             stored[:, target].copy_(stored[:, source])
 
     def update(
-        self, layer: int, index: Tensor | None, rows: Tensor | None, key: Tensor, value: Tensor
+        self, layer: int, index: Tensor | slice | None, rows: Tensor | None, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Writes the new keys and values in place and returns what to attend to.
 
         Args:
             layer: Number of the layer.
-            index: ``(B, T)`` int64, columns that ``key`` and ``value`` belong to; ``None`` where they are all of them.
+            index: ``(B, T)`` int64, columns that ``key`` and ``value`` belong to, or a range that is the same for all rows, which
+                costs least; ``None`` where they are all of them.
             rows: ``(B,)`` int64, cache rows they belong to; ``None`` where they are all of them.
             key: ``(B, H, T, D)``.
             value: Same shape as ``key``.
@@ -92,6 +93,10 @@ class KVCache:
             if index is None:
                 found.append(fresh)
                 _ = stored.copy_(fresh) if rows is None else stored.index_copy_(0, rows, fresh)
+            elif isinstance(index, slice):
+                some = slice(None) if rows is None else rows
+                stored[some, :, index] = fresh
+                found.append(stored[some])
             elif rows is None:
                 found.append(stored.scatter_(2, index[:, None, :, None].expand_as(fresh), fresh))
             else:
@@ -201,7 +206,7 @@ class Pass:
     rotary: tuple[Tensor, Tensor]
     mask: Tensor | None
     cache: KVCache | None = None
-    index: Tensor | None = None
+    index: Tensor | slice | None = None
     rows: Tensor | None = None
 
     def attend(self, layer: int, shape: torch.Size, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -281,7 +286,7 @@ class MaskedLM(PreTrainedModel, DiffusionGenerationMixin):
         position_ids: Tensor | None = None,
         logits_at: Tensor | None = None,
         cache: KVCache | None = None,
-        cache_index: Tensor | None = None,
+        cache_index: Tensor | slice | None = None,
         cache_rows: Tensor | None = None,
         head: bool = True,
     ) -> MaskedLMOutput:
@@ -296,7 +301,8 @@ class MaskedLM(PreTrainedModel, DiffusionGenerationMixin):
             logits_at: ``(N,)`` int64 indices into the flattened ``(B * T)`` positions. The head is run on these only.
                 ``None`` runs it everywhere.
             cache: Keys and values to attend to; those of ``input_ids`` are written into it first.
-            cache_index: ``(B, T)`` int64, the cache columns that ``input_ids`` occupy; ``None``: all ``S``, in order.
+            cache_index: ``(B, T)`` int64, the cache columns that ``input_ids`` occupy, or a range of ``T`` columns for all rows;
+                ``None``: all ``S``, in order.
             cache_rows: ``(B,)`` int64, the cache rows that they occupy; ``None``: all, in order.
             head: Run the head. Without it ``logits`` is ``None``, and who needs some calls :meth:`head` on the hidden states.
 

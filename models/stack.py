@@ -137,7 +137,7 @@ class Stack(nn.Module):
         mask: Tensor | None,
         positions: Tensor,
         cache: KVCache | None = None,
-        cache_index: Tensor | None = None,
+        cache_index: Tensor | slice | None = None,
         cache_rows: Tensor | None = None,
     ) -> Tensor:
         """Hidden states before the final norm, ``(B, T, D)``."""

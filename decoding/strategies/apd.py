@@ -130,6 +130,7 @@ class Draft:
         numbers: Their slots, on the host.
         slots: What the host knows of them.
         lengths: Positions looked at, one number a row.
+        ends: Place past the last of them, likewise.
         rows: Their slots, ``(n,)`` int64, or a range where they are all of them, in order.
         inside: ``(n, G)`` bool, the positions of the generated region that are looked at.
         row: ``(N,)`` int64, number of each position's row among the ``n``.
@@ -141,6 +142,7 @@ class Draft:
     numbers: list[int]
     slots: list[Slot]
     lengths: list[int]
+    ends: list[int]
     rows: slice | Tensor
     inside: Tensor
     row: Tensor
@@ -214,30 +216,28 @@ class ApdRun(Run):
         state, region = self.state, self.state.region
         slots = [self.scheduler.slots[number] for number in numbers]
         lengths = [min(slot.left, self.strategy.max_lookahead or slot.left) for slot in slots]
-        known = state.upload([numbers, [self.config.gen_length - slot.left for slot in slots], lengths])
-        done, end = known[1, :, None], (known[1] + known[2])[:, None]
+        starts = [self.config.gen_length - slot.left for slot in slots]
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        known = state.upload([numbers, starts, ends])
+        done, end = known[1, :, None], known[2, :, None]
         rows = slice(0, len(numbers)) if len(numbers) == len(self.scheduler.slots) else known[0]
         inside = (region >= done) & (region < end)
         at = inside.view(-1).nonzero_static(size=sum(lengths))[:, 0]
-        return Draft(numbers, slots, lengths, rows, inside, at // len(region), at % len(region), done, end)
+        return Draft(numbers, slots, lengths, ends, rows, inside, at // len(region), at % len(region), done, end)
 
     def _predict(self, draft: Draft) -> Tensor:
         """The predictor's hidden states of the lookahead, ``(N, D)``."""
         state, window = self.state, self.strategy.kv_window
         base, low = state.prompt_width, state.window[0]
-        ends = [
-            base + self.config.gen_length - slot.left + length
-            for slot, length in zip(draft.slots, draft.lengths, strict=True)
-        ]
-        stop = max(ends)
-        rows, end = draft.rows, None if min(ends) == stop else base + draft.end
+        stop = base + max(draft.ends)
+        rows, end = draft.rows, None if base + min(draft.ends) == stop else base + draft.end
         if window is None or not draft.slots[0].steps:
             plan, length, first = ForwardPlan(draft.numbers, rows, stop=stop, end=end), stop - low, low
         else:
             window = max(window, self.predictor.left_context)  # the lookahead begins right of what is committed
-            starts = [base + max(slot.last_committed - window, -slot.width) for slot in draft.slots]
-            length = max(end - start for start, end in zip(starts, ends, strict=True))
-            begins = state.upload(starts)
+            starts = [max(slot.last_committed - window, -slot.width) for slot in draft.slots]
+            length = max(end - start for start, end in zip(starts, draft.ends, strict=True))
+            begins = base + state.upload(starts)
             plan = ForwardPlan(draft.numbers, rows, begins[:, None], length, base + draft.end - 1, stop, end)
             first = begins[draft.row]
         return self.forward(plan, draft.row * length + base + draft.place - first)
@@ -306,8 +306,7 @@ class ApdRun(Run):
         columns = start + state.storage[: length + max(draft.lengths) - 1]
         columns = torch.minimum(columns, width + draft.end - 2)
         ids = row.gather(1, state.prompt_width - width + columns)
-        known = zip(draft.slots, draft.lengths, strict=True)
-        stop = max(slot.width + self.config.gen_length - slot.left + length for slot, length in known) - 1
+        stop = max(slot.width + end for slot, end in zip(draft.slots, draft.ends, strict=True)) - 1
         rows = None if isinstance(draft.rows, slice) else draft.rows
         hidden = self.helper.hidden(ids, columns, self.helper_cache, rows, stop)
         at = (width - 1 - start)[draft.row, 0] + draft.place

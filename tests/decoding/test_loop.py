@@ -256,6 +256,33 @@ def test_one_read_from_the_device_a_step(random_base, prompts, monkeypatch):
             assert waits == ["tolist"] * taken
 
 
+@pytest.mark.parametrize(("name", "most"), [("full_step", 62), ("threshold", 66), ("learn2pd", 142)])
+def test_a_step_dispatches_few_operators_beside_the_forward(random_base, prompts, name, most, monkeypatch):
+    # At batch 1 each costs as much as it does for many rows, and the loop's share of a decode is their number.
+    class Counting(TorchDispatchMode):
+        seen, inside = 0, False
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += not self.inside
+            return func(*args, **(kwargs or {}))
+
+    def forward(*args, **kwargs):
+        counting.inside = True
+        out = original(*args, **kwargs)
+        counting.inside = False
+        return out
+
+    counting, original = Counting(), random_base.forward
+    monkeypatch.setattr(random_base, "forward", forward)
+    config, output = DecodeConfig(32, 32, cache="dual"), empty_output(1, CONFIG)
+    steps = decode_steps(random_base, prompts[:1], config, STRATEGIES[name], output)
+    next(steps)  # which admits
+    with counting:
+        taken = sum(1 for _ in steps)
+    assert taken > 2
+    assert counting.seen / taken <= most
+
+
 class Forbidden(TorchDispatchMode):
     """Refuses operators whose result's shape depends on the data, which wait for the device too."""
 

@@ -111,7 +111,15 @@ def test_a_block_over_cached_keys_equals_the_whole_forward():
         # Rows at different places: the recomputed columns are written in place, the others are read from the cache.
         columns = torch.tensor([[2, 3, 4], [5, 6, 7]])
         part = model(ids.gather(1, columns), position_ids=columns, cache=cache, cache_index=columns).logits
-    torch.testing.assert_close(part, whole.gather(1, columns[..., None].expand(-1, -1, 50)))
+        torch.testing.assert_close(part, whole.gather(1, columns[..., None].expand(-1, -1, 50)))
+        # At the same place in all, or in some, a range says as much.
+        part = model(ids[:, 2:5], position_ids=positions[:, 2:5], cache=cache, cache_index=slice(2, 5)).logits
+        torch.testing.assert_close(part, whole[:, 2:5])
+        some = torch.tensor([1])
+        part = model(
+            ids[some, 2:5], position_ids=positions[some, 2:5], cache=cache, cache_index=slice(2, 5), cache_rows=some
+        ).logits
+        torch.testing.assert_close(part, whole[some, 2:5])
 
 
 def test_some_rows_of_a_cache_window_are_written_and_no_others():
