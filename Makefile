@@ -63,6 +63,10 @@ bundle: .venv/.runtime
 	$(BIN)/python data/make_bundle.py
 	$(BIN)/python eval/card.py --training "One run of the two recipes below, by \`make bundle\`."
 	$(BIN)/python train/filter.py fit --config configs/filter/bundled.yaml
+	$(BIN)/python eval/risk.py --strategy learn2pd --options '{"filter": "models/bundled/filter-llada-tiny"}' \
+		--values "[0.99, 0.98, 0.95, 0.9, 0.85, 0.8]"
 	$(BIN)/python train/helper.py fit --config configs/helper/bundled.yaml
+	$(BIN)/python eval/risk.py --strategy apd --options '{"helper": "models/bundled/helper-llada-tiny"}' \
+		--values "[0, 0.25, 0.5, 0.7, 0.85]"
 	$(BIN)/python train/rollout.py predict --config configs/rollout/eot.yaml
 	$(BIN)/python train/eot.py --rollouts runs/rollout/eot --out models/bundled/eot-llada-tiny

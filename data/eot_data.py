@@ -1,5 +1,6 @@
-"""What the EoT head learns from: every step of a decode that no rule has cut, and where its text ended."""
+"""What the EoT head learns from: every step of recorded decodes, and where their texts ended."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,51 +11,51 @@ from torch import Tensor
 from data.manifest import Rollouts, open_rollouts
 from data.rollouts import load_sequences
 from data.tables import fixed, ragged
-from models.eot import can_end, eot_columns
+from models.eot import EotSaid, can_end, eot_columns
 from models.errors import InputError
-
-_KEYS = ("prompt_id", "pass", "block", "step")
 
 
 @dataclass
 class EotStates:
-    """The generated regions after ``R`` steps that committed no EoT, as a rule for the end of the text is shown them.
+    """The generated regions after each of ``R`` steps, as a rule for the end of the text is shown them.
 
     Attributes:
-        probability: ``(R, G)`` float32, of EoT, as the step's forward had it.
-        top: ``(R, G)`` bool, EoT was the guess.
-        stable: ``(R, G)`` int64, for how many steps before in a row it had been.
-        masked: ``(R, G)`` bool, what the step left.
-        first_eot: ``(R,)`` int64, index of the first EoT of the finished text, ``G`` where there is none.
+        said: ``(R, G)`` each, what is known of EoT.
+        masked: ``(R, G)`` bool, what the step left to be decoded.
+        end: ``(R,)`` int64, the first EoT that is committed, ``G`` where there is none.
+        first_eot: ``(R,)`` int64, that of the finished text, likewise.
         decode: ``(R,)`` int64, a number for each decode; its steps stand together, in order.
         splits: Split of each row's prompt.
     """
 
-    probability: Tensor
-    top: Tensor
-    stable: Tensor
+    said: EotSaid
     masked: Tensor
+    end: Tensor
     first_eot: Tensor
     decode: Tensor
     splits: np.ndarray
 
     def columns(self) -> Tensor:
         """What the head reads, ``(R, G, F)`` float32."""
-        return eot_columns(self.probability, self.top, self.stable, self.masked)
+        return eot_columns(self.said, self.masked, self.end)
 
     def able(self) -> Tensor:
         """Where a text may end, ``(R, G)`` bool."""
-        return can_end(self.masked, torch.full_like(self.first_eot, self.masked.shape[1]))
+        return can_end(self.masked, self.end)
 
     def lost(self) -> Tensor:
         """Where ending the text would lose some: a token right of the position comes before the first EoT; ``(R, G)`` bool."""
         return self.first_eot[:, None] > torch.arange(self.masked.shape[1]) + 1
 
+    def at(self, rows: slice | np.ndarray) -> "EotStates":
+        """Some of the rows."""
+        index = rows if isinstance(rows, slice) else torch.from_numpy(rows)
+        tensors = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors, said=EotSaid(*(each[index] for each in self.said)), splits=self.splits[rows])
+
     def of(self, split: str) -> "EotStates":
         """The states of a split's prompts."""
-        rows = torch.from_numpy(np.flatnonzero(self.splits == split))
-        tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors, splits=self.splits[rows.numpy()])
+        return self.at(np.flatnonzero(self.splits == split))
 
 
 def load_eot_states(rollouts: Rollouts | str | Path) -> EotStates:
@@ -64,59 +65,61 @@ def load_eot_states(rollouts: Rollouts | str | Path) -> EotStates:
         rollouts: An opened set, or the folder of one, which is then verified.
 
     Raises:
-        InputError: The set does not verify, its rows were cut at an EoT, or it holds no EoT evidence.
+        InputError: The set does not verify, or holds no EoT evidence.
     """
     rollouts = rollouts if isinstance(rollouts, Rollouts) else open_rollouts(rollouts)
     settings = rollouts.manifest["settings"]
-    if settings["eot"] != "off":
-        accepted = "off: a rule cannot be learned from states that it has cut"
-        raise InputError(f"{rollouts.folder}: eot", repr(settings["eot"]), accepted)
     sequences = load_sequences(rollouts)
     number = {prompt.id: place for place, prompt in enumerate(sequences.prompts)}
-    said = (sequences.references == settings["eot_id"]).numpy()
-    parts = []
+    parts: list[EotStates] = []
     for table in rollouts.tables("steps"):
-        if "open" not in table.column_names:
+        if "eot_log_odds" not in table.column_names:
             raise InputError(f"{rollouts.folder}: eot_evidence", False, "a set rolled out with rollout.eot_evidence")
-        keys = {name: table[name].to_numpy() for name in _KEYS}
-        still_open, masked = fixed(table, "open"), fixed(table, "masked")
-        probability, top = (ragged(table, f"eot_{name}", still_open) for name in ("probability", "top"))
-        decodes = _steps(keys, masked, probability, top)
-        for (prompt, _), (probability_of, top_of, stable, left) in decodes.items():
-            place = number[prompt]
-            # These passes commit the reference's tokens; from its first EoT on a row has ended in use.
-            rows = np.flatnonzero(left.any(1) & (left | ~said[place]).all(1))
-            first, split = int(sequences.first_eot[place]), sequences.splits[place]
-            parts.append((probability_of[rows], top_of[rows], stable[rows], left[rows], first, split))
-    counts = [len(part[0]) for part in parts]
-    probability, top, stable, left = (np.concatenate([part[n] for part in parts]) for n in range(4))
-    return EotStates(
-        torch.from_numpy(probability).float(), torch.from_numpy(top), torch.from_numpy(stable), torch.from_numpy(left),
-        torch.from_numpy(np.repeat([part[4] for part in parts], counts)).long(),
-        torch.from_numpy(np.repeat(np.arange(len(parts)), counts)), np.repeat([part[5] for part in parts], counts),
-    )  # fmt: skip
+        prompts, passes = table["prompt_id"].to_pylist(), table["pass"].to_pylist()
+        is_open = fixed(table, "open")
+        odds, top = (torch.from_numpy(ragged(table, f"eot_{name}", is_open)) for name in ("log_odds", "top"))
+        seen, token = torch.from_numpy(is_open), torch.tensor(fixed(table, "token"))
+        columns = torch.from_numpy(table["block"].to_numpy().astype(np.int64))[:, None] * token.shape[1]
+        guessed = torch.zeros_like(seen).scatter_(
+            1, columns + torch.arange(token.shape[1]), token == settings["eot_id"]
+        )
+        for rows in _decodes(prompts, passes, table["step"].to_numpy()):
+            place, count = number[prompts[rows[0]]], len(rows)
+            states = _follow(odds[rows].float(), top[rows], seen[rows], guessed[rows])
+            first = torch.full((count,), int(sequences.first_eot[place]))
+            decode = torch.full((count,), len(parts))
+            parts.append(EotStates(*states, first, decode, np.repeat(sequences.splits[place], count)))
+    said = EotSaid(*(torch.cat(values) for values in zip(*(part.said for part in parts), strict=True)))
+    masked, end, first_eot, decode = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("masked", "end", "first_eot", "decode")
+    )
+    return EotStates(said, masked, end, first_eot, decode, np.concatenate([part.splits for part in parts]))
 
 
-def _steps(
-    keys: dict[str, np.ndarray], masked: np.ndarray, probability: np.ndarray, top: np.ndarray
-) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Evidence of each decode's steps, how long EoT had been the guess, and what each step left masked, ``(S, G)`` each."""
-    region, size = probability.shape[1], masked.shape[1]
-    place = np.arange(region)
-    order = np.lexsort((keys["step"], keys["pass"], keys["prompt_id"]))
+def _decodes(prompts: list[str], passes: list[str], steps: np.ndarray) -> Iterator[list[int]]:
+    """The rows of each decode that follows its reference, in the order of their steps."""
     groups: dict[tuple[str, str], list[int]] = {}
-    for row in order:
-        if keys["pass"][row] != "filter":  # which leaves the reference, and with it the end of its text
-            groups.setdefault((str(keys["prompt_id"][row]), str(keys["pass"][row])), []).append(row)
-    found = {}
-    for name, rows in groups.items():
-        block = keys["block"][rows].astype(np.int64)
-        whole = place >= (block[:, None] + 1) * size
-        for n, row in enumerate(rows):
-            whole[n, block[n] * size : (block[n] + 1) * size] = masked[row]
-        left = np.concatenate((whole[1:], np.zeros_like(whole[:1])))
-        stable = np.zeros((len(rows), region), dtype=np.int64)
-        for n in range(1, len(rows)):
-            stable[n] = np.where(top[rows[n]] & top[rows[n - 1]], stable[n - 1] + 1, 0)
-        found[name] = (probability[rows], top[rows], stable, left)
-    return found
+    for row in np.argsort(steps, kind="stable").tolist():
+        if passes[row] != "filter":  # which leaves the reference, and with it the end of its text
+            groups.setdefault((prompts[row], passes[row]), []).append(row)
+    yield from groups.values()
+
+
+def _follow(log_odds: Tensor, top: Tensor, seen: Tensor, guessed: Tensor) -> tuple[EotSaid, Tensor, Tensor]:
+    """What is known after each step of a decode, what is left, and the first EoT that is committed.
+
+    Args:
+        log_odds: ``(S, G)`` float32, zeros where the step did not look.
+        top: ``(S, G)`` bool, likewise.
+        seen: ``(S, G)`` bool, what was to be decoded before the step.
+        guessed: ``(S, G)`` bool, where the step's guess for its block is EoT.
+    """
+    region = seen.shape[1]
+    left = torch.cat((seen[1:], torch.zeros_like(seen[:1])))
+    said = [EotSaid(torch.zeros_like(log_odds[0]), torch.zeros_like(top[0]), torch.zeros_like(top[0]).long())]
+    for odds_of, top_of in zip(log_odds, top, strict=True):
+        said.append(said[-1].follow(odds_of, top_of))
+    # What follows a committed EoT is decoded with it, so the leftmost is the one that was committed.
+    ends = seen & ~left & guessed
+    first = torch.where(ends.any(1), ends.int().argmax(1), region)
+    return EotSaid(*map(torch.stack, zip(*said[1:], strict=True))), left, first.cummin(0).values

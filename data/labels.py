@@ -197,7 +197,7 @@ def collect(trace: Sequence[StepTrace]) -> StepTrace:
         evidence=Evidence.cat([part.evidence for part in trace]).each(lambda values: values[order]),
         transfer=join([part.transfer for part in trace]),
         committed=join([part.committed for part in trace]),
-        eot_probability=join_if_recorded([part.eot_probability for part in trace]),
+        eot_log_odds=join_if_recorded([part.eot_log_odds for part in trace]),
         eot_top=join_if_recorded([part.eot_top for part in trace]),
     )
 

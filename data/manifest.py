@@ -25,7 +25,7 @@ COLUMNS = {"steps": STEP_COLUMNS, "sequences": SEQUENCE_COLUMNS}
 _KEY = b"dlm_accel.key"
 """Where the metadata of a shard's files keeps the key of its set, as JSON: they belong to it with a manifest or without."""
 _OLDER = {"states": "pass"}  # schema version 1: name of a column to the one it has now
-_OPTIONAL = ("end", "text", "open", "eot_probability", "eot_top")
+_OPTIONAL = ("end", "text", "open", "eot_log_odds", "eot_top")
 """Columns that a set may lack: ``end`` before schema version 3, when labels came from the references; ``text`` before filters
 read it; EoT evidence anyway."""
 

@@ -22,7 +22,7 @@ STEP_COLUMNS = (
     "end",  # the first EoT of what the labels come from, the reference or the state's completion; -1 where there are none
     # Of sets rolled out with ``eot_evidence``:
     "open",  # G values: True where the generated region was not decoded yet
-    "eot_probability", "eot_top",  # one value for each True in open
+    "eot_log_odds", "eot_top",  # one value for each True in open
 )  # fmt: skip
 SEQUENCE_COLUMNS = (
     "index", "prompt_id", "prompt_hash", "split", "task", "prompt", "response", "answer", "metadata",
@@ -87,11 +87,11 @@ def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
             "final": _fixed(final),
             "end": pa.array(end.numpy().astype(np.int16)),
         }
-        if steps.eot_probability is not None and steps.eot_top is not None:
-            still_open = (steps.eot_probability > 0) | steps.eot_top  # the trace has zeros where a position is decoded
+        if steps.eot_log_odds is not None and steps.eot_top is not None:
+            still_open = (steps.eot_log_odds != 0) | steps.eot_top  # the trace has zeros where a position is decoded
             columns |= {
                 "open": _fixed(still_open),
-                "eot_probability": _ragged(steps.eot_probability.half(), still_open),
+                "eot_log_odds": _ragged(steps.eot_log_odds.half(), still_open),
                 "eot_top": _ragged(steps.eot_top, still_open),
             }
         tables.append(pa.table(columns))

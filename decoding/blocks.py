@@ -164,7 +164,7 @@ class BlockRun(Run):
         return evidence_of(fields, self.needs, state.masked_block, ids, inside, compare)
 
 
-_EOT = ("probability", "log_probability", "top")
+_EOT = ("log_odds", "top")
 
 
 def _where(flags: Tensor, taking: Tensor | None, count: int) -> Tensor:

@@ -53,7 +53,7 @@ class DecodeConfig:
     cache: CacheRule = "none"
     refresh: int | None = None
     eot_head: str | Path | None = None
-    eot_risk: float = 0.01
+    eot_risk: float = 0.001
 
     def __post_init__(self) -> None:
         check(vars(self), _RULES)

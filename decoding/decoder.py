@@ -97,8 +97,8 @@ class Decoder:
             device: Device of the weights; a GPU where there is one.
             dtype: Dtype of the weights.
             compile: Compile the predictor's forward; the first decode then takes minutes.
-            risk: Share of prompts, from 0 to 1, that may lose what full_step gives: takes the cheapest setting that
-                calibration prompts vouch for.
+            risk: What may be lost of what full_step gives, from 0 to 1: a share of prompts, or with a calibration of loss
+                ``tokens`` of a text's positions. Takes the cheapest setting that calibration prompts vouch for.
             calibration: File written by ``eval/risk.py``; by default ``risk.json`` in the folder of the filter or helper.
             **options: The strategy's settings, such as ``threshold=0.9`` or ``filter="folder"``.
 
@@ -107,9 +107,7 @@ class Decoder:
         """
         known = None
         if risk is None and calibration is not None:
-            raise InputError(
-                "risk", None, "a share of prompts between 0 and 1, for which the calibration has a setting"
-            )
+            raise InputError("risk", None, "a share between 0 and 1, for which the calibration has a setting")
         if risk is not None:
             known = load_calibration(calibration_file(options, calibration))
             if known.option in options:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from models.eot import can_end, check_eot, eot_columns, first_end, load_eot
+from models.eot import EotSaid, can_end, check_eot, eot_columns, first_end, load_eot
 
 if TYPE_CHECKING:
     from decoding.config import DecodeConfig
@@ -23,14 +23,15 @@ class EotStep:
         committed: ``(b,)`` int64, the first position that this step committed as EoT; ``G`` where it committed none.
         masked: ``(b, G)`` bool.
         end: ``(b,)`` int64, generated positions that are left.
-        log_probability: ``(b, G)`` float32, of EoT, where the step's forwards looked; ``None`` unless the rule asks for it.
+        log_odds: ``(b, G)`` float32, nats, of EoT, 0 where the step's forwards did not look; ``None`` unless the rule asks for
+            it.
         top: ``(b, G)`` bool, EoT is the argmax there; likewise.
     """
 
     committed: Tensor
     masked: Tensor
     end: Tensor
-    log_probability: Tensor | None = None
+    log_odds: Tensor | None = None
     top: Tensor | None = None
 
 
@@ -93,10 +94,10 @@ class Published(EotRule):
     reads_region = True
 
     def last(self, step: EotStep) -> Tensor:
-        assert step.log_probability is not None
+        assert step.log_odds is not None
         assert step.top is not None
         said = step.top & step.masked
-        best = step.log_probability.masked_fill(~said, -torch.inf).argmax(1)
+        best = step.log_odds.masked_fill(~said, -torch.inf).argmax(1)
         region = step.masked.shape[1]
         cut = torch.where(said.any(1), best, region)
         return torch.where(step.committed < region, step.committed, cut)
@@ -106,9 +107,8 @@ class Learned(EotRule):
     """A committed EoT ends the row; what follows a position where a trained head says that no text is lost is not decoded.
 
     That is the leftmost position where text is lost with less than the accepted risk, as the head says. It stays masked itself,
-    and what follows it stays MASK for the model, too, until the text has its own EoT: a region that ends sooner would tell the
-    model how long the text is to be, and of a region that nobody cuts the head has learned. A forward on a part of the region
-    leaves what an earlier one said of the rest.
+    and what follows it stays MASK for the model, too, until the text has its own EoT: dropped from the region it would tell the
+    model how long the text is to be. A forward on a part of the region leaves what an earlier one said of the rest.
     """
 
     name = "learned"
@@ -127,28 +127,25 @@ class Learned(EotRule):
 
     def begin(self, state: "BatchState") -> None:
         zero = torch.zeros(self.length, device=state.device)
-        self.probability, self.top = state.register(zero), state.register(zero.bool())
-        self.stable = state.register(zero.long())
-        self.cut = state.register(torch.full((), self.length, device=state.device))
+        self.said = [state.register(value) for value in (zero, zero.bool(), zero.long())]
+        nowhere = torch.full((), self.length, device=state.device)
+        self.end, self.cut = state.register(nowhere), state.register(nowhere)
 
     def last(self, step: EotStep) -> Tensor:
         return step.committed
 
     @torch.inference_mode()
     def closed(self, step: EotStep) -> Tensor:
-        assert step.log_probability is not None
+        assert step.log_odds is not None
         assert step.top is not None
-        # Evidence is zero where no forward looked; a log-probability of 0 is a certainty, and then EoT is the guess.
-        looked = (step.log_probability != 0) | step.top
-        again = torch.where(self.top.value & step.top, self.stable.value + 1, 0)
-        self.stable.value = torch.where(looked, again, self.stable.value)
-        self.probability.value = torch.where(looked, step.log_probability.exp(), self.probability.value)
-        self.top.value = torch.where(looked, step.top, self.top.value)
-        # What is closed counts as left, with what was last said of it, as in the regions that the head has learned from.
-        end = torch.minimum(step.end, self.cut.value + 1)
-        left = step.masked | (torch.arange(self.length, device=end.device) >= end[:, None])
-        columns = eot_columns(self.probability.value, self.top.value, self.stable.value, left)
-        found = first_end(self.head(columns).sigmoid(), can_end(step.masked, end), self.risk)
+        said = EotSaid(*(known.value for known in self.said)).follow(step.log_odds, step.top)
+        for known, value in zip(self.said, said, strict=True):
+            known.value = value
+        self.end.value = torch.minimum(self.end.value, step.committed)
+        # What is closed counts as open, as in the regions that the head has learned from: nobody had closed them.
+        still_open = step.masked | (torch.arange(self.length, device=step.masked.device) > self.cut.value[:, None])
+        lost = self.head(eot_columns(said, still_open, self.end.value)).sigmoid()
+        found = first_end(lost, can_end(still_open, self.end.value), self.risk)
         self.cut.value = torch.minimum(self.cut.value, found)
         return self.cut.value
 

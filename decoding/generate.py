@@ -40,7 +40,7 @@ def generate(
     temperature: float = 0.0,
     eot: EotRule = "commit",
     eot_head: str | None = None,
-    eot_risk: float = 0.01,
+    eot_risk: float = 0.001,
     cache: CacheRule = "none",
     refresh: int | None = None,
     seed: int = 0,

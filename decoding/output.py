@@ -38,8 +38,8 @@ class StepTrace:
         evidence: What the predictor said about the active block, ``(b, K)`` fields.
         transfer: ``(b, K)`` bool, positions committed by the strategy.
         committed: ``(b, K)`` int64, the tokens committed there (meaningless elsewhere).
-        eot_probability: ``(b, G)`` float32, softmax probability of EoT at each position of the generated region that was
-            masked before this step, 0 elsewhere; ``None`` unless the decode recorded it.
+        eot_log_odds: ``(b, G)`` float32, nats, log-odds of EoT at each position of the generated region that was masked
+            before this step, 0 elsewhere; ``None`` unless the decode recorded it.
         eot_top: ``(b, G)`` bool, True where EoT was the argmax; ``None`` unless recorded.
     """
 
@@ -49,7 +49,7 @@ class StepTrace:
     evidence: Evidence
     transfer: Tensor
     committed: Tensor
-    eot_probability: Tensor | None = None
+    eot_log_odds: Tensor | None = None
     eot_top: Tensor | None = None
 
 

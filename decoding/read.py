@@ -13,6 +13,7 @@ CHUNK_BYTES = 1 << 27
 """Logits that are read at a time, in fp32. Reading holds up to six tensors of this size, eight where a nucleus is sought."""
 
 _PIECE = 16  # positions that share a generator
+_SURE = 1e4  # log-odds beyond which nothing is told apart: finite in fp16
 
 
 class Noise:
@@ -160,17 +161,17 @@ def read_eot(logits: Tensor, ids: TokenIds) -> dict[str, Tensor]:
         ids: Special token ids.
 
     Returns:
-        Softmax ``probability`` of EoT and ``log_probability``, float32, and whether EoT is the ``top`` token, bool, each
-        ``(N,)``.
+        ``log_odds`` of EoT against all other tokens, nats, float32, which tell apart what is near to certain, and whether EoT
+        is the ``top`` token, bool, each ``(N,)``.
     """
     wide = logits.float()
     eot, mask = wide[:, ids.eot].clone(), wide[:, ids.mask].clone()
     wide[:, ids.eot] = -torch.inf
-    log_probability = _log_share(eot, wide.logsumexp(-1))
+    log_odds = (eot - wide.logsumexp(-1)).clamp_(-_SURE, _SURE)
     wide[:, ids.eot], wide[:, ids.mask] = eot, -torch.inf
     top = wide.argmax(-1) == ids.eot
     wide[:, ids.mask] = mask
-    return {"probability": log_probability.exp(), "log_probability": log_probability, "top": top}
+    return {"log_odds": log_odds, "top": top}
 
 
 def _at(logits: Tensor, temperature: float) -> Tensor:

@@ -18,8 +18,8 @@ DECODING = ("gen_length", "block_length", "steps", "temperature", "eot", "cache"
 _OBJECT = Rule("an object", lambda value: isinstance(value, dict))
 _RULES = {
     "strategy": TEXT, "options": _OBJECT, "option": TEXT, "values": list_of(number("numbers"), "finite numbers"),
-    "lost": list_of(whole(0), "whole numbers of at least 0"), "bounds": list_of(SHARE, "numbers from 0 to 1"),
-    "nfe": list_of(NOT_NEGATIVE, "numbers of at least 0"), "prompts": COUNT, "loss": one_of(("answer", "text")),
+    "lost": list_of(NOT_NEGATIVE, "numbers of at least 0"), "bounds": list_of(SHARE, "numbers from 0 to 1"),
+    "nfe": list_of(NOT_NEGATIVE, "numbers of at least 0"), "prompts": COUNT, "loss": one_of(("answer", "text", "tokens")),
     "confidence": number("a number between 0 and 1", lambda value: 0 < value < 1),
     "decoding": Rule(f"an object of {', '.join(DECODING)}", lambda value: isinstance(value, dict) and {*DECODING} <= {*value}),
     "fingerprints": Rule(
@@ -38,11 +38,11 @@ class Calibration:
         options: Its settings that are the same throughout, components left out.
         option: The setting that varies.
         values: Its values, from the safest to the cheapest; the order was fixed before anything was decoded.
-        lost: Of each value, how many prompts lost something.
-        bounds: Of each value, the upper end of a one-sided confidence interval of that share, from 0 to 1.
+        lost: Of each value, how many prompts lost something; of ``tokens`` the sum of the shares that they lost.
+        bounds: Of each value, the upper end of a one-sided confidence interval of the mean loss, from 0 to 1.
         nfe: Of each value, mean forwards.
         prompts: Number of prompts.
-        loss: What counts as lost: a right ``answer``, or the ``text`` of full_step.
+        loss: What counts as lost: a right ``answer``, the ``text`` of full_step, or of that text the share of ``tokens``.
         confidence: Confidence of ``bounds``, from 0 to 1.
         decoding: Decode settings, of :data:`DECODING`.
         fingerprints: Of the base model and the strategy's components.
@@ -54,7 +54,7 @@ class Calibration:
     options: dict[str, Any]
     option: str
     values: list[float]
-    lost: list[int]
+    lost: list[float]
     bounds: list[float]
     nfe: list[float]
     prompts: int
@@ -66,18 +66,18 @@ class Calibration:
     schema_version: int = SCHEMA_VERSION
 
     def value(self, risk: float) -> float:
-        """The cheapest setting that loses at most ``risk`` of the prompts, with the calibration's confidence.
+        """The cheapest setting that loses at most ``risk`` in the mean over prompts, with the calibration's confidence.
 
         Settings are tested from the safest on until one fails (learn then test, arXiv 2110.01052, by fixed sequence), so
         that trying many does not make a lucky one look good.
 
         Args:
-            risk: Share of prompts, from 0 to 1.
+            risk: Share of prompts, or where ``tokens`` count of a text's positions, from 0 to 1.
 
         Raises:
             InputError: Not even the safest setting is vouched for.
         """
-        accepted = "a share of prompts between 0 and 1, 0.01 for one in a hundred"
+        accepted = "a share between 0 and 1, 0.01 for one in a hundred"
         check({"risk": risk}, {"risk": number(accepted, lambda value: 0 < value < 1)})
         passed = 0
         while passed < len(self.values) and self.bounds[passed] <= risk:
@@ -148,6 +148,8 @@ def load_calibration(file: str | Path) -> Calibration:
         if name not in content or name not in names:
             raise InputError(f"{file}: {name}", "unknown" if name in content else "missing", ", ".join(names))
     check(content, _RULES, f"{file}: ")
+    if content["loss"] != "tokens":
+        check(content, {"lost": list_of(whole(0), "whole numbers of at least 0")}, f"{file}: ")
     lengths = {len(content[name]) for name in ("values", "lost", "bounds", "nfe")}
     if len(lengths) != 1 or not content["values"]:
         raise InputError(

@@ -119,7 +119,7 @@ class Run(ABC):
         state.commit(transfer, tokens)
         if self.config.eot != "off":
             committed = torch.where(transfer & (tokens == ids.eot), state.columns, self.config.gen_length).amin(1)
-            seen = EotStep(committed, state.masked, state.end, self.eot.get("log_probability"), self.eot.get("top"))
+            seen = EotStep(committed, state.masked, state.end, self.eot.get("log_odds"), self.eot.get("top"))
             state.finish_at(self.rule.last(seen))
             if (closed := self.rule.closed(seen)) is not None:
                 state.close_at(closed)
@@ -256,7 +256,7 @@ class Run(ABC):
             evidence=evidence.each(_kept),
             transfer=_kept(transfer),
             committed=_kept(tokens),
-            eot_probability=_kept(eot["probability"] * state.masked) if eot else None,
+            eot_log_odds=_kept(eot["log_odds"] * state.masked) if eot else None,
             eot_top=_kept(eot["top"] & state.masked) if eot else None,
         )
 

@@ -24,7 +24,7 @@ from data.typed import Count, Length, Share, Temperature, Text, check_fields
 from decoding.config import CacheRule, EotRule
 from decoding.decoder import Decoder, Generation
 from decoding.strategies import Strategy, make_strategy
-from eval.measure import measure
+from eval.measure import measure, timed
 from eval.memory import PeakMemory
 from models.checkpoint import writing
 from models.errors import InputError
@@ -72,7 +72,7 @@ class Run:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     label: str = ""
     eot_head: Text | None = None
-    eot_risk: Share = 0.01
+    eot_risk: Share = 0.001
     always: bool = False
 
     def __post_init__(self) -> None:
@@ -194,8 +194,10 @@ class Comparison:
                 self._generate(number, longest[: self.runs[number].batch_size])
             self.warm.add(number)
             extra["memory"] = memory.result
-        out = self._generate(number, range(len(self.prompts_of(number))), progress)
-        extra["parameters"] = self.strategies[number].parameters
+        strategy = self.strategies[number]
+        with timed(getattr(strategy, "network", None), self.predictor.device) as timer:
+            out = self._generate(number, range(len(self.prompts_of(number))), progress)
+        extra |= {"parameters": strategy.parameters, "component_seconds": timer.read()}
         self.results[number, repeat], self.extras[number, repeat] = out, extra
         if self.folder is not None:
             _save(self._file(number, repeat), out, extra)
@@ -205,13 +207,17 @@ class Comparison:
         rows, rights = [], list[Tensor | None]()
         eot = self.predictor.ids.eot
         for number, run in enumerate(self.runs):
-            outs = sorted((self.results[number, n] for n in range(self.repeats)), key=lambda out: out.seconds)
-            out, prompts, place = outs[(len(outs) - 1) // 2], self.prompts_of(number), self.reference[number]
+            order = sorted(range(self.repeats), key=lambda n: self.results[number, n].seconds)
+            median = order[(len(order) - 1) // 2]
+            out, prompts, place = self.results[number, median], self.prompts_of(number), self.reference[number]
             reference = self.results[place, 0].sequences[: len(prompts)]
             known = rights[place] if place < number else None
             right = None if known is None else known[: len(prompts)]
             row = {"label": run.label, "reference": self.runs[place].label, "settings": out.settings}
-            row |= measure(out, prompts, reference, right, eot, component=self.strategies[number].component)
+            row |= measure(
+                out, prompts, reference, right, eot, component=self.strategies[number].component,
+                component_seconds=self.extras[number, median]["component_seconds"],
+            )  # fmt: skip
             rights.append(torch.tensor([mark == "1" for mark in row["right"]]) if row["right"] is not None else None)
             row["seconds_all"] = [self.results[number, n].seconds for n in range(self.repeats)]
             row["times"] = [self.extras[number, n]["time"] for n in range(self.repeats)]

@@ -59,7 +59,7 @@ def main(
     temperature: Temperature | None = None,
     eot: EotRule = "commit",
     eot_head: str | None = None,
-    eot_risk: Share = 0.01,
+    eot_risk: Share = 0.001,
     cache: CacheRule = "none",
     refresh: Count | None = None,
     seed: Whole = 0,

@@ -2,17 +2,19 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import gym, stories
 from data.prompt import Prompt, is_right
 from decoding.decoder import Generation
 from decoding.eot import first_true
+from decoding.output import Timer
 from eval.intervals import paired, wilson
 
 
@@ -76,6 +78,7 @@ def measure(
     eot: int,
     *,
     component: str = "",
+    component_seconds: float = 0.0,
     judge: Callable[[Sequence[Prompt], Sequence[str]], tuple[Tensor | None, list[str]]] = judge,
 ) -> dict[str, Any]:
     """The figures of one decode.
@@ -87,6 +90,7 @@ def measure(
         reference_right: ``(B,)`` bool, which of its answers are right; ``None`` if ``out`` is the reference.
         eot: Id of the EoT token.
         component: Name of the count that tells what the strategy's learned component did; empty without one.
+        component_seconds: Time inside a filter's network, see :func:`timed`.
         judge: Says which answers are right.
 
     Returns:
@@ -98,6 +102,8 @@ def measure(
         With APD there is ``helper``. Its ``acceptance`` is the share of accepted positions among those accepted or refused:
         the first of a forward is always taken, and what is right of a refused one does not count. ``forwards`` are its own
         for an answer; ``milliseconds`` and ``predictor_milliseconds`` are the time of one forward of the rows in a batch.
+        Where a filter was timed ``component`` has its ``milliseconds`` a forward of the predictor, and ``share_of_forward``,
+        what part of that forward's time they are; ``loop_seconds`` include them.
     """
     right, scorers = judge(prompts, out.text)
     reference_right = right if reference_right is None else reference_right
@@ -146,7 +152,29 @@ def measure(
             "commits": row["counts"][component],
             "per_forward": row["counts"][component] / int(out.nfe.sum()),
         }
+        if component_seconds:
+            row["component"]["milliseconds"] = 1000 * component_seconds / out.forward_calls
+            row["component"]["share_of_forward"] = component_seconds / out.predictor_seconds
     return row
+
+
+@contextmanager
+def timed(network: object, device: torch.device) -> Iterator[Timer]:
+    """Measures the time inside a network's forwards as long as the context lasts; of what is no module, nothing.
+
+    Args:
+        network: A filter's network, which the decode itself does not time.
+        device: Where it runs.
+    """
+    timer, hooks = Timer(device), []
+    if isinstance(network, nn.Module):
+        hooks.append(network.register_forward_pre_hook(lambda *_: timer.__enter__()))
+        hooks.append(network.register_forward_hook(lambda *_: timer.__exit__()))
+    try:
+        yield timer
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def span(tokens: int) -> str:

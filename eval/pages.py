@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from data.provenance import write_aside
 from eval import helper_sizes, recorded
 from eval.command import command
 from eval.recorded import read_tables
-from eval.report import ALL, Row, difference, markdown, percent, table, times
+from eval.report import ALL, Row, difference, filter_share, markdown, percent, table, times
 from eval.result_file import read
 from eval.risk import broken_promises
 from models.errors import InputError, first_line
@@ -139,7 +140,9 @@ def _cost_shown(row: Row, first: Row) -> bool:
 
 
 def _costs(result: dict[str, Any]) -> list[str]:
-    return table([row for row in result["rows"] if _cost_shown(row, result["rows"][0])], _COST)
+    rows = [row for row in result["rows"] if _cost_shown(row, result["rows"][0])]
+    known = any(filter_share(row) != "–" for row in rows)
+    return table(rows, _COST | ({"filter's time, of a forward": filter_share} if known else {}))
 
 
 def _long(result: dict[str, Any]) -> list[str]:
@@ -203,27 +206,42 @@ def _eot(result: dict[str, Any]) -> list[str]:
     return lines[:-1]
 
 
-_SAFEST_FIRST = {
-    "threshold": [f"threshold {value}" for value in (0.95, 0.9, 0.85, 0.8, 0.7)],
-    "learn2pd": [f"learn2pd {value}" for value in (0.98, 0.95, 0.9, 0.85, 0.8)],
-    "apd": [f"apd R {value}" for value in (0, 0.25, 0.5, 0.7)],
-}
-
-
 def _risk(result: dict[str, Any]) -> list[str]:
-    """Promises on validation prompts drawn anew 200 times."""
-    rows = {row["label"]: row for row in _tried(result)}
-    full = rows["full_step"]
-    lines = table([], dict.fromkeys(("strategy", "risk", "taken most often", "NFE, mean", "broken", "no promise")))
-    for strategy, labels in _SAFEST_FIRST.items():
-        tried = [rows[label] for label in labels if label in rows]
-        for risk in (0.03, 0.05, 0.1) if tried else ():
-            broken, none, taken = broken_promises(full, tried, risk)
-            most = Counter(row["label"] for row in taken).most_common(1)
-            cells = [strategy, f"{100 * risk:g} %", most[0][0] if most else "–"]
-            cells.append(f"{sum(row['nfe_mean'] for row in taken) / len(taken):.1f}" if taken else "–")
+    """Promises on validation prompts drawn anew 200 times, judged on test prompts; settings lie in the result safest first."""
+    fresh_full, fresh = result["rows"][0], {row["label"]: row for row in result["rows"]}
+    full, *tried = (row for row in _tried(result) if row["label"] in fresh)
+    said = (
+        f"Whether such promises are kept on fresh prompts: 200 times, {full['prompts']} prompts are drawn from as many of the "
+        "validation split, with repeats, and what they promise is compared with what the setting taken loses on "
+        f"{fresh_full['prompts']} test prompts. Lost: the share of these that lose a right answer of full_step, in the mean over "
+        "draws. Broken: it is more than the risk. No promise: not even the safest setting is vouched for."
+    )
+    columns = ("strategy", "risk", "taken most often", "NFE, mean", "lost, mean", "broken", "no promise")
+    lines = [*wrap(said, 136), "", *table([], dict.fromkeys(columns))]
+    for strategy in dict.fromkeys(row["settings"]["strategy"] for row in tried):
+        own = [row for row in tried if row["settings"]["strategy"] == strategy]
+        for risk in (0.01, 0.02, 0.03, 0.05, 0.1):
+            others = [fresh[row["label"]] for row in own]
+            broken, none, taken = broken_promises(full, own, fresh_full, others, risk)
+            cells = [strategy, f"{100 * risk:g} %", "–", "–", "–"]
+            if taken:
+                cells[2] = Counter(row["label"] for row in taken).most_common(1)[0][0]
+                cells[3] = f"{sum(row['nfe_mean'] for row in taken) / len(taken):.1f}"
+                cells[4] = percent(sum(row["paired_difference"]["lost"] / row["prompts"] for row in taken) / len(taken))
             lines.append(f"| {' | '.join(cells)} | {broken} of 200 | {none} of 200 |")
-    return [*lines, "", f"{full['prompts']} prompts, 95 % confidence."]
+    return [*lines, "", "95 % confidence; made by `python eval/bench.py --config configs/eval/risk.yaml`."]
+
+
+def _budget(result: dict[str, Any]) -> list[str]:
+    """The filter's rule with a budget beside its thresholds, and what was picked."""
+    said = (
+        "With `budget` in place of `threshold` the filter's most probable guesses are committed, as many as keep the sum of "
+        "1 − p among those of a row's step within it (`python eval/bench.py --config configs/eval/budget.yaml`):"
+    )
+    picks = {entry["strategy"]: entry["forwards"] for entry in result["headline"][0]["strategies"]}
+    pick, prompts = picks.get("learn2pd"), _tried(result)[0]["prompts"]
+    picked = f"Picked on {prompts} validation prompts: {'none' if pick is None else pick['label']}."
+    return [*wrap(said, 136), "", *_whole(result), "", picked]
 
 
 def _whole(result: dict[str, Any]) -> list[str]:
@@ -270,7 +288,8 @@ TABLES = {
     "held_out": ("held_out/bench.json", "docs/decoders.md", _whole),
     "fresh": ("fresh/bench.json", "docs/decoders.md", _whole),
     "eot": ("eot/bench.json", "docs/decoders.md", _eot),
-    "risk": ("bench.json", "docs/decoders.md", _risk),
+    "risk": ("risk/bench.json", "docs/decoders.md", _risk),
+    "budget": ("budget/bench.json", "docs/decoders.md", _budget),
     "cost": ("cost/bench.json", "docs/decoders.md", _costs),
     "long": ("cost/bench.json", "docs/decoders.md", _long),
     "apd": ("bench.json", "docs/apd.md", _apd),

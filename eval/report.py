@@ -108,6 +108,12 @@ def _component(row: Row) -> str:
     return f"{row['component']['per_forward']:.1f}" if "component" in row else "–"
 
 
+def filter_share(row: Row) -> str:
+    """A filter's time as a share of a forward's, as a cell."""
+    found = row.get("component", {}).get("share_of_forward")
+    return "–" if found is None else percent(found)
+
+
 def _memory(row: Row) -> str:
     return f"{row['memory']['peak'] / 2**20:.0f}" if row["memory"] else "–"
 

@@ -52,6 +52,7 @@ class _Helper(TypedDict):
 
 class _Component(TypedDict):
     per_forward: NotNegative
+    share_of_forward: NotRequired[NotNegative]
 
 
 class _Memory(TypedDict):

@@ -3,6 +3,8 @@
 Then ``Decoder.from_pretrained(base, "threshold", risk=0.02, calibration="runs/risk/risk.json")``.
 """
 
+import functools
+import math
 import random
 import shlex
 import sys
@@ -11,6 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from scipy.optimize import root_scalar
+from scipy.special import rel_entr
 from scipy.stats import beta
 
 from data.disk import check_writable
@@ -34,6 +38,13 @@ VARIED = {
     "apd": "mixture_weight",
 }  # fmt: skip
 """The setting of each strategy that trades quality for forwards."""
+Loss = Literal["answer", "text", "tokens"]
+LOST = {
+    "answer": "Risk of losing a right answer of full_step",
+    "text": "Risk of losing the text of full_step",
+    "tokens": "Mean share of a text's positions that differ from full_step's",
+}
+"""What is promised, of each loss."""
 VALIDATION = [PromptSource(split="validation")]
 RISKS = (0.001, 0.005, 0.01, 0.02, 0.05)
 CONFIDENCE = 0.95
@@ -44,6 +55,7 @@ CHOSEN = (
 """What has to be said of a calibration that comes with a fit."""
 
 
+@functools.lru_cache(4096)  # drawn prompts lose the same few numbers again and again
 def upper_bound(lost: int, prompts: int, confidence: float) -> float:
     """Upper end of the exact one-sided interval of a share (Clopper and Pearson 1934).
 
@@ -57,13 +69,36 @@ def upper_bound(lost: int, prompts: int, confidence: float) -> float:
     return 1.0 if lost == prompts else float(beta.ppf(confidence, lost + 1, prompts - lost))
 
 
+def mean_bound(lost: float, prompts: int, confidence: float) -> float:
+    """Upper end of a one-sided interval of the mean of a loss from 0 to 1, however it is distributed.
+
+    The least mean that the p-value of Hoeffding and Bentkus rules out (learn then test, arXiv 2110.01052; Bates et al., arXiv
+    2101.02703): with a mean as large as this or larger, the losses of so many prompts add up to so little with probability
+    ``1 - confidence`` at most.
+
+    Args:
+        lost: Sum of the prompts' losses.
+        prompts: All prompts.
+        confidence: From 0 to 1.
+    """
+    mean, doubt = lost / prompts, 1 - confidence
+    if mean >= 1:
+        return 1.0
+
+    def hoeffding(share: float) -> float:
+        return math.exp(-prompts * float(rel_entr(mean, share) + rel_entr(1 - mean, 1 - share)))
+
+    bentkus = upper_bound(math.ceil(lost), prompts, 1 - doubt / math.e)
+    return min(bentkus, root_scalar(lambda share: hoeffding(share) - doubt, bracket=(mean, 1.0)).root)
+
+
 def main(
     strategy: str,
     values: list[float],
     base: str = "models/bundled/llada-tiny",
     options: dict[str, Any] | None = None,
     option: str | None = None,
-    loss: Literal["answer", "text"] = "answer",
+    loss: Loss = "answer",
     confidence: float = CONFIDENCE,
     prompts: list[PromptSource] = VALIDATION,
     split: Split | None = "validation",
@@ -87,7 +122,8 @@ def main(
         base: Folder or hub id of the base model.
         options: Settings of the strategy that stay, such as {"filter": "exports/filter"}.
         option: The setting that varies; each strategy has a usual one.
-        loss: What counts as lost: an answer that full_step gives rightly, or its text.
+        loss: What counts as lost: an answer that full_step gives rightly, its text, or of that text the share of tokens that
+            differ.
         confidence: Confidence of what is promised, from 0 to 1.
         prompts: Where the calibration prompts come from.
         split: Takes only the prompts of this split; null takes all.
@@ -139,7 +175,7 @@ def main(
 
 def calibrate(
     full: dict[str, Any], rows: list[dict[str, Any]], prompts: Sequence[Prompt], strategy: str, options: dict[str, Any],
-    option: str, loss: Literal["answer", "text"], confidence: float = CONFIDENCE,
+    option: str, loss: Loss, confidence: float = CONFIDENCE,
 ) -> Calibration:  # fmt: skip
     """What the rows of a comparison vouch for.
 
@@ -154,9 +190,10 @@ def calibrate(
         confidence: From 0 to 1.
     """
     settings, lost = rows[0]["settings"], [_lost(full, row, loss) for row in rows]
+    bound = mean_bound if loss == "tokens" else upper_bound
     return Calibration(
         strategy=strategy, options=plain(options), option=option, values=[row["settings"][option] for row in rows],
-        lost=lost, bounds=[upper_bound(count, len(prompts), confidence) for count in lost],
+        lost=lost, bounds=[bound(count, len(prompts), confidence) for count in lost],
         nfe=[row["nfe_mean"] for row in rows], prompts=len(prompts), loss=loss, confidence=confidence,
         decoding={name: settings[name] for name in DECODING}, fingerprints=settings["fingerprints"],
         made={
@@ -166,7 +203,10 @@ def calibrate(
     )  # fmt: skip
 
 
-def _lost(full: dict[str, Any], row: dict[str, Any], loss: str) -> int:
+def _lost(full: dict[str, Any], row: dict[str, Any], loss: Loss) -> float:
+    """How many prompts lost something, a whole number; of ``tokens`` the sum of the shares, as a float."""
+    if loss == "tokens":
+        return (1 - row["token_agreement"]) * row["prompts"]
     if loss == "text":
         return round((1 - row["sequence_agreement"]) * row["prompts"])
     return sum(ours < theirs for ours, theirs in zip(row["right"], full["right"], strict=True))
@@ -174,9 +214,8 @@ def _lost(full: dict[str, Any], row: dict[str, Any], loss: str) -> int:
 
 def promises(calibration: Calibration) -> list[str]:
     """What a calibration promises, a line a risk: ``Decoder.from_pretrained(..., risk=...)`` takes that setting."""
-    lost = "a right answer" if calibration.loss == "answer" else "the text"
     counted = f"{calibration.prompts} calibration prompts"
-    lines = [f"Risk of losing {lost} of full_step, at {100 * calibration.confidence:g} % confidence ({counted}):", ""]
+    lines = [f"{LOST[calibration.loss]}, at {100 * calibration.confidence:g} % confidence ({counted}):", ""]
     least = calibration.bounds[0]
     lines += [
         f"- {100 * risk:g} %: {calibration.option} {calibration.value(risk):g}" for risk in RISKS if risk >= least
@@ -187,23 +226,26 @@ def promises(calibration: Calibration) -> list[str]:
 
 
 def broken_promises(
-    full: dict[str, Any], rows: Sequence[dict[str, Any]], risk: float, times: int = 200, seed: int = 0
-) -> tuple[int, int, list[dict[str, Any]]]:
-    """How often a promise is broken, of many that were made on prompts drawn anew.
+    full: dict[str, Any], rows: Sequence[dict[str, Any]], fresh_full: dict[str, Any], fresh: Sequence[dict[str, Any]],
+    risk: float, times: int = 200, seed: int = 0,
+) -> tuple[int, int, list[dict[str, Any]]]:  # fmt: skip
+    """How often a promise is broken on fresh prompts, of many that were made on calibration prompts drawn anew.
 
-    As if the prompts that were decoded were all there could be, each equally likely: as many are drawn, with repeats, and what
-    is promised on these is compared with what all of them lose.
+    As many prompts as were calibrated on are drawn from them, with repeats; what is promised on these is compared with what the
+    fresh ones lose.
 
     Args:
-        full: The row of full_step.
+        full: The row of full_step on the calibration prompts.
         rows: Those of a strategy, from the safest setting to the cheapest.
+        fresh_full: The row of full_step on the fresh prompts.
+        fresh: Those of the strategy there, in the same order.
         risk: What is promised, from 0 to 1.
         times: How many draws.
         seed: Of the draws.
 
     Returns:
-        How often more than ``risk`` of the prompts lose their answer, how often no setting was vouched for, and the row that was
-        taken in each of the other draws.
+        How often more than ``risk`` of the fresh prompts lose their answer, how often no setting was vouched for, and of each
+        of the other draws the row of ``fresh`` of the setting that was taken.
     """
     lost = [[ours < theirs for ours, theirs in zip(row["right"], full["right"], strict=True)] for row in rows]
     count, chance = len(full["right"]), random.Random(seed)
@@ -216,8 +258,8 @@ def broken_promises(
         if not passed:
             none += 1
             continue
-        taken.append(rows[passed - 1])
-        broken += sum(lost[passed - 1]) > risk * count
+        taken.append(fresh[passed - 1])
+        broken += _lost(fresh_full, taken[-1], "answer") > risk * len(fresh_full["right"])
     return broken, none, taken
 
 
@@ -235,7 +277,9 @@ def table(calibration: Calibration, full_step_nfe: float) -> str:
     for value, lost, bound, nfe in zip(
         calibration.values, calibration.lost, calibration.bounds, calibration.nfe, strict=True
     ):
-        lines.append(f"  {calibration.option} {value:g}: {nfe:.1f} forwards, {lost} lost, at most {100 * bound:.2f} %")
+        lines.append(
+            f"  {calibration.option} {value:g}: {nfe:.1f} forwards, {lost:g} lost, at most {100 * bound:.2f} %"
+        )
     lines += promises(calibration)
     return "\n".join(lines)
 

@@ -44,7 +44,7 @@ def main(
     temperature: Temperature = 0.0,
     eot: EotRule = "commit",
     eot_head: str | None = None,
-    eot_risk: Share = 0.01,
+    eot_risk: Share = 0.001,
     cache: CacheRule = "none",
     seed: Whole = 0,
     chat_template: bool = True,

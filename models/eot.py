@@ -2,9 +2,10 @@
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checkpoint import CONFIG, TENSORS, load_component, load_tensors, save_component
@@ -12,11 +13,16 @@ from models.errors import InputError
 from models.rules import COUNT, FIGURES, LENGTH, TEXT, Rule, check, whole
 
 KIND = "eot"
-SCHEMA_VERSION = 1
-COLUMNS = ("here", "best_before", "least_after", "mean_after", "share_after", "stable", "masked_before", "decoded")
-"""What the head reads of a position: EoT's log-odds here, their maximum up to here, their minimum and mean right of here, the
-share of positions right of here whose guess is EoT, for how many steps the guess here has been EoT, how many positions left of
-here are masked, and the decoded share of the region."""
+SCHEMA_VERSION = 2
+COLUMNS = (
+    "here", "best_before", "least_after", "mean_after", "share_after", "stable", "open_before", "decoded",
+    "surprise_after", "stable_after", "next", "ended", "to_end",
+)  # fmt: skip
+"""What the head reads of a position. EoT's log-odds: here, their maximum up to here, their minimum and mean right of here, and
+those of the next position. Right of here: the share of positions whose guess is EoT, and the logarithm of what it would take
+for all of them to be EoT, in nats. For how many steps the guess has been EoT, here and least of all right of here. How many
+positions left of here are open; the decoded share of the region; whether an EoT is committed, and how far it is."""
+_LOW, _HIGH = -12.0, 12.0  # log-odds that a head is shown
 
 
 @dataclass(frozen=True)
@@ -77,28 +83,69 @@ class EotHead(nn.Module):
         return self.linear2(hidden)[..., 0] * self.scale[0] + self.scale[1]
 
 
-def eot_columns(probability: Tensor, top: Tensor, stable: Tensor, masked: Tensor) -> Tensor:
-    """:data:`COLUMNS` of every position of ``R`` regions, ``(R, G, F)`` float32; of use at masked positions.
+class EotSaid(NamedTuple):
+    """What is known of EoT at each position: what the last forward that looked there said.
+
+    Attributes:
+        log_odds: ``(..., G)`` float32, nats.
+        top: ``(..., G)`` bool, EoT was the guess.
+        stable: ``(..., G)`` int64, for how many steps before in a row it had been.
+    """
+
+    log_odds: Tensor
+    top: Tensor
+    stable: Tensor
+
+    def follow(self, log_odds: Tensor, top: Tensor) -> "EotSaid":
+        """What is known after a step, whose forwards said this; zeros and False where they did not look.
+
+        Args:
+            log_odds: ``(..., G)`` float32; read as fp16, which is what records hold.
+            top: ``(..., G)`` bool.
+        """
+        looked = (log_odds != 0) | top
+        again = torch.where(self.top & top, self.stable + 1, 0)
+        return EotSaid(
+            torch.where(looked, log_odds.half().float(), self.log_odds), torch.where(looked, top, self.top),
+            torch.where(looked, again, self.stable),
+        )  # fmt: skip
+
+
+def eot_columns(said: EotSaid, masked: Tensor, end: Tensor) -> Tensor:
+    """:data:`COLUMNS` of every position of ``R`` regions, ``(R, G, F)`` float32; of use where a text may end.
 
     Args:
-        probability: ``(R, G)`` float32, of EoT; read as fp16, which is what records hold.
-        top: ``(R, G)`` bool, EoT is the guess.
-        stable: ``(R, G)`` int64, for how many steps before in a row it has been.
+        said: ``(R, G)`` each.
         masked: ``(R, G)`` bool, positions that are still to be decoded.
+        end: ``(R,)`` int64, the first EoT of the text so far, ``G`` where it has none. It and what follows count as open, with
+            what was last said of them.
     """
-    sure = probability.half().float().clamp(1e-4, 1 - 1e-3)
-    odds = sure.logit()
-    before = odds.masked_fill(~masked, odds.new_tensor(1e-4).logit()).cummax(1).values
-    high = odds.new_tensor(1 - 1e-3).logit()
-    after = _right(odds.masked_fill(~masked, high).flip(1).cummin(1).values.flip(1), high)
-    count = _right(masked.flip(1).cumsum(1).flip(1).float(), odds.new_zeros(()))
-    total = _right((odds * masked).flip(1).cumsum(1).flip(1), odds.new_zeros(()))
-    said = _right((top & masked).flip(1).cumsum(1).flip(1).float(), odds.new_zeros(()))
+    region = masked.shape[1]
+    place = torch.arange(region, device=masked.device)
+    is_open = masked | (place >= end[:, None])
+    odds = said.log_odds.clamp(_LOW, _HIGH)
+    low, high = odds.new_tensor(_LOW), odds.new_tensor(_HIGH)
+    of_open = odds.where(is_open, low)
+    count = _right(_from(is_open.float()), odds.new_zeros(()))
+    total = _right(_from(odds * is_open), odds.new_zeros(()))
+    guessed = _right(_from((said.top & is_open).float()), odds.new_zeros(()))
+    surprise = _right(_from(F.softplus(-odds) * is_open), odds.new_zeros(()))
+    least = _right(odds.where(is_open, high).flip(1).cummin(1).values.flip(1), high)
+    stable = said.stable.float().log1p()
+    steady = _right(stable.where(is_open, high).flip(1).cummin(1).values.flip(1), high)
     some = count.clamp(min=1)
-    left = (masked.cumsum(1) - masked.long()).float().log1p()
-    decoded = (1 - masked.float().mean(1, keepdim=True)).expand_as(odds)
-    mean, share = torch.where(count > 0, total / some, high), torch.where(count > 0, said / some, 1.0)
-    return torch.stack((odds, before, after, mean, share, stable.float().log1p(), left, decoded), -1)
+    ended = (end < region).float()[:, None].expand_as(odds)
+    return torch.stack(
+        (
+            odds, of_open.cummax(1).values, least,
+            torch.where(count > 0, total / some, high), torch.where(count > 0, guessed / some, 1.0),
+            stable, (is_open.cumsum(1) - is_open.long()).float().log1p(),
+            (1 - is_open.float().mean(1, keepdim=True)).expand_as(odds),
+            surprise.clamp(min=1e-6).log(), steady, _right(of_open, high), ended,
+            (end[:, None] - place).clamp(min=0).float().log1p(),
+        ),
+        -1,
+    )  # fmt: skip
 
 
 def _right(values: Tensor, last: Tensor) -> Tensor:
@@ -106,15 +153,20 @@ def _right(values: Tensor, last: Tensor) -> Tensor:
     return torch.cat((values[:, 1:], last.expand_as(values[:, :1])), 1)
 
 
+def _from(values: Tensor) -> Tensor:
+    """The sum from each position to the last, ``(R, G)``."""
+    return values.flip(1).cumsum(1).flip(1)
+
+
 def can_end(masked: Tensor, end: Tensor) -> Tensor:
-    """Positions that a text may end at, ``(R, G)`` bool: masked, with nothing right of them but masked positions.
+    """Positions that a text may end at, ``(R, G)`` bool: masked, with nothing but masked positions between them and its end.
 
     Args:
         masked: ``(R, G)`` bool.
-        end: ``(R,)`` int64, positions that are left of the region.
+        end: ``(R,)`` int64, the first EoT of the text so far, ``G`` where it has none.
     """
-    outside = torch.arange(masked.shape[1], device=masked.device) >= end[:, None]
-    return (masked | outside).flip(1).int().cummin(1).values.flip(1).bool() & masked
+    beyond = torch.arange(masked.shape[1], device=masked.device) >= end[:, None]
+    return (masked | beyond).flip(1).int().cummin(1).values.flip(1).bool() & masked & ~beyond
 
 
 def first_end(probability: Tensor, able: Tensor, risk: float) -> Tensor:

@@ -168,6 +168,14 @@ class ConvFilter(Filter):
         self.std.copy_(std.where(std > _LEAST_STD, 1.0))  # a constant column stays 0 and teaches nothing
 
 
+def size(net: Filter) -> str:
+    """How many parameters a filter has, in words: in all, and without the embedding of tokens where it has one."""
+    counts = {name: weights.numel() for name, weights in net.named_parameters()}
+    words = f"{sum(counts.values()):,} parameters"
+    own = sum(count for name, count in counts.items() if not name.startswith("embedding."))
+    return words if own == sum(counts.values()) else f"{words}, {own:,} without the embedding of tokens"
+
+
 _NETWORKS: dict[str, type[BlockMLP] | type[ConvFilter]] = {"block_mlp": BlockMLP, "conv": ConvFilter}
 
 
@@ -243,7 +251,7 @@ def save_filter(folder: str | Path, net: Filter, config: FilterConfig, card: str
         folder: Where to; an earlier export there is replaced.
         net: The network that ``config`` describes.
         config: Its description, complete.
-        card: Text of the model card; where the filter runs is said at its end.
+        card: Text of the model card; how many parameters the filter has and where it runs is said at its end.
 
     Raises:
         InputError: A field is unset or impossible, ``folder`` holds something else, or weights are not finite.
@@ -257,7 +265,7 @@ def save_filter(folder: str | Path, net: Filter, config: FilterConfig, card: str
     load_tensors(build_filter(config), tensors, Path(folder) / TENSORS)
     where = "in SGLang and dInfer, too" if config.logits_only else "in this project's own loop alone"
     reads = "logits and the block's tokens alone" if config.logits_only else "hidden states, which other engines keep"
-    card = f"{card.rstrip()}\n\nReads {reads}: it runs {where} (docs/serving.md).\n"
+    card = f"{card.rstrip()}\n\n{size(net)}. Reads {reads}: it runs {where} (docs/serving.md).\n"
     save_component(folder, {"kind": KIND} | values, tensors, card)
 
 

@@ -1,12 +1,13 @@
-"""The metadata at the top of a model card, as the Hugging Face hub reads it."""
+"""What model cards have in common: the metadata at their top, as the Hugging Face hub reads it, and what a filter costs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from data.manifest import read_manifest
+from data.provenance import environment
 
 LIBRARY = "dlm-accel"
 
@@ -33,3 +34,17 @@ def metadata(kind: str, rollout: Mapping[str, Any]) -> str:
         ignore_metadata_errors=True,
     )  # fmt: skip
     return f"---\n{card.to_yaml()}\n---\n"
+
+
+def filter_time(rows: Sequence[Mapping[str, Any]], threshold: float) -> str:
+    """What a filter costs, as it was measured inside the decode with this threshold: a sentence.
+
+    Args:
+        rows: Rows of a comparison (:func:`eval.measure.measure`), the filter's among them.
+        threshold: The filter's.
+    """
+    own = (row for row in rows if row["settings"]["strategy"] == "learn2pd")
+    row = next(row for row in own if row["settings"]["threshold"] == threshold)
+    share, batch = row["component"]["share_of_forward"], row["settings"]["batch_size"]
+    where = environment()["device"]
+    return f"In the decode the filter took {100 * share:.1f} % of a forward's time (batch {batch}, {where})."

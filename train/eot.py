@@ -1,8 +1,9 @@
 """Trains the EoT head of the rule ``eot: learned``: ``python train/eot.py --rollouts runs/rollout/eot --out exports/eot``.
 
-The rollouts must be made with ``--rollout.eot off --rollout.eot_evidence true``.
+The rollouts must be made with ``--rollout.eot_evidence true``.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from data.disk import check_writable
 from data.eot_data import EotStates, load_eot_states
-from data.manifest import open_rollouts
+from data.manifest import Rollouts, open_rollouts
 from data.typed import Length, Positive, Whole, Width
 from eval.command import command
 from models.checkpoint import check_replaceable
@@ -19,23 +20,25 @@ from models.eot import COLUMNS, KIND, EotConfig, EotHead, first_end, save_eot
 from models.errors import InputError
 from models.predictor import MaskPredictor
 
-RISKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
-_MOST = 200_000  # examples, evenly spread over all
+RISKS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+HIDDEN, STEPS, LEARNING_RATE, SEED = 64, 300, 0.02, 1
+_MOST = 100_000  # examples, evenly spread over all
+_ROWS = 2048  # states whose columns are made at a time
 
 
 def main(
     rollouts: Path,
     base: str = "models/bundled/llada-tiny",
     out: Path = Path("exports/eot"),
-    hidden: Width = 16,
-    steps: Length = 500,
-    learning_rate: Positive = 0.02,
-    seed: Whole = 1,
+    hidden: Width = HIDDEN,
+    steps: Length = STEPS,
+    learning_rate: Positive = LEARNING_RATE,
+    seed: Whole = SEED,
 ) -> None:
     """Fits a head on training prompts, calibrates it on validation prompts, and exports it.
 
     Args:
-        rollouts: Folder of a finished set, rolled out with eot off and eot_evidence true.
+        rollouts: Folder of a finished set, rolled out with eot_evidence true.
         base: Folder or hub id of the base model that was rolled out.
         out: Folder of the export.
         hidden: Width of the head's hidden layer.
@@ -44,39 +47,56 @@ def main(
         seed: Of the first weights.
 
     Raises:
-        InputError: Rollouts that hold no EoT evidence, are cut at an EoT, or are of another base model.
+        InputError: Rollouts that hold no EoT evidence, or are of another base model.
     """
     check_writable("out", out)
     check_replaceable(out.absolute(), KIND)
     predictor = MaskPredictor.from_pretrained(base)
-    opened = open_rollouts(rollouts, fingerprint=predictor.fingerprint)
-    states = load_eot_states(opened)
-    learned, held = states.of("train"), states.of("validation")
-    for name, part in (("train", learned), ("validation", held)):
-        if not len(part.decode):
-            raise InputError(f"{rollouts}: split", f"no {name} prompt", "prompts of train and of validation")
-    torch.manual_seed(seed)
-    head = fit(EotHead(hidden), *examples(learned), steps, learning_rate)
-    calibrate(head, *examples(held))
-    metrics = measure(head, held)
-    settings = opened.manifest["settings"]
-    config = EotConfig(
-        hidden=hidden, gen_length=settings["gen_length"], block_length=settings["block_length"],
-        vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask, base_fingerprint=predictor.fingerprint,
-        base_family=predictor.family, metrics=metrics,
-    )  # fmt: skip
-    card = _card(config, opened.digest, len(held.decode.unique()))
-    save_eot(out, head, config, card)
+    _, card = learn(
+        open_rollouts(rollouts, fingerprint=predictor.fingerprint), predictor, out, hidden, steps, learning_rate, seed
+    )
     print(card)
     print(f"exported {out}")
 
 
+def learn(
+    rollouts: Rollouts, predictor: MaskPredictor, out: Path, hidden: int = HIDDEN, steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE, seed: int = SEED,
+) -> tuple[EotConfig, str]:  # fmt: skip
+    """What the command does with an opened set, whose base model is ``predictor``; returns what is exported, and its card."""
+    states = load_eot_states(rollouts)
+    learned, held = states.of("train"), states.of("validation")
+    for name, part in (("train", learned), ("validation", held)):
+        if not len(part.decode):
+            raise InputError(f"{rollouts.folder}: split", f"no {name} prompt", "prompts of train and of validation")
+    torch.manual_seed(seed)
+    head = fit(EotHead(hidden), *examples(learned), steps, learning_rate)
+    calibrate(head, *examples(held))
+    settings = rollouts.manifest["settings"]
+    config = EotConfig(
+        hidden=hidden, gen_length=settings["gen_length"], block_length=settings["block_length"],
+        vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask, base_fingerprint=predictor.fingerprint,
+        base_family=predictor.family, metrics=measure(head, held),
+    )  # fmt: skip
+    card = _card(config, rollouts.digest, settings["eot"], len(held.decode.unique()))
+    save_eot(out, head, config, card)
+    return config, card
+
+
 def examples(states: EotStates) -> tuple[Tensor, Tensor]:
     """Columns ``(N, F)`` of positions that a text may end at, and whether text would be lost, ``(N,)`` float32."""
-    able = states.able()
-    columns, lost = states.columns()[able], states.lost()[able]
-    every = -(-len(lost) // _MOST)
-    return columns[::every], lost[::every].float()
+    able, lost = states.able(), states.lost()
+    every = -(-int(able.sum()) // _MOST) or 1
+    taken = torch.zeros_like(able)
+    taken.view(-1)[able.view(-1).nonzero()[::every, 0]] = True
+    columns = [part.columns()[taken[rows]] for rows, part in _parts(states)]
+    return torch.cat(columns), lost[taken].float()
+
+
+def _parts(states: EotStates) -> Iterator[tuple[slice, EotStates]]:
+    for start in range(0, len(states.decode), _ROWS):
+        rows = slice(start, start + _ROWS)
+        yield rows, states.at(rows)
 
 
 def fit(head: EotHead, columns: Tensor, lost: Tensor, steps: int, learning_rate: float) -> EotHead:
@@ -123,45 +143,47 @@ def calibrate(head: EotHead, columns: Tensor, lost: Tensor) -> None:
 
 @torch.inference_mode()
 def measure(head: EotHead, states: EotStates) -> dict[str, float | None]:
-    """What cutting at each risk would have done to recorded decodes: the share that loses text, and where it cuts.
+    """What closing at each risk would have done to recorded decodes: the share that loses text, and forwards saved, mean.
 
-    A decode is cut at its first step with a position below the risk; ``loss`` and ``brier`` are of single positions.
+    As if no other commit changed by it; ``loss`` and ``brier`` are of single positions.
     """
-    probability, able, lost = head(states.columns()).sigmoid(), states.able(), states.lost()
+    probability = torch.cat([head(part.columns()).sigmoid() for _, part in _parts(states)])
+    able, lost = states.able(), states.lost()
     said, truth = probability[able], lost[able].float()
     found: dict[str, float | None] = {
         "validation/loss": float(F.binary_cross_entropy(said, truth)),
         "validation/brier": float((said - truth).square().mean()),
     }
-    region, decodes = able.shape[1], states.decode.unique()
+    decodes = states.decode.unique_consecutive(return_counts=True)[1].tolist()
     for risk in RISKS:
-        place = first_end(probability, able, risk)
-        broken, beyond = 0, 0.0
-        for decode in decodes:
-            rows = (states.decode == decode).nonzero()[:, 0]
-            cut = rows[place[rows] < region]
-            last = int(place[cut[0]]) if len(cut) else region - 1
-            end = int(states.first_eot[rows[0]])
-            broken += end > last + 1
-            beyond += max(last - end, 0)
+        broken, saved = 0, 0
+        for place, masked, first in zip(
+            first_end(probability, able, risk).split(decodes), states.masked.split(decodes),
+            states.first_eot.split(decodes), strict=True,
+        ):  # fmt: skip
+            cut = place.cummin(0).values
+            before = torch.cat((torch.ones_like(masked[:1]), masked[:-1]))
+            committed = (before & ~masked).int().argmax(1)
+            broken += bool(first[-1] > cut[-1] + 1)
+            saved += int((committed[1:] > cut[:-1]).sum())
         found[f"cut_text/{risk:g}"] = broken / len(decodes)
-        found[f"beyond_end/{risk:g}"] = beyond / len(decodes)
+        found[f"saved/{risk:g}"] = saved / len(decodes)
     return found
 
 
-def _card(config: EotConfig, digest: str, decodes: int) -> str:
-    """The model card of an export; its figures are of ``decodes`` validation decodes."""
+def _card(config: EotConfig, digest: str, eot: str, decodes: int) -> str:
+    """The model card of an export; its figures are of ``decodes`` validation decodes, rolled out with the rule ``eot``."""
     lines = [
         "# EoT head", "",
         f"Says how likely the mask predictor `{config.base_fingerprint}` loses text if its region is ended at a position, from "
         f"{len(COLUMNS)} columns through {config.hidden} units. For `eot: learned`.",
-        f"Trained on rollouts without an EoT rule, gen_length {config.gen_length}, block_length {config.block_length}, digest "
-        f"{digest}; calibrated, and measured, on validation prompts.", "",
-        f"| `eot_risk` | of {decodes} recorded decodes, text lost | tokens left beyond the end, mean |", "|---|---|---|",
+        f"Trained on rollouts with the EoT rule `{eot}`, gen_length {config.gen_length}, block_length {config.block_length}, "
+        f"digest {digest}; calibrated, and measured, on validation prompts.", "",
+        f"| `eot_risk` | of {decodes} recorded decodes, text lost | forwards saved, mean |", "|---|---|---|",
     ]  # fmt: skip
     lines += [
         f"| {risk:g} | {100 * (config.metrics[f'cut_text/{risk:g}'] or 0):.2f} % "
-        f"| {config.metrics[f'beyond_end/{risk:g}'] or 0:.1f} |"
+        f"| {config.metrics[f'saved/{risk:g}'] or 0:.1f} |"
         for risk in RISKS
     ]
     lines += ["", f"Log loss of single positions {config.metrics['validation/loss']:.4f}."]

@@ -27,10 +27,10 @@ from eval.headline import by_answers, doubts, pick
 from eval.risk import CHOSEN, calibrate, keep, promises
 from models.checkpoint import PICTURE, check_replaceable
 from models.errors import InputError
-from models.filter import FilterConfig, save_filter
+from models.filter import FilterConfig, save_filter, size
 from models.predictor import MaskPredictor, fingerprint
 from train.callbacks import checkpoints, progress
-from train.cards import made_from, metadata
+from train.cards import filter_time, made_from, metadata
 from train.cli import Command, log_export, run
 from train.filter_module import FilterModule
 from train.folder import load_checkpoint, made_by
@@ -153,14 +153,13 @@ def finish(command: Command) -> None:
     config, split, rows, calibration = pick_threshold(
         predictor, module, config, pipeline, rollouts, command.folder / "decodes"
     )
-    save_filter(
-        pipeline.out, module.net, config,
-        card(config, command.datamodule.digest, split, rows, calibration, command.settings),
-    )  # fmt: skip
+    cost = filter_time(rows, config.threshold)
+    text = card(config, command.datamodule.digest, split, rows, calibration, command.settings)
+    save_filter(pipeline.out, module.net, config, f"{text}\n{cost}\n")
     keep(calibration, "filter", pipeline.out)
     draw(curves, pipeline.out / PICTURE)
     print_table(rows, f"{rows[0]['prompts']} {split} prompts; thresholds picked on validation")
-    print("\n".join([*promises(calibration), "", CHOSEN]))
+    print("\n".join([*promises(calibration), "", CHOSEN, f"{size(module.net)}. {cost}"]))
     print(f"exported {pipeline.out}")
     # The run is over: started again, fit begins anew. An interrupted one still has its last.ckpt and continues.
     (command.folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)

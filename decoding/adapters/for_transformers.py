@@ -26,7 +26,7 @@ def learned_decoding(
     generation_config: GenerationConfig, *, strategy: str = "full_step", filter: str | Path | None = None,
     helper: str | Path | None = None, options: dict[str, Any] | None = None, gen_length: int | None = None,
     block_length: int = 32, steps: int | None = None, temperature: float = 0.0, eot: EotRule = "commit", seed: int = 0,
-    cache: CacheRule = "none", refresh: int | None = None, eot_head: str | Path | None = None, eot_risk: float = 0.01,
+    cache: CacheRule = "none", refresh: int | None = None, eot_head: str | Path | None = None, eot_risk: float = 0.001,
     on_step: Callable[[StepResult], object] = lambda step: None, **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
     """Decodes with a strategy in place of transformers' own loop; ``generate`` calls it with prompts ``(B, P)`` int64.

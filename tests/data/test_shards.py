@@ -97,10 +97,10 @@ def test_sequences_come_back_exactly(folder: Path, batches) -> None:
 def test_end_of_text_evidence_is_stored_for_every_open_position(folder: Path, batches) -> None:
     table = pq.read_table(sorted(folder.glob("steps-*.parquet"))[0]).to_pylist()
     steps = collect(batches[0].traces["full_step"])
-    for row, probability, top in zip(table, steps.eot_probability, steps.eot_top, strict=False):
+    for row, log_odds, top in zip(table, steps.eot_log_odds, steps.eot_top, strict=False):
         where = torch.tensor(row["open"])
         assert where.sum() == 16 - row["step"]
-        torch.testing.assert_close(torch.tensor(row["eot_probability"]), probability[where], atol=5e-4, rtol=1e-3)
+        torch.testing.assert_close(torch.tensor(row["eot_log_odds"]), log_odds[where], atol=5e-4, rtol=1e-3)
         assert row["eot_top"] == top[where].tolist()
 
 

@@ -152,7 +152,7 @@ def test_the_citation_has_what_the_format_asks_for():
     assert citation["cff-version"] == "1.2.0"
     assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text()
     assert [reference["url"].rpartition("/")[2] for reference in citation["references"]] == [
-        "2509.25188", "2506.00413", "2602.23792",
+        "2509.25188", "2506.00413", "2602.23792", "2110.01052",
     ]  # fmt: skip
     for entry in citation["references"]:
         assert {"type", "title", "authors"} <= set(entry)

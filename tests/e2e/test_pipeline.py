@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,8 @@ def test_fit_leaves_everything_a_user_needs(fitted, tiny_checkpoint):
     assert "(reliability.png)" in card
     assert (folder / "exports/filter/reliability.png").is_file()
     assert f"| learn2pd {config.threshold:g} |" in card
+    assert re.search(r"In the decode the filter took [0-9]+\.[0-9] % of a forward's time \(batch 8, .+\)\.", card)
+    assert re.search(r"\n[0-9]{1,2},[0-9]{3} parameters\. Reads logits", card)
     assert "Risk of losing the text of full_step, at 95 % confidence (3 calibration prompts)" in card
 
 

@@ -151,7 +151,12 @@ def test_decodes_with_a_network_that_is_not_saved_are_kept_for_its_weights(predi
         return Comparison(predictor, PROMPTS, runs, strategies={runs[1].label: strategy}, folder=tmp_path, **LENGTHS)
 
     finish(comparison())
-    assert not list(comparison().work())
+    again = comparison()
+    assert not list(again.work())
+    full, learned = again.rows()
+    assert 0 < learned["component"]["share_of_forward"] < 1  # the decode measured it, and kept it
+    assert learned["component"]["milliseconds"] * learned["forward_calls"] < 1000 * learned["loop_seconds"]
+    assert "component" not in full
     with torch.no_grad():
         next(net.parameters()).add_(0.01)
     assert list(comparison().work()) == [(1, 0)]

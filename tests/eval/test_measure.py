@@ -1,5 +1,7 @@
 """What one decode is said to cost and to be worth."""
 
+import time
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from data.prompt import Prompt
 from data.stories import StoryTask
 from decoding.decoder import Generation
 from eval.intervals import paired
-from eval.measure import agreement, judge, measure, span
+from eval.measure import agreement, judge, measure, span, timed
 
 EOT = 9
 
@@ -67,6 +69,8 @@ def test_by_task_by_length_and_what_the_component_did():
     assert {name: part["exact_match"] for name, part in row["by_task"].items()} == {"sums": 1.0, "words": 0.0}
     assert {name: part["nfe_mean"] for name, part in row["by_length"].items()} == {"1 to 2": 1.0, "3 to 4": 3.0}
     assert row["component"] == {"count": "filter_commits", "commits": 2, "per_forward": 0.5}
+    row = measure(out, prompts, reference, None, EOT, component="filter_commits", component_seconds=0.25)
+    assert (row["component"]["milliseconds"], row["component"]["share_of_forward"]) == (50.0, 0.25)
     assert row["predictor_seconds"] + row["helper_seconds"] + row["loop_seconds"] == row["seconds"]
 
 
@@ -80,6 +84,23 @@ def test_a_helper_s_acceptance_is_of_what_it_judged():
     assert found == {"acceptance": 0.75, "forwards": 1.5, "milliseconds": 100.0, "predictor_milliseconds": 200.0}
     unasked = generation(reference.tolist(), [1, 2], ["x"] * 2, helper_commits=[0, 0], helper_refusals=[0, 0])
     assert "helper" not in measure(unasked, prompts, reference, None, EOT)
+
+
+def test_a_network_is_timed_for_as_long_as_it_is_asked_for():
+    class Slow(torch.nn.Module):
+        def forward(self):
+            time.sleep(0.01)
+
+    network, device = Slow(), torch.device("cpu")
+    with timed(network, device) as timer:
+        network()
+        network()
+    found = timer.read()
+    network()
+    assert timer.read() == found >= 0.02
+    with timed(None, device) as timer:  # a strategy without a filter
+        network()
+    assert timer.read() == 0
 
 
 def test_spans_of_lengths():

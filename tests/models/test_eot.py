@@ -6,7 +6,18 @@ import math
 import pytest
 import torch
 
-from models.eot import COLUMNS, EotConfig, EotHead, can_end, check_eot, eot_columns, first_end, load_eot, save_eot
+from models.eot import (
+    COLUMNS,
+    EotConfig,
+    EotHead,
+    EotSaid,
+    can_end,
+    check_eot,
+    eot_columns,
+    first_end,
+    load_eot,
+    save_eot,
+)
 from models.errors import InputError
 
 CONFIG = EotConfig(
@@ -15,10 +26,10 @@ CONFIG = EotConfig(
 
 
 def test_a_text_ends_where_nothing_decoded_is_right_of_it():
-    # Cutting left of a decoded token would throw away text that is already there.
-    masked = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
-    end = torch.tensor([5, 4, 3, 5])
-    assert can_end(masked, end).tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0] * 5]
+    # Cutting left of a decoded token would throw away text that is already there; an EoT, and what follows it, is no text.
+    masked = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]]).bool()
+    end = torch.tensor([5, 4, 3, 5, 5])
+    assert can_end(masked, end).tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 1, 0], [1, 1, 1, 0, 0], [0] * 5, [0] * 5]
 
 
 def test_the_leftmost_place_below_the_risk_is_taken():
@@ -29,27 +40,41 @@ def test_the_leftmost_place_below_the_risk_is_taken():
 
 def test_columns_are_what_a_slow_loop_reads():
     torch.manual_seed(0)
-    probability, top = torch.rand(6, 9), torch.rand(6, 9) < 0.5
-    stable, masked = torch.randint(0, 5, (6, 9)), torch.rand(6, 9) < 0.7
-    columns = eot_columns(probability, top, stable, masked)
+    said = EotSaid(8 * torch.randn(6, 9), torch.rand(6, 9) < 0.5, torch.randint(0, 5, (6, 9)))
+    masked, end = torch.rand(6, 9) < 0.7, torch.tensor([9, 9, 7, 4, 0, 9])
+    columns = eot_columns(said, masked, end)
     assert columns.shape == (6, 9, len(COLUMNS))
-    odds = [[math.log(p / (1 - p)) for p in row] for row in probability.half().double().clamp(1e-4, 1 - 1e-3).tolist()]
-    high, low = math.log(0.999 / 0.001), math.log(1e-4 / (1 - 1e-4))
+    odds = said.log_odds.clamp(-12, 12).tolist()
     for row in range(6):
+        opened = [n for n in range(9) if masked[row, n] or n >= end[row]]
         for place in range(9):
-            left = [n for n in range(place + 1) if masked[row, n]]
-            right = [n for n in range(place + 1, 9) if masked[row, n]]
+            left, right = [n for n in opened if n <= place], [n for n in opened if n > place]
+            surprise = sum(math.log1p(math.exp(-odds[row][n])) for n in right)
             wanted = [
                 odds[row][place],
-                max([odds[row][n] for n in left] + [low]),
-                min([odds[row][n] for n in right] + [high]),
-                sum(odds[row][n] for n in right) / len(right) if right else high,
-                sum(bool(top[row, n]) for n in right) / len(right) if right else 1,
-                math.log1p(stable[row, place]),
+                max([odds[row][n] for n in left] + [-12]),
+                min([odds[row][n] for n in right] + [12]),
+                sum(odds[row][n] for n in right) / len(right) if right else 12,
+                sum(bool(said.top[row, n]) for n in right) / len(right) if right else 1,
+                math.log1p(said.stable[row, place]),
                 math.log1p(sum(n < place for n in left)),
-                1 - masked[row].float().mean().item(),
+                1 - len(opened) / 9,
+                math.log(max(surprise, 1e-6)),
+                min([math.log1p(said.stable[row, n]) for n in right] + [12]),
+                12 if place == 8 else odds[row][place + 1] if place + 1 in opened else -12,
+                end[row] < 9,
+                math.log1p(max(int(end[row]) - place, 0)),
             ]
-            assert columns[row, place].tolist() == pytest.approx(wanted, abs=2e-3), (row, place)
+            assert columns[row, place].tolist() == pytest.approx(list(map(float, wanted)), abs=2e-3), (row, place)
+
+
+def test_what_was_last_said_of_a_position_stays_until_a_forward_looks_again():
+    said = EotSaid(torch.zeros(3), torch.zeros(3).bool(), torch.zeros(3).long())
+    for odds, top in (([2.0, -1.0, 3.0], [1, 0, 1]), ([4.0, 1.0, 0.0], [1, 1, 0]), ([-1.0, 2.0, 0.0], [0, 1, 0])):
+        said = said.follow(torch.tensor(odds), torch.tensor(top).bool())
+    assert said.log_odds.tolist() == [-1, 2, 3]
+    assert said.top.tolist() == [False, True, True]
+    assert said.stable.tolist() == [0, 1, 0]
 
 
 def test_a_head_is_read_back_as_it_was_and_refuses_another_base(tmp_path):

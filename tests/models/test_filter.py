@@ -14,6 +14,7 @@ from models.filter import (
     import_official,
     load_filter,
     save_filter,
+    size,
 )
 
 BASE = {"vocab_size": 1024, "mask_id": 5, "gen_length": 128}
@@ -202,6 +203,15 @@ def test_a_filter_that_reads_tokens_tells_them_apart():
     assert not torch.equal(net(some), net(some))
     assert torch.equal(net.eval()(some), net(some))
     assert (TEXT.needs - CONV.needs, CONV.needs) == ({"text"}, {"margin", "entropy", "history"})
+
+
+def test_a_card_says_how_many_parameters_a_filter_has(tmp_path: Path):
+    words = 4 * CONV.vocab_size
+    without = sum(weights.numel() for weights in build_filter(CONV).parameters()) + 4 * CONV.channels * CONV.kernel
+    assert size(build_filter(CONV)) == f"{without - 4 * CONV.channels * CONV.kernel:,} parameters"
+    save_filter(tmp_path, build_filter(TEXT), TEXT, "card")
+    card = (tmp_path / "README.md").read_text()
+    assert f"\n{without + words:,} parameters, {without:,} without the embedding of tokens. Reads" in card
 
 
 def test_an_older_export_reads_no_tokens_and_need_not_say_where_it_runs(tmp_path: Path):

@@ -331,7 +331,7 @@ def test_what_steps_say_of_eot_is_kept_where_it_is_asked_for(base: Path, sources
         for asked in (False, True)
     ]
     without, with_it = ([*next(iter(found.tables("steps"))).column_names] for found in sets)
-    assert [name for name in with_it if name not in without] == ["open", "eot_probability", "eot_top"]
+    assert [name for name in with_it if name not in without] == ["open", "eot_log_odds", "eot_top"]
     one, other = (load_records(found) for found in sets)
     assert torch.equal(one.final, other.final)
     assert torch.equal(one.evidence.confidence, other.evidence.confidence)
