@@ -49,10 +49,10 @@ class BlockRun(Run):
         self.noise.begin(self.scheduler.rows)
         for plan in self.policy.plans(state, self.predictor.left_context):
             self._look(plan, fields)
-        evidence = self._evidence(fields)
+        evidence, log_confidence = self._evidence(fields), fields["log_confidence"]
         step = Step(
             evidence,
-            fields["log_confidence"],
+            log_confidence.where(evidence.masked, -torch.inf) if self.all_positions else log_confidence,
             state.quota,
             None if self.references is None else self.references[state.row].gather(1, state.columns),
             1 - state.masked.float().mean(1) if "decoded" in self.needs else None,
@@ -78,7 +78,7 @@ class BlockRun(Run):
         masked, region = state.masked_block[rows], len(state.region)
         taking = None
         if len(slots) < len(masked):
-            taking = (state.step_in_block[rows] % self.policy.period(self.config) > 0)[:, None]
+            taking = state.upload([[number in plan.slots] for number in range(len(state.block))])[rows]
         # Each row's active block begins ``shift`` columns from where its forward begins, and that has ``length`` columns.
         shift, length = self.predictor.left_context, plan.length
         if plan.whole:
@@ -87,12 +87,10 @@ class BlockRun(Run):
 
         # The masked positions first: only they draw noise, whatever else is looked at.
         counts = [slot.block_masked for slot in slots]
-        chosen = state.cells[: masked.numel()]
-        sparse = sum(counts) < len(chosen)
-        if sparse:
-            chosen = _where(masked, taking, sum(counts))
-            if self.all_positions:
-                chosen = torch.cat((chosen, _where(~masked, taking, len(slots) * size - sum(counts))))
+        sparse = sum(counts) < masked.numel()
+        chosen = _where(masked, taking, sum(counts)) if sparse else state.cells[: masked.numel()]
+        if sparse and self.all_positions:
+            chosen = torch.cat((chosen, _where(~masked, taking, len(slots) * size - sum(counts))))
         cells, wanted = _in_batch(chosen, size, rows), [_placed(chosen, size, length, shift)]
 
         # Right of the block: what it says of EoT, and its next block's distributions.

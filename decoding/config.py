@@ -3,17 +3,21 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
+from decoding.eot import RULES
+from decoding.plan import CACHES
 from models.errors import InputError
 from models.rules import COUNT, FOLDER, LENGTH, SEED, check, number, one_of
 
-EotRule = Literal["off", "published", "commit", "learned"]
-CacheRule = Literal["none", "prefix", "dual"]
+if TYPE_CHECKING:
+    EotRule = CacheRule = str
+else:  # what a command line accepts
+    EotRule, CacheRule = Literal[tuple(RULES)], Literal[tuple(CACHES)]
 _RULES = {
     "gen_length": LENGTH, "block_length": LENGTH, "steps": LENGTH.or_null(), "seed": SEED,
     "temperature": number("a number from 0 to 1000", lambda value: 0 <= value <= 1000),
-    "eot": one_of(get_args(EotRule)), "cache": one_of(get_args(CacheRule)), "refresh": COUNT.or_null(),
+    "eot": one_of(RULES), "cache": one_of(CACHES), "refresh": COUNT.or_null(),
     "eot_head": FOLDER.or_null(), "eot_risk": number("a number above 0 and below 1", lambda value: 0 < value < 1),
 }  # fmt: skip
 
@@ -70,8 +74,9 @@ class DecodeConfig:
                     self.steps,
                     f"a multiple of the {self.blocks} blocks, at most gen_length: {_listed(allowed)}",
                 )
-        if self.refresh is not None and self.cache == "none":
-            raise InputError("refresh", f"{self.refresh} with cache none", "null, or cache prefix | dual")
+        if self.refresh is not None and not CACHES[self.cache].keeps_keys:
+            keeping = " | ".join(name for name, policy in CACHES.items() if policy.keeps_keys)
+            raise InputError("refresh", f"{self.refresh} with cache {self.cache}", f"null, or cache {keeping}")
         if (self.eot == "learned") != (self.eot_head is not None):
             accepted = "the folder of an exported EoT head" if self.eot == "learned" else "null, or eot learned"
             raise InputError("eot_head", self.eot_head, accepted)

@@ -131,7 +131,8 @@ class Engine:
         masked = (block_ids == self.mask_id) & ~prompt
         fields = self._read(logits, masked, before, after)
         step = Step(
-            self._evidence(fields, masked, block_ids, prompt, before, after), fields["log_confidence"],
+            self._evidence(fields, masked, block_ids, prompt, before, after),
+            fields["log_confidence"].where(masked, -torch.inf),
             quota=self.whole + (before["step"] < self.rest).long(),
             decoded=1 - masked.float().mean(1),  # who weighs it by more than 0 is refused
             divergence=fields.get("divergence"),
@@ -139,8 +140,8 @@ class Engine:
             memory={name: before[f"memory.{name}"] for name in self.rule.memory(1, 1)},
         )  # fmt: skip
         decision = self.rule.decide(step)
-        broken = decision.broken is not None and bool(decision.broken.any())
-        check_finite(bool(step.evidence.confidence.isnan().any()), broken)
+        known = (step.evidence.confidence, decision.component)
+        check_finite(*(values is not None and not values.isfinite().all() for values in known))
         after |= {f"memory.{name}": value for name, value in decision.memory.items()}
         transfer, tokens = decision.transfer & masked, step.evidence.token
         if self.eot_id is not None:
@@ -206,12 +207,12 @@ class Engine:
             stored = after["log_probability"].flatten(0, 1)
 
         def read(part: Tensor, place: slice) -> dict[str, Tensor]:
-            said, here = read_block(part, self.ids, self.rule.needs, top_p=self.rule.top_p), cells[place]
+            said, read_now = read_block(part, self.ids, self.rule.needs, top_p=self.rule.top_p), cells[place]
             if stored is not None:
                 now = said.pop("log_probability")
-                first = before["step"][here // masked.shape[1]] == 0
-                said["divergence"] = divergence(now, stored[here]).masked_fill_(first, torch.inf)
-                stored[here] = now
+                first = before["step"][read_now // masked.shape[1]] == 0
+                said["divergence"] = divergence(now, stored[read_now]).masked_fill_(first, torch.inf)
+                stored[read_now] = now
             return said
 
         fields: dict[str, Tensor] = {}

@@ -12,22 +12,18 @@ Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def lay_out(laid: dict[str, Tensor], fields: dict[str, Tensor], places: Tensor | None, shape: torch.Size) -> None:
-    """Writes fields ``(N, ...)`` to their ``places`` ``(N,)`` in ``laid``, of ``shape``; ``None``: they are all of it."""
-    alike: dict[tuple[torch.dtype, torch.Size], list[str]] = {}
+    """Writes fields ``(N, ...)`` to their ``places`` ``(N,)`` in ``laid``, of ``shape``; ``None``: they are all of it.
+
+    Where nothing was read a field is zero, and a ``log_confidence`` that of zero.
+    """
     for name, values in fields.items():
         rest = values.shape[1:]
         if places is None:
             laid[name] = values.view(*shape, *rest)
-        elif name in laid:
-            laid[name].view(-1, *rest).index_copy_(0, places, values)
-        else:
-            alike.setdefault((values.dtype, rest), []).append(name)
-    for (_, rest), names in alike.items():  # fields of one kind are laid down together
-        assert places is not None
-        values = torch.stack([fields[name] for name in names])
-        target = values.new_zeros(len(names), *shape, *rest)
-        target.view(len(names), -1, *rest).index_copy_(1, places, values)
-        laid |= zip(names, target.unbind(), strict=True)
+            continue
+        if name not in laid:
+            laid[name] = values.new_full((*shape, *rest), -torch.inf if name == "log_confidence" else 0)
+        laid[name].view(-1, *rest).index_copy_(0, places, values)
 
 
 def evidence_of(
@@ -37,7 +33,7 @@ def evidence_of(
     """What a strategy is shown of the blocks.
 
     Args:
-        fields: Fields of :func:`decoding.read.read_block`, ``(b, K)``, and ``hidden`` ``(b, K, D)``.
+        fields: Fields of :func:`decoding.read.read_block`, ``(b, K)``, and ``hidden`` ``(b, K, D)``, as :func:`lay_out` does.
         needs: What the strategy asks for.
         masked: ``(b, K)`` bool.
         ids: ``(b, K)`` int64, the blocks' tokens; ``None`` unless ``text`` is asked for.
@@ -45,7 +41,7 @@ def evidence_of(
             masked ones were.
         compare: Compares with the step before; ``None`` unless ``history`` is asked for.
     """
-    token, confidence = fields["token"], fields["confidence"]
+    token, confidence = fields["token"], fields["log_confidence"].exp()
     found = {name: fields[name] for name in ("margin", "entropy", "hidden") if name in needs}
     if inside is not None:
         found = {name: values * _like(masked, values) for name, values in found.items()}

@@ -4,7 +4,12 @@ import torch
 from torch import Tensor
 
 from decoding.evidence import compare_guesses, divergence
+from decoding.plan import CACHES
 from decoding.state import BatchState
+from models.errors import InputError
+
+BUDGET = 1 << 32
+"""Bytes that the distributions of all rows may take."""
 
 
 class History:
@@ -42,14 +47,24 @@ class Distributions:
     next block: there a block's first step has nothing to be compared with, and only the active block is kept.
 
     These are ``8 K V`` bytes a row, half of that with a dual cache: the one thing a decode keeps that grows with the vocabulary.
+    All rows together have :data:`BUDGET`.
 
     Args:
         state: The rows.
         vocab_size: ``V``.
+
+    Raises:
+        InputError: They would take more.
     """
 
     def __init__(self, state: BatchState, vocab_size: int) -> None:
-        self.state, self.kept = state, 1 if state.config.cache == "dual" else 2
+        self.state, self.kept = state, 2 if CACHES[state.config.cache].sees_ahead else 1
+        rows, size = len(state.scheduler.slots), state.config.block_length
+        if rows * size > (most := BUDGET // (4 * self.kept * vocab_size)):
+            raise InputError(
+                "batch_size x block_length", f"{rows} x {size}, whose last distributions are compared",
+                f"at most {most} positions: {BUDGET >> 30} GiB of distributions over {vocab_size} tokens",
+            )  # fmt: skip
         shape = (self.kept, state.config.block_length, vocab_size)
         self.stored = state.register(torch.zeros(shape, device=state.device))
 
@@ -71,7 +86,7 @@ class Distributions:
         first = [(slot.steps if self.kept == 2 else slot.step_in_block) == 0 for slot in state.scheduler.slots]
         if not any(first):
             return changed
-        return changed.masked_fill_(torch.tensor(first).to(state.device)[row], torch.inf)
+        return changed.masked_fill_(state.upload(first)[row], torch.inf)
 
     def keep(self, ahead: Tensor, row: Tensor, offset: Tensor) -> None:
         """Remembers log-probabilities ``(N, V)`` float32 at places ``offset`` ``(N,)`` of the next block of ``row`` ``(N,)``."""

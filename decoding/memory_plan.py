@@ -17,7 +17,7 @@ from transformers import AutoModel
 from decoding.config import DecodeConfig
 from decoding.output import empty_output
 from decoding.run import Request, Run
-from decoding.strategies import APD, Strategy
+from decoding.strategies import Strategy
 from models.errors import InputError
 from models.families import described
 from models.predictor import MaskPredictor, TokenIds
@@ -33,10 +33,10 @@ class MemoryPlan:
     """Bytes of a decode; all but ``peak`` add up to at least ``peak``, since not all are at their largest at once.
 
     Attributes:
-        weights: The model's.
-        keys: The predictor's keys and values, where a cache keeps them.
+        weights: The model's, and those of the strategy's component.
+        keys: The keys and values that are kept, the predictor's and a helper's.
         state: The rows' own tensors, and what a strategy keeps of earlier steps.
-        activations: Most that a forward holds beside these.
+        activations: Most that a forward holds beside these, the component's included.
         evidence: Most that the rest of a step holds beside these: logits and what is read from them.
         peak: Most of everything at one time.
     """
@@ -71,7 +71,7 @@ def plan_memory(
     Args:
         config_file: ``config.json`` of a mask predictor, or its folder; weights are not needed.
         config: Decode settings.
-        strategy: The strategy; a helper or filter of its own is not counted.
+        strategy: The strategy; of a helper that is not loaded the description suffices.
         dtype: Dtype of the weights.
         batch_size: Rows decoded together, at most 1024.
         prompt_length: Tokens of each prompt.
@@ -79,10 +79,9 @@ def plan_memory(
         record_eot: Likewise.
 
     Raises:
-        InputError: No description of a model that can be read, an unknown dtype, or a strategy whose step depends on values.
+        InputError: No description of a model that can be read, an unknown dtype, or a strategy that does not fit the model or
+            the settings.
     """
-    if isinstance(strategy, APD):
-        raise InputError("strategy", "'apd', whose forwards depend on what the helper says", "any other strategy")
     path = Path(config_file)
     path = path / "config.json" if path.is_dir() else path
     given = {"dtype": dtype, "batch_size": batch_size, "prompt_length": prompt_length}
@@ -92,7 +91,8 @@ def plan_memory(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         model = AutoModel.from_config(known, dtype=getattr(torch, dtype))
         predictor = _predictor(model, longest)
-        request = _request(predictor, config, strategy, batch_size, prompt_length, record, record_eot)
+        outlined = strategy.outlined(predictor, config)
+        request = _request(predictor, config, outlined, batch_size, prompt_length, record, record_eot)
         return _measure(request)
 
 
@@ -119,22 +119,23 @@ def _request(
 
 def _measure(request: Request) -> MemoryPlan:
     """The bytes that the first steps of a request take."""
-    model = request.predictor.model
-    weights = sum({p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in model.parameters()}.values())
+    networks = request.predictor.model, *request.strategy.networks
+    storages = [weights.untyped_storage() for network in networks for weights in network.parameters()]
+    weights = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
     with MemoryMeter() as meter:
-        meter.known.update(parameter.untyped_storage() for parameter in model.parameters())  # views of them are no news
+        meter.known.update(storages)  # views of them are no news
         run = request.strategy.start(request)
-        keys = 0 if run.cache is None else run.cache.keys.nbytes + run.cache.values.nbytes
-        state = meter.now - keys
+        state = meter.now - run.key_bytes
         activations = evidence = 0
         with _worst_case(run):
             for _ in range(_STEPS):
-                before, inside = meter.now, []
+                # A helper's keys are made within its first forward.
+                before, inside = meter.now - run.key_bytes, []
                 with _forwards(run, meter, inside):
                     run.step()
                 activations = max(activations, *inside)
-                evidence = max(evidence, meter.outside - before)
-    return MemoryPlan(weights, keys, state, activations, evidence, weights + max(meter.peak, meter.outside))
+                evidence = max(evidence, meter.outside - run.key_bytes - before)
+    return MemoryPlan(weights, run.key_bytes, state, activations, evidence, weights + max(meter.peak, meter.outside))
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -185,22 +186,27 @@ def _logsumexp(value: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
 
 @contextmanager
 def _forwards(run: Run, meter: MemoryMeter, inside: list[int]) -> Iterator[None]:
-    """Marks the predictor's forwards, and appends to ``inside`` the most that each holds beside what was there before it."""
-    forward = run.predictor.forward
+    """Marks all forwards, and appends to ``inside`` the most that each holds beside keys and what was there before it."""
+    before = peak = 0
 
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        before, peak = meter.now, meter.peak
-        meter.in_forward, meter.peak = True, before
-        out = forward(*args, **kwargs)
-        inside.append(meter.peak - before)
+    def begins(*_: Any) -> None:
+        nonlocal before, peak
+        before, peak = meter.now - run.key_bytes, meter.peak
+        meter.in_forward, meter.peak = True, meter.now
+
+    def ends(*_: Any) -> None:
+        inside.append(meter.peak - run.key_bytes - before)
         meter.in_forward, meter.peak = False, max(peak, meter.peak)
-        return out
 
-    run.predictor.forward = marked
+    components = (getattr(network, "base_model", network) for network in run.request.strategy.networks)
+    hooks = []
+    for module in (run.predictor.model, *components):
+        hooks += [module.register_forward_pre_hook(begins), module.register_forward_hook(ends)]
     try:
         yield
     finally:
-        run.predictor.forward = forward
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -208,10 +214,10 @@ def _worst_case(run: Run) -> Iterator[None]:
     """Has the host told, in place of what the device would say, that each step committed one position of every row."""
     region, size, steps = run.config.gen_length, run.config.block_length, iter(range(1, run.config.block_length))
 
-    def told(known: Tensor) -> list[list[int]]:
+    def told(known: Tensor) -> list[list[float]]:
         blocks, done = region // size, next(steps)
-        others = [0] * (known.shape[1] - 2 - blocks)
-        return [[0, region, *others, size - done, *[size] * (blocks - 1)]] * len(known)
+        others = [0.0] * (known.shape[1] - 1 - blocks)
+        return [[size - done, *[size] * (blocks - 1), region, *others]] * len(known)
 
     run.state.read = told
     try:

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,22 +10,35 @@ from torch import Tensor
 from decoding.config import DecodeConfig
 from models.features import Evidence
 
+if TYPE_CHECKING:
+    from decoding.state import BatchState
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one batched forward changed.
+    """What one batched forward changed; valid until the next one.
 
     Attributes:
         forward_call: Number of the forward, from 1.
         rows: ``(b,)`` int64, index of each row in the list of prompts.
-        changed: ``(b, G)`` bool, positions decoded in this step, the fill after an EoT included.
-        sequences: ``(b, G)`` int64, the generated region after the step; valid until the next one.
+        masked_before: ``(b, G)`` bool, as the step found it.
+        state: The rows' tensors.
     """
 
     forward_call: int
     rows: Tensor
-    changed: Tensor
-    sequences: Tensor
+    masked_before: Tensor
+    state: "BatchState"
+
+    @property
+    def changed(self) -> Tensor:
+        """``(b, G)`` bool, positions decoded in this step, the fill after an EoT included."""
+        return self.masked_before ^ self.state.masked
+
+    @property
+    def sequences(self) -> Tensor:
+        """``(b, G)`` int64, the generated region after the step."""
+        return self.state.text
 
 
 @dataclass

@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from decoding.config import DecodeConfig
-from decoding.state import BatchState
+if TYPE_CHECKING:
+    from decoding.config import DecodeConfig
+    from decoding.state import BatchState
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class CachePolicy(ABC):
     keeps_keys: ClassVar[bool] = True
     sees_ahead: ClassVar[bool] = True
 
-    def plans(self, state: BatchState, context: int) -> list[ForwardPlan]:
+    def plans(self, state: "BatchState", context: int) -> list[ForwardPlan]:
         """The step's forwards, in order; each live row takes part in one of them.
 
         A row runs on the whole sequence at its block's first step, whose result also decides, and then every ``refresh``
@@ -71,14 +72,14 @@ class CachePolicy(ABC):
             return [ForwardPlan(due, slice(0, len(slots)))]
         rest = [number for number in range(len(slots)) if slots[number].step_in_block % period]
         plans = [self.part(state, rest, context)]
-        return [*plans, ForwardPlan(due, torch.tensor(due).to(state.device))] if due else plans
+        return [*plans, ForwardPlan(due, state.upload(due))] if due else plans
 
-    def period(self, config: DecodeConfig) -> int:
+    def period(self, config: "DecodeConfig") -> int:
         """Steps from one whole forward of a block to its next."""
         return config.refresh or config.block_length + 1  # no block takes so many steps
 
     @abstractmethod
-    def part(self, state: BatchState, taking: list[int], context: int) -> ForwardPlan:
+    def part(self, state: "BatchState", taking: list[int], context: int) -> ForwardPlan:
         """The partial forward of some slots, with ``context`` columns left of their blocks."""
 
 
@@ -88,11 +89,11 @@ class NoCache(CachePolicy):
     name = "none"
     keeps_keys = False
 
-    def plans(self, state: BatchState, context: int) -> list[ForwardPlan]:
+    def plans(self, state: "BatchState", context: int) -> list[ForwardPlan]:
         every = range(len(state.scheduler.slots))
         return [ForwardPlan(every, slice(0, len(every)))]
 
-    def part(self, state: BatchState, taking: list[int], context: int) -> ForwardPlan:
+    def part(self, state: "BatchState", taking: list[int], context: int) -> ForwardPlan:
         raise NotImplementedError("a forward without a cache has no parts")
 
 
@@ -101,7 +102,7 @@ class Prefix(CachePolicy):
 
     name = "prefix"
 
-    def part(self, state: BatchState, taking: list[int], context: int) -> ForwardPlan:
+    def part(self, state: "BatchState", taking: list[int], context: int) -> ForwardPlan:
         size, (_, high), rows = state.config.block_length, state.window, _range(taking)
         blocks = [slot.block for slot in state.scheduler.slots[rows]]
         length = high - state.prompt_width - min(blocks) * size + context
@@ -116,7 +117,7 @@ class Dual(CachePolicy):
     name = "dual"
     sees_ahead = False
 
-    def part(self, state: BatchState, taking: list[int], context: int) -> ForwardPlan:
+    def part(self, state: "BatchState", taking: list[int], context: int) -> ForwardPlan:
         rows = _range(taking)
         first = begin(state, range(rows.start, rows.stop), rows) - context
         return ForwardPlan(taking, rows, first, state.config.block_length + context)
@@ -131,7 +132,7 @@ def _range(taking: Sequence[int]) -> slice:
     return slice(min(taking), max(taking) + 1)
 
 
-def begin(state: BatchState, slots: Sequence[int], rows: slice | Tensor) -> Tensor | int:
+def begin(state: "BatchState", slots: Sequence[int], rows: slice | Tensor) -> Tensor | int:
     """Storage column of the active block of each of ``slots``, which are ``rows``; one number where all are at the same."""
     blocks = {state.scheduler.slots[number].block for number in slots}
     if len(blocks) == 1:

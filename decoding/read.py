@@ -107,8 +107,8 @@ def read_block(
         top_p: They are drawn from its :func:`nucleus` of this much probability; 1: from all of it.
 
     Returns:
-        ``token`` int64, ``confidence``, ``log_confidence``, ``margin``, ``entropy`` and ``draw_entropy`` float32, each
-        ``(N,)``; for ``divergence`` the ``log_probability`` ``(N, V)`` float32.
+        ``token`` int64, ``log_confidence``, ``margin``, ``entropy`` and ``draw_entropy`` float32, each ``(N,)``; for
+        ``divergence`` the ``log_probability`` ``(N, V)`` float32.
     """
     fields: dict[str, Tensor] = {}
     wide = logits.float()
@@ -131,8 +131,7 @@ def read_block(
         fields["margin"] = best - wide.amax(-1)
     of_mask.copy_(mask)  # only the choice of the token excludes MASK
     others = wide.logsumexp(-1)
-    log_confidence = _log_share(best, others)
-    fields |= {"token": token, "confidence": log_confidence.exp(), "log_confidence": log_confidence}
+    fields |= {"token": token, "log_confidence": _log_share(best, others)}
     if needs & {"entropy", "divergence"}:
         wide.scatter_(-1, token[:, None], best[:, None])
         log_probability = wide - torch.logaddexp(best, others)[:, None]

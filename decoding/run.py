@@ -94,6 +94,7 @@ class Run(ABC):
         self.timer = Timer(device)
         self.cache: KVCache | None = None
         self.cache_first = 0
+        self._window: tuple[tuple[int, ...], KVCache] | None = None
         self.finished: list[int] = []
         self.rows = torch.tensor(self.scheduler.rows)
         self.eot: dict[str, Tensor] = {}
@@ -115,7 +116,7 @@ class Run(ABC):
         if self.request.record:
             output.trace.append(self._trace(evidence, transfer, tokens))
 
-        was_masked = state.masked
+        masked_before = state.masked
         state.commit(transfer, tokens)
         if self.config.eot != "off":
             committed = torch.where(transfer & (tokens == ids.eot), state.columns, self.config.gen_length).amin(1)
@@ -123,14 +124,13 @@ class Run(ABC):
             state.finish_at(self.rule.last(seen))
             if (closed := self.rule.closed(seen)) is not None:
                 state.close_at(closed)
-        self.finished = state.advance(evidence.confidence, decision.broken)
+        self.finished = state.advance(evidence.confidence, decision.component)
         if self.request.stop is not None:
             self._stop(self.request.stop)
-        result = StepResult(output.forward_calls, self.rows, was_masked ^ state.masked, state.text)
         output.seconds, output.predictor_seconds = time.perf_counter() - self.started, self.timer.total
         if any(slot.steps > self.config.gen_length for slot in self.scheduler.slots):
             raise RuntimeError(f"strategy {self.request.strategy.name!r} left a row without a commit")
-        return result
+        return StepResult(output.forward_calls, self.rows, masked_before, state)
 
     def forward(self, plan: ForwardPlan, wanted: Tensor) -> Tensor:
         """Runs one planned forward, counted and timed.
@@ -145,7 +145,6 @@ class Run(ABC):
         state, rows = self.state, plan.rows
         low, high = state.window
         high = plan.stop or high
-        ids, positions = state.ids[rows], state.positions[rows]
         seen = None
         if not self.scheduler.unpadded or plan.end is not None:
             seen = state.attention(rows, low, high)
@@ -154,22 +153,24 @@ class Run(ABC):
         if self.cache is not None:
             every = isinstance(rows, slice)
             held = rows if every else slice(0, len(self.scheduler.slots))
-            columns = low - self.cache_first, high - self.cache_first
-            arguments["cache"] = self.cache.window(held.start, held.stop, *columns)
+            bounds = held.start, held.stop, low - self.cache_first, high - self.cache_first
+            if self._window is None or self._window[0] != bounds:
+                self._window = bounds, self.cache.window(*bounds)
+            arguments["cache"] = self._window[1]
             arguments["cache_rows"] = None if every else rows
-        if plan.whole:
-            ids, positions = ids[:, low:high], positions[:, low:high]
+        if plan.first is None:
+            ids, positions = state.ids[rows, low:high], state.positions[rows, low:high]
         elif isinstance(plan.first, int):
             first, last = plan.first, plan.first + plan.length
+            ids, positions = state.ids[rows, first:last], state.positions[rows, first:last]
             arguments["cache_index"] = state.storage[first - low : last - low].expand(len(ids), -1)
-            ids, positions = ids[:, first:last], positions[:, first:last]
         else:
-            assert plan.first is not None
+            ids = state.ids[rows]
             columns = (plan.first + state.storage[: plan.length]).expand(len(ids), -1)
             if plan.last is not None:
                 columns = torch.minimum(columns, plan.last)
             arguments["cache_index"] = columns - low
-            ids, positions = ids.gather(1, columns), positions.gather(1, columns)
+            ids, positions = ids.gather(1, columns), state.positions[rows].gather(1, columns)
         with self.timer:
             hidden = self.predictor(ids, seen, positions, wanted, **arguments)
         self.output.forward_calls += 1
@@ -196,7 +197,8 @@ class Run(ABC):
                     last[number], slot.left = length - 1, 0
         ended = [number for number, place in enumerate(last) if place < region]
         if ended:
-            state.finish_at(torch.tensor(last, device=state.device))
+            state.finish_at(state.upload(last))
+            state.write_end()
             self.finished = sorted({*self.finished, *ended})
 
     def retire(self) -> None:
@@ -215,7 +217,7 @@ class Run(ABC):
         for source, target in changes.moves:
             self.moved(source, target)
         self.rows = torch.tensor(self.scheduler.rows)
-        self._shrink()
+        self.shrink()
 
     def moved(self, source: int, target: int) -> None:
         """A row went from one slot to another; whatever is stored by slot has to follow."""
@@ -228,7 +230,12 @@ class Run(ABC):
         width = len(self.state.storage) - self.cache_first
         self.cache = self.predictor.allocate_cache(len(self.scheduler.slots), width)
 
-    def _shrink(self) -> None:
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of the keys and values that are kept."""
+        return 0 if self.cache is None else self.cache.nbytes
+
+    def shrink(self) -> None:
         """Gives memory back where the live rows need no more than half of the keys' storage."""
         if self.cache is None or not self.scheduler.slots:
             return
@@ -236,7 +243,7 @@ class Run(ABC):
         rows, width = self.cache.keys.shape[1], self.cache.keys.shape[3]
         if live * (total - low) * 2 <= rows * width:
             self.cache = self.cache.window(0, live, low - self.cache_first, width).clone()
-            self.cache_first = low
+            self.cache_first, self._window = low, None
 
     def close(self) -> None:
         """Brings the results to the CPU."""

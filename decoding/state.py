@@ -1,6 +1,8 @@
 """The tensors of a batch while it is decoded."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,6 +108,7 @@ class BatchState:
         self.prompt_width = max(len(prompt) for prompt in prompts)
         self.owned: list[RowTensor] = []
         self.closes = False  # whether a rule leaves positions that are not decoded
+        self._last: Tensor | None = None  # (b, 1) int64, where this step ends rows
         self.region = torch.arange(config.gen_length, device=device)
         self.offsets = self.region[: config.block_length]
         self.storage = torch.arange(self.prompt_width + config.gen_length, device=device)
@@ -117,7 +120,7 @@ class BatchState:
         self._positions = self.register(self.storage)
         self._masked = self.register(torch.ones_like(self.region, dtype=torch.bool))
         self._end = self.register(torch.full_like(number, config.gen_length))
-        self._block, self._step_in_block = self.register(number), self.register(number)
+        self._block = self.register(number)
         for slot in range(len(scheduler.slots)):
             self._admit(slot)
         self._look()
@@ -142,9 +145,6 @@ class BatchState:
 
     end = property(lambda self: self._end.value, doc="``(b,)`` int64, generated positions that are left.")
     block = property(lambda self: self._block.value, doc="``(b,)`` int64, number of the active block.")
-    step_in_block = property(
-        lambda self: self._step_in_block.value, doc="``(b,)`` int64, forwards so far in that block."
-    )
 
     def attention(self, rows: slice | Tensor, low: int, high: int) -> Tensor:
         """What some rows see of the columns ``low`` to ``high``: all but padding and what is right of an accepted end of text.
@@ -166,10 +166,19 @@ class BatchState:
         return self.prompt_width - self.scheduler.width, self.prompt_width + self.scheduler.end
 
     @property
-    def quota(self) -> Tensor:
-        """Tokens a fixed schedule commits at this step, ``(b,)``; the remainder falls on a block's first steps."""
+    def quota(self) -> Tensor | int:
+        """Tokens a fixed schedule commits at this step, ``(b,)`` int64, or one number where it is the same for all.
+
+        The remainder falls on a block's first steps.
+        """
         whole, rest = divmod(self.config.block_length, self.config.steps_per_block)
-        return whole + (self.step_in_block < rest).long() if rest else torch.full_like(self.step_in_block, whole)
+        counts = [whole + (slot.step_in_block < rest) for slot in self.scheduler.slots]
+        return counts[0] if len(set(counts)) == 1 else self.upload(counts)
+
+    def upload(self, values: Sequence[Any]) -> Tensor:
+        """A tensor of what the host knows, nested as ``values``; nobody waits for the copy to a GPU."""
+        made, there = torch.as_tensor(values), self.device.type == "cuda"
+        return (made.pin_memory() if there else made).to(self.device, non_blocking=there)
 
     def register(self, initial: Tensor, per_block: bool = False, told: int | None = None) -> RowTensor:
         """Makes a tensor that follows the rows; the caller owns it.
@@ -183,30 +192,35 @@ class BatchState:
         return self.owned[-1]
 
     def commit(self, transfer: Tensor, tokens: Tensor) -> None:
-        """Writes ``tokens`` ``(b, K)`` where ``transfer`` is True; ``ids`` are written in place, ``masked`` is made anew."""
+        """Writes ``tokens`` ``(b, K)`` where ``transfer`` is True, which are masked positions; ``masked`` is made anew."""
         generated = self.generated
         generated.scatter_(1, self.columns, torch.where(transfer, tokens, generated.gather(1, self.columns)))
-        self.masked_block = self.masked_block & ~transfer
+        self.masked_block = self.masked_block ^ transfer
         self._masked.value = self.masked.scatter(1, self.columns, self.masked_block)
 
     def finish_at(self, last: Tensor) -> None:
-        """Ends rows: right of ``last`` ``(b,)`` everything becomes EoT, decoded, and invisible to later forwards."""
-        beyond = self.region > last[:, None]
-        self.generated.masked_fill_(beyond, self.token_ids.eot)
-        self.masked.masked_fill_(beyond, False)
-        self._end.value = torch.minimum(self.end, last + 1)
+        """Ends rows: right of ``last`` ``(b,)`` nothing is masked. The rest of it is :meth:`write_end`, for rows that do end."""
+        self._last = last[:, None]
+        self.masked.logical_and_(self.region <= self._last)
+
+    def write_end(self) -> None:
+        """Right of where rows were just ended everything becomes EoT, and invisible to later forwards."""
+        last, self._last = self._last, None
+        assert last is not None
+        self.generated.masked_fill_(self.region > last, self.token_ids.eot)
+        self._end.value = torch.minimum(self.end, last[:, 0] + 1)
 
     def close_at(self, last: Tensor) -> None:
         """Decodes nothing right of ``last`` ``(b,)``; for the model it stays MASK, in the :attr:`text` it is EoT."""
         self.closes = True
         self.masked.masked_fill_(self.region > last[:, None], False)
 
-    def advance(self, confidence: Tensor, broken: Tensor | None = None) -> list[int]:
+    def advance(self, confidence: Tensor, component: Tensor | None = None) -> list[int]:
         """Counts the step, moves the block pointers on, and tells the scheduler what the step left.
 
         Args:
             confidence: ``(b, K)`` float32, what the step was decided by.
-            broken: ``(b,)`` bool, rows in which a learned component computed something that is not finite.
+            component: ``(b, K)`` float32, what a learned component made of it.
 
         Returns:
             Slots whose row is finished.
@@ -214,24 +228,30 @@ class BatchState:
         Raises:
             InputError: A confidence is not finite, or what a component made of it.
         """
-        of_blocks = self.masked.unflatten(1, (-1, self.config.block_length)).sum(2)
-        # A confidence is at most 1: what is not finite is no number at all.
-        wrong = confidence.isnan().any(1, keepdim=True).long()
-        if broken is not None:
-            wrong += 2 * broken[:, None]
+        slots, size = self.scheduler.slots, self.config.block_length
+        of_blocks = self.masked.unflatten(1, (-1, size)).sum(2)
         told = [(tensor, tensor.told) for tensor in self.owned if tensor.told is not None]
-        numbers = (tensor.value for tensor, _ in told)
-        known = self.read(torch.cat((wrong, self.end[:, None], *numbers, of_blocks), 1))
-        check_finite(any(row[0] & 1 for row in known), any(row[0] for row in known))
-        progress = [_progress(row[2 + len(told) :], row[1]) for row in known]
-        moved = [row[2] != slot.block for row, slot in zip(progress, self.scheduler.slots, strict=True)]
-        for place, (tensor, first) in enumerate(told, 2):
+        # A sum is finite where all summands are.
+        sums = [values.sum(1, keepdim=True) for values in (confidence, component) if values is not None]
+        last = self.end[:, None] if self._last is None else self._last
+        known = self.read(torch.cat((of_blocks, last, *(tensor.value for tensor, _ in told), *sums), 1))
+        blocks = of_blocks.shape[1]
+        wrong = [[not math.isfinite(row[place]) for row in known] for place in range(-len(sums), 0)]
+        check_finite(any(wrong[0]), any(wrong[-1]))
+        ends = [min(slot.end, int(row[blocks]) + 1) for slot, row in zip(slots, known, strict=True)]
+        progress = [_progress(row[:blocks], end) for row, end in zip(known, ends, strict=True)]
+        moved = [row[2] != slot.block for row, slot in zip(progress, slots, strict=True)]
+        for place, (tensor, first) in enumerate(told, blocks + 1):
             begins = [new and tensor.per_block for new in moved]
-            tensor.known = [first if new else row[place] for row, new in zip(known, begins, strict=True)]
-        self._step_in_block.value += 1
+            tensor.known = [first if new else int(row[place]) for row, new in zip(known, begins, strict=True)]
+        ended = ends != [slot.end for slot in slots]
+        if ended:
+            self.write_end()
+        self._last = None
         if any(moved):
             self._move_on()
-        self.masked_block = self.masked.gather(1, self.columns)
+        elif ended or self.closes:
+            self.masked_block = self.masked.gather(1, self.columns)
         return self.scheduler.advance(progress)
 
     def _move_on(self) -> None:
@@ -239,19 +259,19 @@ class BatchState:
         block = self.masked.int().argmax(1) // self.config.block_length
         moved = block != self.block
         self._block.value = block
-        self._step_in_block.value.masked_fill_(moved, 0)
         for tensor in self.owned:
             if tensor.per_block:
                 begins = moved.view(-1, *(1,) * tensor.initial.dim())
                 tensor.value = torch.where(begins, tensor.initial, tensor.value)
         self._look()
 
-    def read(self, known: Tensor) -> list[list[int]]:
+    def read(self, known: Tensor) -> list[list[float]]:
         """The one place where a step waits for the device.
 
         Args:
-            known: ``(b, 2 + n + G / K)`` int64, of each row: 1 for a confidence and 2 for a component's number that is not
-                finite, ``end``, the ``n`` numbers that the host is told, and how many positions of each block are masked.
+            known: ``(b, G / K + 1 + n + s)`` float32, which counts exactly up to 2^24. Of each row: how many positions of each
+                block are masked, the last one of its text or more than there are, the ``n`` numbers that the host is told, and
+                ``s`` sums, of the confidences and of what a component computed.
         """
         return known.tolist()
 
@@ -276,11 +296,11 @@ class BatchState:
     def _admit(self, slot: int) -> None:
         """Fills in what a row has of its prompt; all else it has from the registered tensors' beginnings."""
         row = self.scheduler.slots[slot].row
-        prompt = torch.as_tensor(self.prompts[row])
+        prompt = self.prompts[row]
         pad = self.prompt_width - len(prompt)
         self.row[slot] = row
         self.ids[slot, :pad] = self.token_ids.pad
-        self.ids[slot, pad : self.prompt_width] = prompt.to(self.device)
+        self.ids[slot, pad : self.prompt_width] = self.upload(prompt)
         self._pad.value[slot] = pad
         self.positions[slot] = (self.storage - pad).clamp_(min=0)
         if (begun := self.begun) is not None:
@@ -293,7 +313,7 @@ class BatchState:
         self.masked_block = self.masked.gather(1, self.columns)
 
 
-def _progress(of_blocks: Sequence[int], end: int) -> tuple[int, int, int, int]:
+def _progress(of_blocks: Sequence[float], end: int) -> tuple[int, int, int, int]:
     """A slot's ``left``, ``block_masked``, ``block`` and ``end``, given how much of each block is masked."""
     block = next((number for number, masked in enumerate(of_blocks) if masked), 0)
-    return sum(of_blocks), of_blocks[block], block, end
+    return int(sum(of_blocks)), int(of_blocks[block]), block, end

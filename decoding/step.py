@@ -15,8 +15,8 @@ class Step:
     Attributes:
         evidence: What the predictor says there.
         log_confidence: ``(b, K)`` float32, nats: logarithm of the confidence, which is what ranks positions. Near 1 most
-            confidences round to the same number and their logarithms do not.
-        quota: ``(b,)`` int64, tokens a fixed schedule commits at this step, at least 1.
+            confidences round to the same number and their logarithms do not. Finite where masked, elsewhere ``-inf``.
+        quota: Tokens a fixed schedule commits at this step, at least 1; ``(b,)`` int64, or one number for all rows.
         reference: ``(b, K)`` int64, the reference decode's tokens, where the call was given one.
         decoded: ``(b,)`` float32, share of the row's whole generated region that is decoded; ``None`` unless asked for.
         divergence: ``(b, K)`` float32, nats: KL divergence of the position's distribution from the one a step earlier
@@ -30,7 +30,7 @@ class Step:
 
     evidence: Evidence
     log_confidence: Tensor
-    quota: Tensor
+    quota: Tensor | int
     reference: Tensor | None = None
     decoded: Tensor | None = None
     divergence: Tensor | None = None
@@ -48,14 +48,14 @@ class Decision:
         token: ``(b, K)`` int64, tokens to commit instead of the predictor's guesses, or ``None``.
         counts: Per-row int64 ``(b,)`` events worth reporting, such as commits that a learned component caused.
         memory: What the row's next step of the same block shall find in :attr:`Step.memory`; same names, shapes, dtypes.
-        broken: ``(b,)`` bool, rows in which the learned component computed something that is not finite; ``None`` without one.
+        component: ``(b, K)`` float32, what the learned component computed, which has to be finite; ``None`` without one.
     """
 
     transfer: Tensor
     token: Tensor | None = None
     counts: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
-    broken: Tensor | None = None
+    component: Tensor | None = None
 
 
 def check_finite(confidence: bool, component: bool) -> None:

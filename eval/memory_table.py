@@ -1,5 +1,6 @@
 """Counts what decodes take in memory, for docs/memory.md: ``python eval/memory_table.py``, then ``python eval/pages.py``."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from eval.command import command
 
 BATCHES, LENGTHS = (1, 16, 64), (256, 1024)
 CACHES: tuple[CacheRule, ...] = ("none", "prefix", "dual")
+USUAL, KEEPING = "threshold", "klass"
+"""Strategies: the usual one, and the one that keeps most beside keys, with whose longest decodes the table ends."""
 
 
 def main(
@@ -20,7 +23,6 @@ def main(
     out: Path = Path("eval/results/memory.json"),
     dtype: str = "bfloat16",
     prompt_length: int = 256,
-    strategy: str = "threshold",
 ) -> None:
     """Counts decodes of a model over batch sizes, lengths and caches; nothing is decoded and no weights are needed.
 
@@ -29,22 +31,18 @@ def main(
         out: JSON file to write.
         dtype: Dtype of the weights.
         prompt_length: Tokens of each prompt.
-        strategy: Strategy of the decodes.
 
     Raises:
         InputError: What :func:`decoding.memory_plan.plan_memory` refuses, or a file that cannot be written.
     """
     check_writable("out", out, folder=False)
-    settings = {"config_file": str(config_file), "dtype": dtype, "prompt_length": prompt_length, "strategy": strategy}
-    rows = [
-        counted(**settings, batch_size=batch, gen_length=length, cache=cache)
-        for batch in BATCHES
-        for length in LENGTHS
-        for cache in CACHES
-    ]
+    cases = [*itertools.product([USUAL], BATCHES, LENGTHS, CACHES)]
+    cases += itertools.product([KEEPING], BATCHES, LENGTHS[-1:], CACHES)
+    rows = [counted(str(config_file), dtype, prompt_length, *case) for case in cases]
     usual = _config(LENGTHS[0], "none")
-    known = {"block_length": usual.block_length, "eot": usual.eot, "torch": str(versions()["torch"])}
-    write_aside(out, json.dumps({"memory": settings | known | {"rows": rows}}, indent=1) + "\n")
+    known = {"config_file": str(config_file), "dtype": dtype, "prompt_length": prompt_length}
+    known |= {"block_length": usual.block_length, "eot": usual.eot, "torch": str(versions()["torch"])}
+    write_aside(out, json.dumps({"memory": known | {"rows": rows}}, indent=1) + "\n")
     print(f"wrote {out}")
 
 
@@ -60,7 +58,7 @@ def counted(
     plan = plan_memory(
         config_file, config, rule, dtype=dtype, batch_size=batch_size, prompt_length=prompt_length
     )  # fmt: skip
-    return {"batch_size": batch_size, "gen_length": gen_length, "cache": cache} | vars(plan)
+    return {"strategy": strategy, "batch_size": batch_size, "gen_length": gen_length, "cache": cache} | vars(plan)
 
 
 def _config(gen_length: int, cache: CacheRule) -> DecodeConfig:

@@ -16,6 +16,7 @@ from models.errors import InputError
 class Plan(TypedDict):
     """A row of ``memory.json``: a decode, and the bytes that :class:`decoding.memory_plan.MemoryPlan` counts of it."""
 
+    strategy: Text
     batch_size: Length
     gen_length: Length
     cache: Literal["none", "prefix", "dual"]
@@ -31,7 +32,6 @@ class _Memory(TypedDict):
     config_file: Text
     dtype: Text
     prompt_length: Length
-    strategy: Text
     block_length: Length
     eot: Text
     torch: Text
@@ -75,6 +75,7 @@ def read_tables(file: Path) -> dict[str, Any]:
 
 
 _MEMORY: dict[str, Callable[[Any], str]] = {
+    "strategy": lambda row: row["strategy"],
     "batch": lambda row: str(row["batch_size"]),
     "gen_length": lambda row: str(row["gen_length"]),
     "cache": lambda row: row["cache"],
@@ -89,7 +90,7 @@ def memory(found: dict[str, Any]) -> list[str]:
     what = found["memory"]
     words = (
         f"GiB for [`{Path(what['config_file']).name}`]({Path(what['config_file']).name}) in {what['dtype']}: prompts of "
-        f"{what['prompt_length']} tokens, `{what['strategy']}`, blocks of {what['block_length']}, EoT rule `{what['eot']}`, "
+        f"{what['prompt_length']} tokens, blocks of {what['block_length']}, EoT rule `{what['eot']}`, "
         f"torch {what['torch']}."
     )
     return [words, "", *table(what["rows"], _MEMORY)]

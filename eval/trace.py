@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from decoding.decoder import Decoder
 from decoding.generate import BUNDLED
 from decoding.loop import decode_steps
 from decoding.output import StepTrace, empty_output
-from decoding.strategies import APD, STRATEGIES, Strategy, make_strategy
+from decoding.strategies import STRATEGIES, Strategy, make_strategy
 from decoding.text import encode
 from eval.command import command
 from models.errors import InputError
@@ -139,8 +139,7 @@ def decode(
         config: Decode settings; APD, which knows neither blocks, quotas nor caches, takes the rest of them.
         reference: ``(1, G)`` int64, for the oracle.
     """
-    if isinstance(strategy, APD):
-        config = replace(config, block_length=config.gen_length, steps=None, cache="none")
+    config = strategy.taken(config)
     output = empty_output(1, config)
     results = decode_steps(predictor, [ids], config, strategy, output, reference, record=True)
     after = [result.sequences[0].tolist() for result in results]

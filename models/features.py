@@ -66,17 +66,37 @@ class Evidence:
         return Evidence(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
-def run_to_the_left(masked: Tensor) -> Tensor:
-    """Length of the unbroken run of masked positions immediately left of each position; ``(B, K)`` bool to int64."""
-    place = torch.arange(masked.shape[1], device=masked.device)
-    last_known = torch.where(masked, -1, place).cummax(dim=1).values  # at or left of each position
-    return place - 1 - F.pad(last_known[:, :-1], (1, 0), value=-1)
+def run_to_the_left(flags: Tensor) -> Tensor:
+    """Length of the unbroken run of masked positions immediately left of each position.
+
+    Args:
+        flags: ``(B, K + 2)`` float32, as a :class:`Feature` is given them.
+
+    Returns:
+        ``(B, K)`` float32.
+    """
+    place = _places(flags.shape[1] - 2, flags.device)
+    last_known = (
+        (place * (1 - flags[:, :-2])).cummax(dim=1).values
+    )  # in positions of the block up to it, itself included
+    return place - last_known
 
 
 def _rank(evidence: Evidence) -> Tensor:
+    """Share of the block's positions that are more confident, by the confidence as it is rounded to fp32.
+
+    Everything that decides ranks log-confidences, which tell positions apart whose confidences both round to 1; these here count
+    as equal, and the leftmost comes first. Records hold confidences alone, and filters are trained on records.
+    """
     confidence = torch.where(evidence.masked, evidence.confidence, -1.0)
-    order = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return order / evidence.masked.shape[1]
+    order = confidence.argsort(dim=1, descending=True, stable=True)
+    place = _places(order.shape[1], order.device).expand_as(confidence)
+    return torch.empty_like(confidence).scatter_(1, order, place) / order.shape[1]
+
+
+@constant
+def _places(size: int, device: torch.device) -> Tensor:
+    return torch.arange(size, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
@@ -84,29 +104,30 @@ class Feature:
     """A column that a filter reads.
 
     Attributes:
-        column: ``Evidence -> (B, K)`` float32.
+        column: ``(B, K)`` float32 of the evidence and of ``flags`` ``(B, K + 2)`` float32: 1 where a position of the block is
+            masked, with a 0 for the position on either side of the block.
         needs: What it reads beyond token and confidence, as a strategy asks for it: of ``margin``, ``entropy``, ``history``.
         flag: It says something of decoded positions, too; the others are zero there.
     """
 
-    column: Callable[[Evidence], Tensor]
+    column: Callable[[Evidence, Tensor], Tensor]
     needs: frozenset[str] = frozenset()
     flag: bool = False
 
 
 _HISTORY = frozenset({"history"})
 FEATURES: dict[str, Feature] = {
-    "confidence": Feature(lambda e: e.confidence),
-    "log_margin": Feature(lambda e: e.margin.log1p(), frozenset({"margin"})),
-    "entropy": Feature(lambda e: e.entropy, frozenset({"entropy"})),
-    "stable": Feature(lambda e: e.stable.float().log1p(), _HISTORY),
-    "previous_confidence": Feature(lambda e: e.previous, _HISTORY),
-    "masked": Feature(lambda e: e.masked.float(), flag=True),
-    "masked_left": Feature(lambda e: F.pad(e.masked.float(), (1, -1)), flag=True),
-    "masked_right": Feature(lambda e: F.pad(e.masked.float(), (-1, 1)), flag=True),
-    "run_left": Feature(lambda e: run_to_the_left(e.masked) / e.masked.shape[1]),
-    "share_masked": Feature(lambda e: e.masked.float().mean(1, keepdim=True).expand_as(e.confidence)),
-    "rank": Feature(_rank),
+    "confidence": Feature(lambda e, flags: e.confidence),
+    "log_margin": Feature(lambda e, flags: e.margin.log1p(), frozenset({"margin"})),
+    "entropy": Feature(lambda e, flags: e.entropy, frozenset({"entropy"})),
+    "stable": Feature(lambda e, flags: e.stable.log1p(), _HISTORY),
+    "previous_confidence": Feature(lambda e, flags: e.previous, _HISTORY),
+    "masked": Feature(lambda e, flags: flags[:, 1:-1], flag=True),
+    "masked_left": Feature(lambda e, flags: flags[:, :-2], flag=True),
+    "masked_right": Feature(lambda e, flags: flags[:, 2:], flag=True),
+    "run_left": Feature(lambda e, flags: run_to_the_left(flags) / e.masked.shape[1]),
+    "share_masked": Feature(lambda e, flags: flags[:, 1:-1].mean(1, keepdim=True).expand_as(e.confidence)),
+    "rank": Feature(lambda e, flags: _rank(e)),
 }
 """Feature name to what it is. A new feature is one entry."""
 
@@ -118,7 +139,8 @@ def needs_of(names: Iterable[str]) -> frozenset[str]:
 
 def feature_columns(evidence: Evidence, names: list[str] | tuple[str, ...]) -> Tensor:
     """The named columns, ``(B, K, F)`` float32; zero at positions that are already decoded, save for the mask flags."""
-    columns = torch.stack([FEATURES[name].column(evidence) for name in names], dim=-1)
+    flags = F.pad(evidence.masked.float(), (1, 1))
+    columns = torch.stack([FEATURES[name].column(evidence, flags) for name in names], dim=-1)
     return torch.where(evidence.masked[..., None] | _flags(tuple(names), columns.device), columns, 0.0)
 
 

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from models.causal_lm import load_causal_lm, pretrained_folder, within
 from models.checkpoint import CALIBRATION, check_finite, check_regular, current_eot_rule, read_json, replacing
 from models.errors import InputError, first_line
-from models.helper_cache import HelperCache
+from models.helper_cache import HelperCache, Place
 from models.predictor import fingerprint
 from models.rules import COUNT, FIGURES, FLAG, LENGTH, TEXT, Rule, check, is_number, whole
 
@@ -144,7 +144,7 @@ class Helper:
             columns: ``(n, T)`` int64, the tokens' places in their rows, which are position ids and cache columns at once.
                 A short row may repeat its last column with the same token.
             cache: From :meth:`allocate_cache`.
-            rows: ``(n,)`` int64 rows of the cache, each once; ``None`` for all of them in order.
+            rows: ``(n,)`` int64 rows of the cache, each once; ``None`` for the first ``n`` in order.
 
         Returns:
             ``(n, T, vocab_size)`` logits in the weights' dtype; row ``t`` predicts the token at ``columns[:, t] + 1``.
@@ -157,11 +157,21 @@ class Helper:
         return self.model.get_output_embeddings()(hidden)[..., : self.vocab_size]  # type: ignore[misc]
 
     @torch.inference_mode()
-    def hidden(self, ids: Tensor, columns: Tensor, cache: HelperCache, rows: Tensor | None = None) -> Tensor:
-        """The same forward without its head: ``(n, T, D)``; most of the vocabulary's rows are never looked at."""
-        place = torch.arange(len(ids), device=ids.device) if rows is None else rows
-        cache.place.rows, cache.place.columns, cache.place.every_row = place[:, None], columns, rows is None
-        visible = torch.arange(cache.length, device=ids.device) <= columns[:, None, :, None]
+    def hidden(
+        self, ids: Tensor, columns: Tensor, cache: HelperCache, rows: Tensor | None = None, stop: int | None = None
+    ) -> Tensor:
+        """The same forward without its head: ``(n, T, D)``; most of the vocabulary's rows are never looked at.
+
+        Args:
+            ids: See :meth:`__call__`, as for ``columns``, ``cache`` and ``rows``.
+            columns: ``(n, T)`` int64.
+            cache: Likewise.
+            rows: ``(n,)`` int64, or ``None``.
+            stop: A number above all ``columns``: keys from there on are not looked at; ``None`` for the cache's length.
+        """
+        stop = cache.length if stop is None else stop
+        cache.put(Place(rows, columns, stop))
+        visible = torch.arange(stop, device=ids.device) <= columns[:, None, :, None]
         # An adapter that is not merged wraps the model; its layers stand in the model's own.
         whole: Any = getattr(self.model, "get_base_model", lambda: self.model)()
         return whole.base_model(

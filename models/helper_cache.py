@@ -9,20 +9,30 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 @dataclass
-class _Place:
-    """Where the tokens of the current forward go: ``rows`` ``(n, 1)`` and ``columns`` ``(n, T)``, int64."""
+class Place:
+    """Where the tokens of the current forward go.
 
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-    every_row: bool = True
+    Attributes:
+        rows: ``(n,)`` int64; ``None`` for the first ``n`` in order, which are attended to without a copy.
+        columns: ``(n, T)`` int64.
+        stop: Column past the last one that is attended to.
+    """
+
+    rows: Tensor | None
+    columns: Tensor
+    stop: int
 
 
 class _RaggedLayer(CacheLayerMixin):
     """Keys and values of one layer, ``(B, H, S, D)``, written in place at each row's own columns."""
 
-    def __init__(self, batch: int, length: int, place: _Place) -> None:
+    keys: Tensor | None
+    values: Tensor | None
+    place: Place
+
+    def __init__(self, batch: int, length: int) -> None:
         super().__init__()
-        self.batch_size, self.length, self.place = batch, length, place
+        self.batch_size, self.length = batch, length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def storage(like: Tensor) -> Tensor:
@@ -33,17 +43,29 @@ class _RaggedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, columns = self.place.rows, self.place.columns
-        assert rows is not None
+        rows, columns, stop = self.place.rows, self.place.columns, self.place.stop
         found = []
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
             assert stored is not None
-            stored[rows, :, columns] = new.transpose(1, 2)
-            found.append(stored if self.place.every_row else stored[rows[:, 0]])
+            if rows is None:
+                seen = stored[: len(new), :, :stop]
+                found.append(seen.scatter_(2, columns[:, None, :, None].expand_as(new), new))
+            else:
+                stored[rows[:, None], :, columns] = new.transpose(1, 2)
+                found.append(stored[rows, :, :stop])
         return found[0], found[1]
 
+    def keep(self, rows: int, columns: int) -> None:
+        """Drops all but the first rows and columns."""
+        self.batch_size, self.length = rows, columns
+        if self.is_initialized:
+            assert self.keys is not None
+            assert self.values is not None
+            self.keys = self.keys[:rows, :, :columns].clone()
+            self.values = self.values[:rows, :, :columns].clone()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length, 0
+        return self.place.stop, 0
 
     def get_seq_length(self) -> int:
         return 0  # rows differ: the caller gives positions and mask
@@ -64,9 +86,29 @@ class HelperCache(Cache):
     """
 
     def __init__(self, layers: int, batch: int, length: int) -> None:
-        self.place, self.length = _Place(), length
-        self.ragged = [_RaggedLayer(batch, length, self.place) for _ in range(layers)]
+        self.batch, self.length = batch, length
+        self.ragged = [_RaggedLayer(batch, length) for _ in range(layers)]
         super().__init__(layers=list(self.ragged))
+
+    def put(self, place: Place) -> None:
+        """Says where the next forward's tokens go."""
+        for layer in self.ragged:
+            layer.place = place
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is stored; 0 before the first forward."""
+        kept = (stored for layer in self.ragged for stored in (layer.keys, layer.values))
+        return sum(stored.nbytes for stored in kept if stored is not None)
+
+    @torch.inference_mode()  # the storage is made in it
+    def shrink(self, rows: int, length: int) -> None:
+        """Gives memory back where the first ``rows`` rows and ``length`` columns are no more than half of it."""
+        if 2 * rows * length > self.batch * self.length:
+            return
+        self.batch, self.length = rows, length
+        for layer in self.ragged:
+            layer.keep(rows, length)
 
     @torch.inference_mode()  # the storage is made in it
     def move(self, source: int, target: int) -> None:

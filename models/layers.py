@@ -61,6 +61,11 @@ class KVCache:
         """A copy that shares no memory with this."""
         return KVCache(self.keys.clone(), self.values.clone())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.keys.nbytes + self.values.nbytes
+
     def move(self, source: int, target: int) -> None:
         """Copies row ``source`` over row ``target``."""
         for stored in (self.keys, self.values):
@@ -85,7 +90,8 @@ class KVCache:
         for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
             fresh = new.to(stored.dtype)
             if index is None:
-                found.append(stored.copy_(fresh) if rows is None else stored.index_copy_(0, rows, fresh)[rows])
+                found.append(fresh)
+                _ = stored.copy_(fresh) if rows is None else stored.index_copy_(0, rows, fresh)
             elif rows is None:
                 found.append(stored.scatter_(2, index[:, None, :, None].expand_as(fresh), fresh))
             else:

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.causal_lm import check_same_ids, load_causal_lm
+from models.causal_lm import check_same_ids, load_causal_lm, pretrained_folder
 from models.checkpoint import read_json
-from models.errors import InputError
+from models.errors import InputError, first_line
 from models.helper import DESCRIPTION, Helper, HelperConfig, load_helper, read_description
 from models.predictor import MaskPredictor, checkpoint_folder
 
@@ -60,12 +61,41 @@ def load_any_helper(folder: Path, predictor: MaskPredictor) -> Helper:
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder}: tokenizer.json", "no such file", "the tokenizer, to compare with the predictor's")
     check_same_ids(folder, predictor.tokenizer)
-    config = HelperConfig(
+    model = load_causal_lm(folder, torch.float32 if predictor.device.type == "cpu" else "auto")
+    helper = Helper(model, _stock_config(folder, predictor)).to(predictor.device)
+    helper.probe(str(folder))
+    return helper
+
+
+def outline_helper(folder: Path, predictor: MaskPredictor) -> Helper:
+    """A helper of fresh weights in its files' dtype, for whoever wants to know its sizes; an adapter counts as merged.
+
+    Args:
+        folder: From :func:`helper_folder`.
+        predictor: The mask predictor, of which only sizes and family are known.
+
+    Raises:
+        InputError: The description cannot be read, or is of a helper over another vocabulary.
+    """
+    config = read_description(folder) if (folder / DESCRIPTION).is_file() else _stock_config(folder, predictor)
+    if config.vocab_size != predictor.vocab_size:
+        raise InputError("helper: vocab_size", config.vocab_size, f"{predictor.vocab_size}, that of the model")
+    if config.adapter:
+        assert config.source is not None
+        folder = pretrained_folder(config.source)
+    try:
+        known = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(
+            known, dtype=known.dtype or torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
+    except Exception as error:  # transformers has no error of its own
+        raise InputError(str(folder), first_line(error), "a causal LM's config.json") from error
+    return Helper(model, config)
+
+
+def _stock_config(folder: Path, predictor: MaskPredictor) -> HelperConfig:
+    return HelperConfig(
         vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask, eot_id=predictor.ids.eot,
         base_fingerprint=predictor.fingerprint, gen_length=predictor.max_length, eot_rule="off", source=str(folder),
         base_family=predictor.family,
     )  # fmt: skip
-    model = load_causal_lm(folder, torch.float32 if predictor.device.type == "cpu" else "auto")
-    helper = Helper(model, config).to(predictor.device)
-    helper.probe(str(folder))
-    return helper

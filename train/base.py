@@ -74,7 +74,10 @@ def export(checkpoint: Path, tokenizer: Path, out: Path) -> None:
 
 def precision() -> str:
     """bf16 autocast where the device has instructions for it; elsewhere it is several times slower than fp32."""
-    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
     return "bf16-mixed" if fast else "32-true"
 
 

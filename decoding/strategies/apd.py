@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from decoding.config import DecodeConfig
-from decoding.eot import first_true
+from decoding.eot import RULES, first_true
+from decoding.evidence import lay_out
 from decoding.output import Timer
-from decoding.plan import ForwardPlan
+from decoding.plan import CACHES, ForwardPlan
 from decoding.read import in_chunks, read_block
 from decoding.run import Request, Run
 from decoding.scheduler import Slot
@@ -23,7 +24,7 @@ from models.features import EVIDENCE, Evidence
 from models.helper import Helper, HelperConfig, check_helper
 from models.predictor import MaskPredictor, fingerprint, fingerprint_in_memory
 from models.rules import FOLDER, LENGTH, SHARE, Rule, check
-from models.stock import helper_folder, load_any_helper
+from models.stock import helper_folder, load_any_helper, outline_helper
 
 
 @dataclass
@@ -74,10 +75,7 @@ class APD(Strategy):
         if self.network is None:
             assert self.helper is not None
             self.network = load_any_helper(helper_folder(self.helper), predictor)
-        if config.eot not in ("off", "commit"):
-            raise InputError("eot", f"{config.eot!r} with apd, which decodes left to right", "off | commit")
-        if config.cache != "none":
-            raise InputError("cache", f"{config.cache!r} with apd, which has its own", "none, and apd.kv_window")
+        _check_settings(config)
         differences = check_helper(
             self.network.config, family=predictor.family, vocab_size=predictor.vocab_size, mask_id=predictor.ids.mask,
             eot_id=predictor.ids.eot, fingerprint=predictor.fingerprint, gen_length=config.gen_length,
@@ -86,6 +84,20 @@ class APD(Strategy):
             warnings.warn(difference, stacklevel=2)
         self.network.to(predictor.device)
 
+    def outlined(self, predictor: MaskPredictor, config: DecodeConfig) -> Strategy:
+        _check_settings(config)
+        if self.network is not None:
+            return self
+        assert self.helper is not None
+        return replace(self, network=outline_helper(helper_folder(self.helper), predictor))
+
+    def taken(self, config: DecodeConfig) -> DecodeConfig:
+        return replace(config, block_length=config.gen_length, steps=None, cache="none", refresh=None)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [] if self.network is None else [self.network.model]
+
     def start(self, request: Request) -> Run:
         if request.regions is not None:
             raise InputError("regions", "given", "none with apd, which decodes from the first position on")
@@ -93,13 +105,21 @@ class APD(Strategy):
 
     @property
     def parameters(self) -> int:
-        return 0 if self.network is None else sum(weights.numel() for weights in self.network.model.parameters())
+        return sum(weights.numel() for network in self.networks for weights in network.parameters())
 
     def settings(self) -> dict[str, Any]:
         return {
             "strategy": self.name, "mixture_weight": self.mixture_weight, "kv_window": self.kv_window,
             "max_lookahead": self.max_lookahead, "helper": str(self.helper) if self.helper else None,
         }  # fmt: skip
+
+
+def _check_settings(config: DecodeConfig) -> None:
+    if RULES[config.eot].reads_region:
+        accepted = " | ".join(name for name, rule in RULES.items() if not rule.reads_region)
+        raise InputError("eot", f"{config.eot!r} with apd, which decodes left to right", accepted)
+    if CACHES[config.cache].keeps_keys:
+        raise InputError("cache", f"{config.cache!r} with apd, which has its own", "none, and apd.kv_window")
 
 
 @dataclass(frozen=True)
@@ -110,7 +130,7 @@ class Draft:
         numbers: Their slots, on the host.
         slots: What the host knows of them.
         lengths: Positions looked at, one number a row.
-        index: ``(n,)`` int64, ``numbers`` on the device.
+        rows: Their slots, ``(n,)`` int64, or a range where they are all of them, in order.
         inside: ``(n, G)`` bool, the positions of the generated region that are looked at.
         row: ``(N,)`` int64, number of each position's row among the ``n``.
         place: ``(N,)`` int64, its place in the generated region.
@@ -121,7 +141,7 @@ class Draft:
     numbers: list[int]
     slots: list[Slot]
     lengths: list[int]
-    index: Tensor
+    rows: slice | Tensor
     inside: Tensor
     row: Tensor
     place: Tensor
@@ -139,7 +159,7 @@ class ApdRun(Run):
 
     def __init__(self, request: Request, strategy: APD) -> None:
         self.strategy = strategy
-        super().__init__(request, replace(request.config, block_length=request.config.gen_length, steps=None))
+        super().__init__(request, strategy.taken(request.config))
         assert strategy.network is not None
         self.helper = strategy.network
         self.helper_cache = None
@@ -163,18 +183,17 @@ class ApdRun(Run):
             draft = self._lookahead(numbers)
             hidden = self._predict(draft)
             found = self._read(draft, hidden)
-            cells = draft.index[draft.row] * len(state.region) + draft.place
-            for name, values in found.items():
-                laid = fields.setdefault(name, values.new_zeros(state.masked.shape))
-                laid.view(-1).index_copy_(0, cells, values)
-            looked[draft.index] = draft.inside
-            accepted[draft.index] = self._judge(draft, hidden, found["token"], fields["token"][draft.index])
+            row = draft.row if isinstance(draft.rows, slice) else draft.rows[draft.row]
+            lay_out(fields, found, row * len(state.region) + draft.place, state.masked.shape)
+            looked[draft.rows] = draft.inside
+            accepted[draft.rows] = self._judge(draft, hidden, found["token"], fields["token"][draft.rows])
         for slot in slots:
             slot.last_committed = self.config.gen_length - slot.left
         kept = {name: fields[name] for name in ("margin", "entropy") if name in fields}
+        confidence = fields["log_confidence"].exp()
         if self.request.record:  # a position is judged once: it has no history
-            kept |= {"stable": torch.zeros_like(fields["token"]), "previous": torch.zeros_like(fields["confidence"])}
-        evidence = Evidence(state.masked_block, fields["token"], fields["confidence"], **kept)
+            kept |= {"stable": torch.zeros_like(fields["token"]), "previous": torch.zeros_like(confidence)}
+        evidence = Evidence(state.masked_block, fields["token"], confidence, **kept)
         return evidence, Decision(accepted, counts=self._counts(accepted, looked, evidence.token))
 
     def _counts(self, accepted: Tensor, looked: Tensor, token: Tensor) -> dict[str, Tensor]:
@@ -195,13 +214,12 @@ class ApdRun(Run):
         state, region = self.state, self.state.region
         slots = [self.scheduler.slots[number] for number in numbers]
         lengths = [min(slot.left, self.strategy.max_lookahead or slot.left) for slot in slots]
-        known = torch.tensor([numbers, [self.config.gen_length - slot.left for slot in slots], lengths]).to(
-            state.device
-        )
-        index, done, end = known[0], known[1, :, None], (known[1] + known[2])[:, None]
+        known = state.upload([numbers, [self.config.gen_length - slot.left for slot in slots], lengths])
+        done, end = known[1, :, None], (known[1] + known[2])[:, None]
+        rows = slice(0, len(numbers)) if len(numbers) == len(self.scheduler.slots) else known[0]
         inside = (region >= done) & (region < end)
         at = inside.view(-1).nonzero_static(size=sum(lengths))[:, 0]
-        return Draft(numbers, slots, lengths, index, inside, at // len(region), at % len(region), done, end)
+        return Draft(numbers, slots, lengths, rows, inside, at // len(region), at % len(region), done, end)
 
     def _predict(self, draft: Draft) -> Tensor:
         """The predictor's hidden states of the lookahead, ``(N, D)``."""
@@ -212,16 +230,14 @@ class ApdRun(Run):
             for slot, length in zip(draft.slots, draft.lengths, strict=True)
         ]
         stop = max(ends)
-        every = len(draft.numbers) == len(self.scheduler.slots)
-        rows = slice(0, len(draft.numbers)) if every else draft.index
-        end = None if min(ends) == stop else base + draft.end
+        rows, end = draft.rows, None if min(ends) == stop else base + draft.end
         if window is None or not draft.slots[0].steps:
             plan, length, first = ForwardPlan(draft.numbers, rows, stop=stop, end=end), stop - low, low
         else:
             window = max(window, self.predictor.left_context)  # the lookahead begins right of what is committed
             starts = [base + max(slot.last_committed - window, -slot.width) for slot in draft.slots]
             length = max(end - start for start, end in zip(starts, ends, strict=True))
-            begins = torch.tensor(starts).to(state.device)
+            begins = state.upload(starts)
             plan = ForwardPlan(draft.numbers, rows, begins[:, None], length, base + draft.end - 1, stop, end)
             first = begins[draft.row]
         return self.forward(plan, draft.row * length + base + draft.place - first)
@@ -281,21 +297,33 @@ class ApdRun(Run):
         """
         assert self.helper_cache is not None
         state = self.state
-        width = torch.tensor([slot.width for slot in draft.slots]).to(state.device)[:, None]
-        text = torch.where(state.region < draft.done, state.generated[draft.index], text)
-        row = torch.cat((state.ids[draft.index, : state.prompt_width], text), 1)
+        width = state.upload([slot.width for slot in draft.slots])[:, None]
+        text = torch.where(state.region < draft.done, state.generated[draft.rows], text)
+        row = torch.cat((state.ids[draft.rows, : state.prompt_width], text), 1)
         begins = not draft.slots[0].steps
         start = torch.zeros_like(width) if begins else width + draft.done - 1
         length = max(slot.width for slot in draft.slots) if begins else 1
         columns = start + state.storage[: length + max(draft.lengths) - 1]
         columns = torch.minimum(columns, width + draft.end - 2)
         ids = row.gather(1, state.prompt_width - width + columns)
-        hidden = self.helper.hidden(ids, columns, self.helper_cache, draft.index)
+        known = zip(draft.slots, draft.lengths, strict=True)
+        stop = max(slot.width + self.config.gen_length - slot.left + length for slot, length in known) - 1
+        rows = None if isinstance(draft.rows, slice) else draft.rows
+        hidden = self.helper.hidden(ids, columns, self.helper_cache, rows, stop)
         at = (width - 1 - start)[draft.row, 0] + draft.place
         return hidden.flatten(0, 1)[draft.row * columns.shape[1] + at]
 
     def text_length(self, slot: Slot) -> int:
         return self.config.gen_length - slot.left
+
+    @property
+    def key_bytes(self) -> int:
+        return super().key_bytes + (0 if self.helper_cache is None else self.helper_cache.nbytes)
+
+    def shrink(self) -> None:
+        super().shrink()
+        if self.helper_cache is not None and self.scheduler.slots:
+            self.helper_cache.shrink(len(self.scheduler.slots), self.scheduler.width + self.config.gen_length)
 
     def moved(self, source: int, target: int) -> None:
         super().moved(source, target)

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from decoding.blocks import BlockRun
 from decoding.config import DecodeConfig
@@ -32,6 +32,27 @@ class Strategy(ABC):
         Raises:
             InputError: It does not.
         """
+
+    def outlined(self, predictor: MaskPredictor, config: DecodeConfig) -> "Strategy":
+        """The strategy as :func:`decoding.memory_plan.plan_memory` counts it; a component need not have its weights.
+
+        Args:
+            predictor: Of which only the sizes mean something.
+            config: Decode settings.
+
+        Raises:
+            InputError: It does not fit the settings, or its component has another vocabulary.
+        """
+        return self
+
+    def taken(self, config: DecodeConfig) -> DecodeConfig:
+        """The settings less those that mean nothing to it."""
+        return config
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Its learned component's, once it is there; what a decode calls of each is its ``base_model`` if it has one."""
+        return []
 
     def fingerprints(self) -> dict[str, str]:
         """Identity of the weights of its learned components: name of the setting to 16 hex digits."""
@@ -89,23 +110,24 @@ class BlockStrategy(Strategy):
         """Chooses the commits of one step; a pure function of ``step``."""
 
 
-def top_k(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
+def top_k(score: Tensor, masked: Tensor, count: Tensor | int) -> Tensor:
     """The ``count`` best masked positions of each row.
 
     Args:
-        score: ``(b, K)`` float.
-        masked: ``(b, K)`` bool.
-        count: ``(b,)`` int64; rows with fewer masked positions give all of them.
+        score: ``(b, K)`` float, ``-inf`` where nothing is masked.
+        masked: ``(b, K)`` bool, somewhere in each row.
+        count: ``(b,)`` int64, or one number for all; rows with fewer masked positions give all of them.
 
     Returns:
         ``(b, K)`` bool. Ties go to the leftmost position.
     """
-    order = torch.where(masked, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    chosen = torch.arange(order.shape[1], device=order.device) < count[:, None]
-    return torch.empty_like(masked).scatter_(1, order, chosen) & masked
+    if isinstance(count, int) and count == 1:
+        return top_1(score)
+    order = score.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(order.shape[1], device=order.device) < (count if isinstance(count, int) else count[:, None])
+    return torch.empty_like(masked).scatter_(1, order, chosen.expand_as(order)) & masked
 
 
-def top_1(score: Tensor, masked: Tensor) -> Tensor:
-    """The best masked position of each row, ``(b, K)`` bool; the leftmost of equals."""
-    best = torch.where(masked, score, -torch.inf).argmax(dim=1, keepdim=True)
-    return torch.zeros_like(masked).scatter_(1, best, True) & masked
+def top_1(score: Tensor) -> Tensor:
+    """The best position of each row, ``(b, K)`` bool; the leftmost of equals. ``-inf`` keeps a position from being it."""
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.argmax(dim=1, keepdim=True), True)

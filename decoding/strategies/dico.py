@@ -143,7 +143,7 @@ class DiCo(FilterStrategy):
             conquering = conquering | (divide & ~found & members.any(1, keepdim=True))
             seeds.scatter_(1, places, dividing.expand_as(places))
 
-        score, order = c, step.log_confidence
+        score, order, logit = c, step.log_confidence, None
         if self.network is not None:
             logit = self.network(evidence)
             score, order = torch.where(conquering & masked, logit.sigmoid(), c), torch.where(conquering, logit, order)
@@ -163,7 +163,7 @@ class DiCo(FilterStrategy):
         inside = (before & dividing) | _grow(active, hit, self.tolerance)
         progress = ((seeds & ~before) | self._grown(before, run, inside)).any(1, keepdim=True)
         return Decision(
-            transfer, counts=counts,
+            transfer, counts=counts, component=logit,
             memory=self._next(step.memory, inside, masked & ~transfer, strength, dividing, conquering, progress),
         )  # fmt: skip
 
@@ -171,7 +171,7 @@ class DiCo(FilterStrategy):
         """A step of rows that are all in Finalize, where they stay until their blocks end."""
         evidence, masked = step.evidence, step.evidence.masked
         transfer = ((evidence.margin > self.margin) | (evidence.confidence > self.sure)) & masked
-        best = top_1(step.log_confidence, masked)
+        best = top_1(step.log_confidence)
         none = masked.new_zeros(len(masked), dtype=torch.long)
         counts = {"forced": none} | ({} if self.network is None else {"filter_commits": none})
         return Decision(torch.where(transfer.any(1, keepdim=True), transfer, best), counts=counts, memory=step.memory)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from decoding.strategies.base import BlockStrategy, Decision, Step, top_k
 from models.rules import SHARE, check
 
@@ -29,7 +31,8 @@ class Dream(BlockStrategy):
 
     def decide(self, step: Step) -> Decision:
         assert step.draw_entropy is not None
-        return Decision(top_k(-step.draw_entropy, step.evidence.masked, step.quota))
+        masked = step.evidence.masked
+        return Decision(top_k(torch.where(masked, -step.draw_entropy, -torch.inf), masked, step.quota))
 
     def settings(self) -> dict[str, Any]:
         return {"strategy": self.name, "top_p": self.top_p}

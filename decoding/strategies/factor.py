@@ -28,7 +28,7 @@ class Factor(BlockStrategy):
 
     def decide(self, step: Step) -> Decision:
         masked = step.evidence.masked
-        order = torch.where(masked, step.log_confidence, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        order = step.log_confidence.argsort(dim=1, descending=True, stable=True)
         best = torch.where(masked, step.evidence.confidence, -torch.inf).gather(1, order)
         count = torch.arange(2, masked.shape[1] + 2, device=masked.device)
         # The left side never falls along the order, so it holds for a prefix, of length n; decoded positions make it infinite.

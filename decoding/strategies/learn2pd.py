@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from decoding.config import DecodeConfig
-from decoding.strategies.base import BlockStrategy, Decision, Step, top_1
+from decoding.strategies.base import BlockStrategy, Decision, Step, Strategy, top_1
 from models.errors import InputError
 from models.filter import FilterConfig, check_compatible, load_filter
 from models.predictor import MaskPredictor, fingerprint, fingerprint_in_memory
@@ -50,6 +50,15 @@ class FilterStrategy(BlockStrategy):
         self.needs = self.config.needs
         self.all_positions = bool(self.network.needs_all_positions)
         return self.config
+
+    def outlined(self, predictor: MaskPredictor, config: DecodeConfig) -> Strategy:
+        if self.config is not None and self.config.vocab_size != predictor.vocab_size:
+            raise InputError("filter: vocab_size", self.config.vocab_size, f"{predictor.vocab_size}, that of the model")
+        return self
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [] if self.network is None else [self.network]
 
     def fingerprints(self) -> dict[str, str]:
         if self.network is None:
@@ -110,7 +119,7 @@ class Learn2PD(FilterStrategy):
         evidence = step.evidence
         logits = self.network(evidence)
         probability = logits.sigmoid()
-        best = top_1(step.log_confidence, evidence.masked)
+        best = top_1(step.log_confidence)
         if self.budget is None:
             final = (probability > self.threshold) & evidence.masked
         else:
@@ -118,8 +127,7 @@ class Learn2PD(FilterStrategy):
             ascending, order = risk.sort(dim=1, stable=True)
             final = torch.empty_like(best).scatter_(1, order, ascending.cumsum(1) <= self.budget)
         # An infinite logit would commit everything, or nothing; so does NaN.
-        broken = (~logits.isfinite() & evidence.masked).any(1)
-        return Decision(final | best, counts={"filter_commits": (final & ~best).sum(1)}, broken=broken)
+        return Decision(final | best, counts={"filter_commits": (final > best).sum(1)}, component=logits)
 
     def settings(self) -> dict[str, Any]:
         limit = {"threshold": self.threshold} if self.budget is None else {"budget": self.budget}

@@ -27,7 +27,7 @@ class Oracle(BlockStrategy):
             raise InputError("references", "none", "one reference sequence a prompt; the oracle needs them")
         right = evidence.masked & (evidence.token == step.reference)
         stalled = ~right.any(dim=1)
-        forced = top_1(step.log_confidence, evidence.masked) & stalled[:, None]
+        forced = top_1(step.log_confidence) & stalled[:, None]
         return Decision(
             right | forced, token=torch.where(forced, step.reference, evidence.token), counts={"stalls": stalled.long()}
         )

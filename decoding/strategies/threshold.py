@@ -24,7 +24,7 @@ class Threshold(BlockStrategy):
     def decide(self, step: Step) -> Decision:
         evidence = step.evidence
         sure = (evidence.confidence >= self.threshold) & evidence.masked
-        return Decision(sure | top_1(step.log_confidence, evidence.masked))
+        return Decision(sure | top_1(step.log_confidence))
 
     def settings(self) -> dict[str, Any]:
         return {"strategy": self.name, "threshold": self.threshold}

@@ -8,6 +8,7 @@ import torch
 from decoding.config import DecodeConfig
 from decoding.loop import decode, decode_steps
 from decoding.output import empty_output
+from decoding.run import Request
 from decoding.strategies import make_strategy
 from models.errors import InputError
 from models.helper import HelperConfig
@@ -29,12 +30,12 @@ class ScriptedHelper:
         return self
 
     def allocate_cache(self, batch, length):
-        return type("Cache", (), {"move": lambda *_: None})()
+        return type("Cache", (), {"move": lambda *_: None, "shrink": lambda *_: None})()
 
     def logits(self, hidden):
         return hidden
 
-    def hidden(self, ids, columns, cache, rows=None):
+    def hidden(self, ids, columns, cache, rows=None, stop=None):
         self.calls += 1
         return self.script(ids, columns)[..., : self.vocab_size]
 
@@ -218,6 +219,38 @@ def test_ids_beyond_the_helpers_vocabulary_are_never_accepted_from_it(scripted, 
     assert out.nfe.tolist() == [24]  # the first position of each forward, which is not the helper's
     assert out.counts["helper_commits"].tolist() == [0]
     assert out.counts["helper_refusals"].tolist() == [23]  # of the last forward's one position it is not asked
+
+
+def test_the_helpers_keys_are_given_back_once_the_long_prompts_are_done(random_base, random_helper):
+    # Sized by the longest prompt of the call, they would take several times the memory until the last row ends.
+    prompts, strategy = [[5] * 64, [6] * 9, [7] * 5], apd(random_helper, 0.5, max_lookahead=4)
+    output, sizes = empty_output(3, CONFIG), []
+    with torch.inference_mode():
+        run = strategy.start(Request(random_base, prompts, CONFIG, strategy, output, batch_size=2))
+        while run.scheduler.slots:
+            run.step()
+            sizes.append(run.key_bytes)
+            run.retire()
+        run.close()
+    column = 2 * 2 * 2 * 8 * 4  # keys and values of two layers and two heads of 8 numbers, in fp32
+    assert sizes[0] == 2 * (64 + 24) * column
+    assert sizes[-1] <= 2 * (9 + 24) * column
+    for row, prompt in enumerate(prompts):
+        assert torch.equal(output.sequences[row], decode(random_base, [prompt], CONFIG, strategy).sequences[0])
+
+
+def test_the_helper_looks_at_no_more_keys_than_there_is_text(random_base, random_helper, monkeypatch):
+    # A mask as wide as the cache has every layer read all of it, at each step.
+    seen, hidden = [], type(random_helper).hidden
+
+    def watched(self, ids, columns, cache, rows=None, stop=None):
+        seen.append((rows, stop))
+        return hidden(self, ids, columns, cache, rows, stop)
+
+    monkeypatch.setattr(type(random_helper), "hidden", watched)
+    decode(random_base, [[1, 2, 3], [4, 5]], CONFIG, apd(random_helper, 0.5, max_lookahead=4))
+    assert seen[0] == (None, 3 + 4 - 1)  # all rows take part: their keys are not copied
+    assert seen[-1][1] == max(stop for _, stop in seen) <= 3 + 24 - 1
 
 
 def test_steps_stream_and_mask_never_leaves(scripted, tables):

@@ -160,7 +160,7 @@ def decide(strategy, memory, masked, confidence, margin=None, decoded=None, told
     rows = len(masked)
     decoded = torch.zeros(rows) if decoded is None else decoded
     evidence, quota = evidence_of(masked, confidence, margin), torch.ones(rows, dtype=torch.long)
-    log_confidence = confidence.log().clamp(min=-1e9)
+    log_confidence = confidence.log().clamp(min=-1e9).where(masked, -torch.inf)
     return strategy.decide(Step(evidence, log_confidence, quota, decoded=decoded, memory=memory, told=dict(told)))
 
 

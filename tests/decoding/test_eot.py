@@ -124,9 +124,8 @@ def test_after_a_cut_the_head_reads_the_region_as_if_nobody_had_cut_it(table, he
     predictor = table([1] * 20 + [EOT] * 12, [9.0] * 32, prompt=2)
     config = DecodeConfig(32, 8, **head(predictor))
     steps = decode_steps(predictor, [[1, 2]], config, make_strategy("full_step"), empty_output(1, config))
-    first, second = next(steps), next(steps)
-    assert first.changed[0].nonzero()[:, 0].tolist() == [0, *range(21, 32)]  # cut at 20
-    assert second.changed[0].nonzero()[:, 0].tolist() == [1]
+    assert next(steps).changed[0].nonzero()[:, 0].tolist() == [0, *range(21, 32)]  # cut at 20
+    assert next(steps).changed[0].nonzero()[:, 0].tolist() == [1]
     for masked, decoded in zip(seen, (1, 2), strict=True):
         assert masked[0].tolist() == [False] * decoded + [True] * (32 - decoded)
 
@@ -150,9 +149,8 @@ def test_what_is_closed_stays_mask_for_the_model_and_is_eot_in_the_text(table, h
     )
     config, output = DecodeConfig(32, 32, **head(predictor)), empty_output(1, DecodeConfig(32, 32))
     steps = decode_steps(predictor, [[1, 2]], config, make_strategy("full_step"), output)
-    first, second = next(steps), next(steps)
-    assert first.sequences[0].tolist() == [1] + [predictor.ids.mask] * 20 + [EOT] * 11
-    assert second.sequences[0, 21:].tolist() == [EOT] * 11
+    assert next(steps).sequences[0].tolist() == [1] + [predictor.ids.mask] * 20 + [EOT] * 11
+    assert next(steps).sequences[0, 21:].tolist() == [EOT] * 11
     assert given[1][0].tolist() == [1, 2, 1] + [predictor.ids.mask] * 31
     assert sum(1 for _ in steps) == 21 - 2  # what is closed takes no forward
     assert output.sequences[0].tolist() == [1] * 20 + [EOT] * 12

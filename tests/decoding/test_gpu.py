@@ -11,6 +11,7 @@ from decoding.config import DecodeConfig
 from decoding.loop import decode, decode_steps
 from decoding.output import empty_output
 from decoding.strategies import make_strategy
+from models.helper import Helper
 from models.predictor import MaskPredictor
 
 pytestmark = [
@@ -40,8 +41,30 @@ def test_the_text_is_that_of_the_cpu(random_base, on_gpu, prompts, name, eot, ca
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_one_wait_for_the_device_a_step(on_gpu, prompts, cache, record):
     config = DecodeConfig(32, 8, eot="commit", cache=cache)
+    waits_once(on_gpu, prompts, config, make_strategy("dico"), record=record, record_eot=record)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("name", ["full_step", "threshold", "klass"])
+def test_one_wait_a_step_where_rows_are_out_of_step(on_gpu, prompts, name, cache):
+    # Rows at other steps of other blocks, whose plans, quotas and first steps the host has to tell the device.
+    regions = torch.full((5, 32), on_gpu.ids.mask)
+    for row in range(5):
+        regions[row, : 3 * row] = 7
+    config = DecodeConfig(32, 8, steps=20, cache=cache, refresh=None if cache == "none" else 3)
+    waits_once(on_gpu, prompts, config, make_strategy(name), regions=regions, batch_size=4)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_one_wait_a_step_of_apd(on_gpu, random_helper, prompts, window):
+    helper = Helper(copy.deepcopy(random_helper.model).cuda(), random_helper.config)
+    strategy = make_strategy("apd", network=helper, mixture_weight=0.5, kv_window=window, max_lookahead=3)
+    waits_once(on_gpu, prompts, DecodeConfig(32, 32), strategy, batch_size=4)
+
+
+def waits_once(predictor, prompts, config, strategy, **options):
     output = empty_output(5, config)
-    steps = decode_steps(on_gpu, prompts, config, make_strategy("dico"), output, record=record, record_eot=record)
+    steps = decode_steps(predictor, prompts, config, strategy, output, **options)
     next(steps)
     torch.cuda.set_sync_debug_mode("warn")
     try:

@@ -128,7 +128,7 @@ def test_a_budget_is_spent_on_the_surest_positions_of_each_row():
     masked = torch.tensor([[True] * 4, [True] * 4, [True, False, True, True]])
     confidence = torch.tensor([[0.5, 0.4, 0.3, 0.2]] * 3)  # the first position is full_step's own choice
     evidence = Evidence(masked, torch.zeros(3, 4).long(), confidence)
-    decision = strategy.decide(Step(evidence, confidence.log(), torch.ones(3).long()))
+    decision = strategy.decide(Step(evidence, confidence.log().where(masked, -torch.inf), 1))
     # .05 leaves room for no .1; .03 for no .5; two of .01 fit, and the decoded one costs nothing.
     assert decision.transfer.tolist() == [
         [True, True, False, False],
@@ -154,7 +154,8 @@ def test_no_larger_set_would_fit_a_budget():
             return probability.logit()
 
     confidence = torch.rand(300, 8)
-    step = Step(Evidence(masked, torch.zeros(300, 8).long(), confidence), confidence.log(), torch.ones(300).long())
+    evidence = Evidence(masked, torch.zeros(300, 8).long(), confidence)
+    step = Step(evidence, confidence.log().where(masked, -torch.inf), 1)
     best = confidence.masked_fill(~masked, -1).argmax(1)
     sizes = []
     for budget in (0.01, 0.1, 0.5, 3.0):

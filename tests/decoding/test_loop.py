@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decoding.config import DecodeConfig
+from decoding.eot import RULES, Off
 from decoding.loop import decode, decode_steps
 from decoding.output import empty_output
+from decoding.plan import CACHES, Dual
 from decoding.strategies import make_strategy
 from models.errors import InputError
 from models.filter import FilterConfig, build_filter
@@ -122,6 +124,26 @@ def test_every_decode_ends_whatever_the_logits(scripted, seed, scale, favourite,
     assert (output.nfe <= config.gen_length).all()
 
 
+def test_a_new_rule_and_a_new_cache_are_one_class_and_one_entry_each(random_base, prompts, monkeypatch):
+    class Short(Off):
+        name = "short"
+
+        def last(self, step):
+            return torch.full_like(step.committed, 4)
+
+    class Own(Dual):
+        name = "own"
+
+    monkeypatch.setitem(RULES, "short", Short)
+    monkeypatch.setitem(CACHES, "own", Own())
+    full_step = make_strategy("full_step")
+    out = decode(random_base, prompts, DecodeConfig(32, 8, eot="short", cache="own", refresh=2), full_step)
+    assert (out.nfe <= 6).all()  # the first commit may be right of the end
+    assert (out.sequences[:, 5:] == EOT).all()
+    plain, own = (DecodeConfig(32, 8, eot="off", cache=cache) for cache in ("dual", "own"))
+    assert torch.equal(*(decode(random_base, prompts, config, full_step).sequences for config in (plain, own)))
+
+
 def test_nfe_counts_predictor_calls(scripted, prompts):
     def script(ids, attention, positions):
         torch.manual_seed(int(ids.sum()))
@@ -162,20 +184,24 @@ def test_a_finished_rows_place_goes_to_the_next_prompt(random_base, prompts):
         assert busy > (0.8 if size > 1 else 0.99)  # slots do not wait for the slowest row of a batch
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [*STRATEGIES, "oracle"])
 @pytest.mark.parametrize(("cache", "eot"), [("none", "commit"), ("prefix", "published"), ("dual", "commit")])
 def test_a_recorded_decode_in_a_batch_that_is_refilled_and_shrinks_is_the_plain_one(
     ending_base, prompts, name, cache, eot
 ):
     # Whatever a strategy remembers of a row has to go where the row goes, also while its steps are kept.
     many = prompts + [prompt[::-1] for prompt in prompts]
-    config, strategy = DecodeConfig(32, 8, eot=eot, cache=cache), STRATEGIES[name]
-    plain = decode(ending_base, many, config, strategy, batch_size=len(many))
-    out = decode(ending_base, many, config, strategy, record=True, record_eot=True, batch_size=3)
+    config = DecodeConfig(32, 8, eot=eot, cache=cache)
+    strategy = make_strategy("oracle") if name == "oracle" else STRATEGIES[name]
+    wanted = torch.randint(0, 60, (len(many), 32), generator=torch.Generator().manual_seed(0))
+    references = wanted if name == "oracle" else None
+    plain = decode(ending_base, many, config, strategy, references, batch_size=len(many))
+    out = decode(ending_base, many, config, strategy, references, record=True, record_eot=True, batch_size=3)
     assert torch.equal(out.sequences, plain.sequences)
     assert torch.equal(out.nfe, plain.nfe)
     assert torch.bincount(torch.cat([step.rows for step in out.trace])).tolist() == out.nfe.tolist()
-    alone = decode(ending_base, many[-1:], config, strategy, record=True, record_eot=True).trace
+    references = None if references is None else references[-1:]
+    alone = decode(ending_base, many[-1:], config, strategy, references, record=True, record_eot=True).trace
     kept = [(step, int((step.rows == len(many) - 1).nonzero())) for step in out.trace if len(many) - 1 in step.rows]
     for (step, place), single in zip(kept, alone, strict=True):
         assert torch.equal(step.transfer[place], single.transfer[0])

@@ -66,7 +66,8 @@ def steps(draw):
     quota = torch.randint(1, size + 2, (rows,), generator=generator)
     divergence = torch.rand(rows, size, generator=generator) ** draw(st.sampled_from([0.1, 8.0]))
     return Step(
-        evidence, confidence.log().clamp(min=-1e9), quota, torch.randint(0, 3, (rows, size), generator=generator),
+        evidence, confidence.log().clamp(min=-1e9).where(masked, -torch.inf), quota,
+        torch.randint(0, 3, (rows, size), generator=generator),
         decoded=torch.rand(rows, generator=generator), divergence=divergence, draw_entropy=(1 - confidence) * masked,
     )  # fmt: skip
 
@@ -181,7 +182,7 @@ def one_row(masked, quota=1, divergence=None, memory=None, **columns):
     known = {"confidence": zero, "margin": zero, "entropy": zero, "previous": zero} | given
     evidence = Evidence(torch.tensor([masked]), zero.long(), stable=zero.long(), **known)
     divergence = None if divergence is None else torch.tensor([divergence])
-    log_confidence = known["confidence"].log().clamp(min=-1e9)
+    log_confidence = known["confidence"].log().clamp(min=-1e9).where(evidence.masked, -torch.inf)
     return Step(evidence, log_confidence, torch.tensor([quota]), divergence=divergence, memory=memory or {})
 
 
@@ -247,6 +248,8 @@ def test_oracle_commits_only_reference_tokens(step):
 
 
 def test_top_k_takes_the_leftmost_of_equals_and_never_more_than_there_are():
-    score, masked = torch.tensor([[0.5, 0.5, 0.5, 0.9]]), torch.tensor([[True, True, True, False]])
-    assert top_k(score, masked, torch.tensor([2])).tolist() == [[True, True, False, False]]
-    assert top_k(score, masked, torch.tensor([9])).tolist() == [[True, True, True, False]]
+    score, masked = torch.tensor([[0.5, 0.5, 0.5, -torch.inf]]), torch.tensor([[True, True, True, False]])
+    for one, two, nine in ((torch.tensor([1]), torch.tensor([2]), torch.tensor([9])), (1, 2, 9)):
+        assert top_k(score, masked, one).tolist() == [[True, False, False, False]]
+        assert top_k(score, masked, two).tolist() == [[True, True, False, False]]
+        assert top_k(score, masked, nine).tolist() == [[True, True, True, False]]

@@ -43,11 +43,8 @@ def test_a_healthy_base_with_its_filter_and_helper(capsys):
         "versions", "device", "base", "dtype", "components", "memory", "weights", "special tokens", "tokenizer fence",
         "attention mask", "decode, threshold", "filter", "decode, learn2pd", "helper", "decode, apd",
     ]  # fmt: skip
-    planned = [
-        line.split()[-1] for line in printed.splitlines() if " learn2pd: free " in line or " threshold: free " in line
-    ]
-    assert len(planned) == 2
-    assert "apd: not counted" in printed
+    planned = [line[27:].split(":")[0] for line in printed.splitlines() if ": free " in line]
+    assert planned == ["threshold", "learn2pd", "apd"]
     assert "#### 13" in printed  # the second prompt's answer
     assert "note   " in printed  # the filter was trained with gen_length 128
     assert printed.endswith("all is well\n")
