@@ -82,7 +82,7 @@ def test_too_little_memory_for_the_batch(folder, monkeypatch, capsys):
     found_wrong(capsys, "memory", "memory: found 0.00 GiB free on cpu; accepted: threshold, peak .* GiB", folder)
 
 
-def test_too_little_memory_for_the_filter_alone(folder, monkeypatch, capsys):
+def test_too_little_memory_for_the_filter_alone(monkeypatch, capsys):
     # A filter reads more of the logits than a threshold does: the plan of one does not speak for the other.
     def planned(*words, **settings):
         plan = plan_memory(*words, **settings)
@@ -90,7 +90,7 @@ def test_too_little_memory_for_the_filter_alone(folder, monkeypatch, capsys):
 
     monkeypatch.setattr(doctor, "plan_memory", planned)
     message = "memory: found .* free on cpu; accepted: learn2pd, peak .* GiB"
-    found_wrong(capsys, "memory", message, folder, filter=str(BUNDLED / "filter-llada-tiny"))
+    found_wrong(capsys, "memory", message, BUNDLED / "llada-tiny", filter=str(BUNDLED / "filter-llada-tiny"))
 
 
 def test_a_component_that_cannot_be_read(folder, tmp_path, capsys):
@@ -159,5 +159,13 @@ def test_padding_that_is_attended_to(folder, monkeypatch, capsys):
     found_wrong(capsys, "attention mask", "attention_mask: found a padded row", folder)
 
 
-def test_a_filter_for_another_base(folder, capsys):
-    found_wrong(capsys, "filter", "filter", folder, filter=str(BUNDLED / "filter-llada-tiny"))
+def test_a_filter_for_another_vocabulary(folder, capsys):
+    message = "filter: vocab_size: found 992; accepted: .*, that of the model"
+    found_wrong(capsys, "memory", message, folder, filter=str(BUNDLED / "filter-llada-tiny"))
+
+
+def test_a_filter_for_another_base(tmp_path, capsys):
+    filter = Path(shutil.copytree(BUNDLED / "filter-llada-tiny", tmp_path / "filter"))
+    config = json.loads((filter / "config.json").read_text())
+    (filter / "config.json").write_text(json.dumps(config | {"base_fingerprint": "another"}))
+    found_wrong(capsys, "filter", "base_fingerprint: found 'another'", BUNDLED / "llada-tiny", filter=str(filter))
