@@ -239,9 +239,9 @@ def _tuples(description: Any) -> Any:
     return [(name, kind, *(tuple(shape) for shape in rest)) for name, kind, *rest in description]
 
 
-def by_shard(rollouts: Rollouts, passes: Sequence[str] | None) -> Iterator[Records]:
-    """The records of a set, those of one shard at a time: no decode is in two of them."""
+def by_shard(rollouts: Rollouts, passes: Sequence[str] | None, last: str | None = None) -> Iterator[Records]:
+    """The records of a set as :func:`data.rollouts.load_records` reads them, one shard at a time: no decode is in two."""
     from data.rollouts import load_records
 
     for shard in rollouts.shards:
-        yield load_records(Rollouts(rollouts.folder, rollouts.manifest | {"shards": [shard]}), passes)
+        yield load_records(Rollouts(rollouts.folder, rollouts.manifest | {"shards": [shard]}), passes, last=last)

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
-from lightning import LightningDataModule
-from torch import Tensor
+from lightning import LightningDataModule, Trainer
 
 from data.examples import BYTES, FilterBatch, StoredExamples, by_shard, examples, open_stored, shares, store
 from data.labels import PASSES, Records
-from data.manifest import MANIFEST, Rollouts, check_key, open_rollouts
+from data.manifest import MANIFEST, Rollouts, check_key
+from data.order import Shuffle
 from data.prompts import Split
 from data.typed import Count, NotNegative, Whole, checked
 from models.errors import InputError
@@ -24,20 +25,21 @@ __all__ = ["Batches", "FilterBatch", "FilterDataModule"]
 class Batches:
     """Batches of one rank, drawn anew for each epoch; the same whatever the number of ranks drew before.
 
-    A plain iterable rather than a ``DataLoader``: there is nothing to load, workers or collation would only copy.
+    A plain iterable rather than a ``DataLoader``: there is nothing to load, workers or collation would only copy. It holds
+    the indices of one batch.
 
     Args:
         data: All records of a split, wherever they are.
         batch_size: Records in a batch; ``None`` for all of the rank's records.
         rank: This rank.
         ranks: Number of ranks.
-        order: ``epoch -> (n,)`` permutation of the records, the same on every rank; ``None`` keeps their order.
+        order: Epoch to permutation of the records, the same on every rank; ``None`` keeps their order.
         epoch: Tells the current epoch.
     """
 
     def __init__(
         self, data: FilterBatch | StoredExamples, batch_size: int | None, rank: int, ranks: int,
-        order: Callable[[int], Tensor] | None = None, epoch: Callable[[], int] = lambda: 0,
+        order: Callable[[int], Shuffle] | None = None, epoch: Callable[[], int] = lambda: 0,
     ) -> None:  # fmt: skip
         self.data, self.rank, self.ranks, self.order, self.epoch = data, rank, ranks, order, epoch
         # In training every rank takes as many records, so that none waits for the others' last step.
@@ -52,11 +54,11 @@ class Batches:
             yield self.data.take(torch.arange(self.count)) if isinstance(self.data, StoredExamples) else self.data
             return
         device = self.data.device if isinstance(self.data, FilterBatch) else None
-        mine = self.rank + self.ranks * torch.arange(self.count, device=device)
-        if self.order:
-            mine = self.order(self.epoch()).to(device)[mine % len(self.data)]
+        order = self.order(self.epoch()) if self.order else None
         for start in range(0, max(1, self.count), self.batch_size):
-            yield self.data.take(mine[start : start + self.batch_size])
+            rows = self.rank + self.ranks * np.arange(start, min(start + self.batch_size, self.count))
+            rows = rows if order is None else order(rows % len(self.data))
+            yield self.data.take(torch.from_numpy(rows).to(device))
 
 
 class FilterDataModule(LightningDataModule):
@@ -71,6 +73,8 @@ class FilterDataModule(LightningDataModule):
         seed: Seed of the order of batches.
         memory: MiB of records that are held on the device; those of larger sets are laid down once, in files in the folder
             ``records`` beside the shards, and read batch by batch; batches are drawn from all records either way.
+        limit: Training prompts whose records are used, the first ones in the order of their hashes; null for all. One set of
+            rollouts serves a learning curve: the prompts of a lower limit are among those of a higher one.
     """
 
     def __init__(
@@ -81,9 +85,11 @@ class FilterDataModule(LightningDataModule):
         tail_weight: NotNegative = 0.1,
         seed: Whole = 0,
         memory: Whole = 8192,
+        limit: Count | None = None,
     ) -> None:
         super().__init__()
         checked(Whole, memory, "memory")
+        checked(Count | None, limit, "limit")
         checked(Count | None, batch_size, "batch_size")
         checked(NotNegative, tail_weight, "tail_weight")
         if passes == []:
@@ -93,7 +99,8 @@ class FilterDataModule(LightningDataModule):
                 raise InputError("passes", name, ", ".join(PASSES))
         self.rollouts = [Path(folder) for folder in (rollouts if isinstance(rollouts, list) else [rollouts])]
         self.batch_size, self.passes, self.tail_weight = batch_size, passes, tail_weight
-        self.seed, self.memory = seed, memory
+        self.seed, self.memory, self.limit = seed, memory, limit
+        self.sets: dict[Path, Rollouts] = {}
         self.records: Records | None = None
         self.parts: dict[str, FilterBatch | StoredExamples] = {}
         self.digest: str | None = None
@@ -118,10 +125,27 @@ class FilterDataModule(LightningDataModule):
         self.parts = dict(parts)
         self.records = None  # the parts are copies
 
-    def _read(self, device: torch.device) -> Mapping[str, FilterBatch | StoredExamples]:
-        from data.rollouts import load_records
+    def open(self, trainer: Trainer | None) -> list[Rollouts]:
+        """The sets, each verified once however often they are asked for.
 
-        sets = [open_rollouts(folder) for folder in self.rollouts]
+        Args:
+            trainer: Whose ranks ask.
+
+        Raises:
+            InputError: One does not verify.
+        """
+        from data.rollouts import open_on_ranks
+
+        for folder in self.rollouts:
+            if folder not in self.sets:
+                self.sets[folder] = open_on_ranks(folder, trainer)
+        return [self.sets[folder] for folder in self.rollouts]
+
+    def _read(self, device: torch.device) -> Mapping[str, FilterBatch | StoredExamples]:
+        from data.rollouts import last_of_first, load_records
+
+        sets = self.open(self.trainer)
+        last = None if self.limit is None else last_of_first(sets[0], self.limit)
         for one in sets[1:]:
             check_key(one.folder / MANIFEST, one.manifest, sets[0].manifest["model_fingerprint"])
         passes = {one.folder: self._passes(one.manifest["settings"]["passes"]) for one in sets}
@@ -129,20 +153,22 @@ class FilterDataModule(LightningDataModule):
         self.digest = "+".join(one.digest for one in sets)
         rows = sum(one.manifest["counts"]["steps"].get(name, 0) for one in holding for name in passes[one.folder])
         if rows * sets[0].manifest["settings"]["block_length"] * BYTES <= self.memory << 20:
-            records = [load_records(one, passes[one.folder] or self.passes) for one in holding]
+            records = [load_records(one, passes[one.folder] or self.passes, last=last) for one in holding]
             return self._split(Records.cat(records), device)
-        return self._stored([(one, passes[one.folder]) for one in holding], device)
+        return self._stored([(one, passes[one.folder]) for one in holding], last, device)
 
-    def _stored(self, sets: Sequence[tuple[Rollouts, list[str]]], device: torch.device) -> dict[str, StoredExamples]:
+    def _stored(
+        self, sets: Sequence[tuple[Rollouts, list[str]]], last: str | None, device: torch.device
+    ) -> dict[str, StoredExamples]:
         """The records in files, laid down by the first rank where they are not there."""
         if self.batch_size is None:
             raise InputError(
                 "batch_size", None, f"a number, for records of more than {self.memory} MiB; or more memory"
             )
-        key = json.dumps([self.digest, [passes for _, passes in sets], self.tail_weight])
+        key = json.dumps([self.digest, [passes for _, passes in sets], self.tail_weight, last])
         folder = self.rollouts[0] / "records" / hashlib.sha256(key.encode()).hexdigest()[:16]
         if not (self.trainer and self.trainer.global_rank) and open_stored(folder, device) is None:
-            parts = (part for one, passes in sets for part in by_shard(one, passes))
+            parts = (part for one, passes in sets for part in by_shard(one, passes, last))
             store(folder, parts, self.passes or PASSES, self.tail_weight)
         if self.trainer:
             self.trainer.strategy.barrier("records")
@@ -168,9 +194,8 @@ class FilterDataModule(LightningDataModule):
             return Batches(self.parts[split], 4 * self.batch_size if self.batch_size else None, rank, ranks)
         return Batches(self.parts[split], self.batch_size, rank, ranks, self._order, self._epoch)
 
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.parts["train"]), generator=generator)
+    def _order(self, epoch: int) -> Shuffle:
+        return Shuffle(len(self.parts["train"]), (self.seed, epoch))
 
     def _epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer else 0

@@ -1,18 +1,24 @@
 """Helper training data: the predictor's own text, prompt and response, in batches of similar length."""
 
 import math
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from data.manifest import open_rollouts
-from data.rollout_data import plan
-from data.rollouts import Sequences, load_sequences
+from data.manifest import Rollouts
+from data.order import Shuffle
+from data.prompt_list import SPLITS
+from data.rollout_data import WINDOW, plan
+from data.rollouts import open_on_ranks
+from data.tables import fixed
 from data.typed import Count, Whole, checked
 from models.errors import InputError
 
@@ -41,32 +47,61 @@ class TextBatch:
 
 @dataclass
 class Texts:
-    """All texts of a split: token ids of each, and how many of them are the prompt's."""
+    """The texts of a split: token ids in a file without a name, mapped, of which what is asked for is read.
 
-    ids: list[Tensor]
-    prompts: list[int]
+    In memory are 24 bytes a text.
+
+    Attributes:
+        ids: ``(N,)`` int32, of all texts, one after the other.
+        start: ``(P,)`` int64, where each text begins in them.
+        length: ``(P,)`` int64, its number of tokens.
+        prompt: ``(P,)`` int64, how many of these are the prompt's.
+    """
+
+    ids: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    prompt: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.start)
 
-    def batch(self, rows: list[int], pad: int) -> TextBatch:
+    def __getitem__(self, row: int) -> Tensor:
+        """Token ids of a text, ``(T,)`` int64."""
+        return torch.from_numpy(self.ids[self.start[row] :][: self.length[row]].astype(np.int64))
+
+    def batch(self, rows: Sequence[int], pad: int) -> TextBatch:
         """The texts at ``rows``, padded with ``pad``."""
         if not rows:
             none = torch.zeros(0, dtype=torch.int64)
             return TextBatch(none[:, None], none, none)
-        ids = torch.nn.utils.rnn.pad_sequence([self.ids[row] for row in rows], batch_first=True, padding_value=pad)
-        start = torch.tensor([self.prompts[row] for row in rows])
-        return TextBatch(ids, start, torch.tensor([len(self.ids[row]) for row in rows]))
+        ids = torch.nn.utils.rnn.pad_sequence([self[row] for row in rows], batch_first=True, padding_value=pad)
+        start, end = (torch.from_numpy(column[list(rows)]) for column in (self.prompt, self.length))
+        return TextBatch(ids, start, end)
 
 
-def split_texts(sequences: Sequences, split: str) -> Texts:
-    """The texts of a split. A response ends with its first EoT: what follows is padding, which no helper has to learn."""
-    rows = [row for row, name in enumerate(sequences.splits) if name == split]
-    ids = [
-        torch.cat([torch.tensor(sequences.tokens[row]), sequences.references[row, : int(sequences.first_eot[row]) + 1]])
-        for row in rows
-    ]
-    return Texts(ids, [len(sequences.tokens[row]) for row in rows])
+def load_texts(rollouts: Rollouts) -> dict[str, Texts]:
+    """The texts of each split of a rollout set, which is read shard by shard.
+
+    A response ends with its first EoT: what follows is padding, which no helper has to learn.
+    """
+    known = array("q")  # index, split, start, length and prompt of each
+    with TemporaryFile() as stream:
+        for table in rollouts.tables("sequences", ["index", "split", "prompt_tokens", "reference", "first_eot"]):
+            ends, references = table["first_eot"].to_numpy() + 1, fixed(table, "reference")
+            rows = zip(table["index"].to_pylist(), table["split"].to_pylist(), table["prompt_tokens"], strict=True)
+            for row, (index, split, tokens) in enumerate(rows):
+                prompt = tokens.values.to_numpy()
+                text = np.concatenate((prompt, references[row, : ends[row]])).astype(np.int32)
+                known.extend((index, SPLITS.index(split), stream.tell() // text.itemsize, len(text), len(prompt)))
+                stream.write(text.tobytes())
+        stream.flush()
+        ids = np.memmap(stream, np.int32, "r")
+    texts = np.array(known).reshape(-1, 5)
+    texts = texts[texts[:, 0].argsort(kind="stable")]  # whatever the shards are
+    return {
+        name: Texts(ids, *np.ascontiguousarray(texts[texts[:, 1] == n, 2:].T)) for n, name in enumerate(SPLITS)
+    }  # fmt: skip
 
 
 class TextBatches:
@@ -74,6 +109,7 @@ class TextBatches:
 
     Every epoch has as many batches, and every rank trains on as many, so that none waits for the others' last step. In
     evaluation a rank for which nothing is left has one batch without a text: it still takes part in joining the metrics.
+    What is in a batch is found when it is asked for.
 
     Args:
         texts: All texts of a split.
@@ -97,18 +133,23 @@ class TextBatches:
         return max(1, math.ceil((batches - (0 if self.seed else self.rank)) / self.ranks))
 
     def __iter__(self) -> Iterator[TextBatch]:
-        order = list(range(len(self.texts)))
-        generator = None
+        batches = math.ceil(len(self.texts) / self.batch_size)
+        order: Callable[[np.ndarray], np.ndarray] = np.asarray  # as they are
+        places = order
         if self.seed:
-            generator = torch.Generator().manual_seed(self.seed(self.epoch()))
-            order = torch.randperm(len(order), generator=generator).tolist()
-        planned = plan([len(self.texts.ids[row]) for row in order], self.batch_size)
-        if generator:
-            planned = [planned[place] for place in torch.randperm(len(planned), generator=generator).tolist()]
+            seed = self.seed(self.epoch())
+            order, places = Shuffle(len(self.texts), (seed, 0)), Shuffle(batches, (seed, 1))
         for number in range(len(self)):
             place = self.rank + number * self.ranks
-            rows = planned[place % len(planned)] if self.seed or place < len(planned) else []
-            yield self.texts.batch([order[row] for row in rows], self.pad)
+            if not self.seed and place >= batches:
+                yield self.texts.batch([], self.pad)
+                continue
+            # As plan() cuts all of them: sixteen batches that stand near each other are sorted together.
+            window, part = divmod(int(places(np.array([place % batches]))[0]), WINDOW)
+            first = window * WINDOW * self.batch_size
+            near = order(np.arange(first, min(first + WINDOW * self.batch_size, len(self.texts))))
+            rows = near[plan(self.texts.length[near].tolist(), self.batch_size)[part]]
+            yield self.texts.batch(rows.tolist(), self.pad)
 
 
 class HelperDataModule(LightningDataModule):
@@ -141,11 +182,9 @@ class HelperDataModule(LightningDataModule):
         """
         if self.parts:
             return
-        rollouts = open_rollouts(self.rollouts)
+        rollouts = open_on_ranks(self.rollouts, self.trainer)
         self.manifest, self.digest = rollouts.manifest, rollouts.digest
-        sequences = load_sequences(rollouts)
-        for split in ("train", "validation", "test"):
-            part = split_texts(sequences, split)
+        for split, part in load_texts(rollouts).items():
             if not len(part) and (split != "test" or stage == "test"):
                 accepted = "rollouts of prompts of every split; roll out more prompts"
                 raise InputError(f"{self.rollouts}: split", f"no {split} prompt", accepted)

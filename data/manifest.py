@@ -178,23 +178,39 @@ def open_rollouts(
         settings: Settings it must have; those not named may have any value.
 
     Raises:
-        InputError: No manifest, an unfinished set, another schema, model or setting, a missing or damaged shard, or a
-            shard without one of its columns.
+        InputError: As :func:`find_rollouts`; or a missing or damaged shard, or one without one of its columns.
+    """
+    rollouts = find_rollouts(folder, fingerprint, settings)
+    for shard in rollouts.shards:
+        for kind, columns in COLUMNS.items():
+            path = rollouts.folder / shard[kind]["file"]
+            check_file(path, shard[kind], columns)
+            check_shard(path, rollouts.manifest)
+    if (known := rollouts.manifest.get("digest")) not in (None, rollouts.digest):
+        accepted = f"{rollouts.digest}, of the shards that are there"
+        raise InputError(f"{rollouts.folder / MANIFEST}: digest", known, accepted)
+    return rollouts
+
+
+def find_rollouts(
+    folder: str | Path, fingerprint: str | None = None, settings: Mapping[str, Any] | None = None
+) -> Rollouts:
+    """A finished rollout set by its manifest alone, for whoever checks the files that it reads, or has them checked.
+
+    Args:
+        folder: The set's folder.
+        fingerprint: Fingerprint of the base model it must come from; ``None`` accepts any.
+        settings: Settings it must have; those not named may have any value.
+
+    Raises:
+        InputError: No manifest, an unfinished set, or another schema, model or setting.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     check_key(folder / MANIFEST, manifest, fingerprint, settings=settings)
     if not manifest["complete"]:
         raise InputError(f"{folder / MANIFEST}: complete", False, "a finished set; run the rollout again, it continues")
-    rollouts = Rollouts(folder, manifest)
-    for shard in rollouts.shards:
-        for kind, columns in COLUMNS.items():
-            path = folder / shard[kind]["file"]
-            _check_file(path, shard[kind], columns)
-            check_shard(path, manifest)
-    if (known := manifest.get("digest")) not in (None, rollouts.digest):
-        raise InputError(f"{folder / MANIFEST}: digest", known, f"{rollouts.digest}, of the shards that are there")
-    return rollouts
+    return Rollouts(folder, manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -271,7 +287,8 @@ def check_shard(path: Path, key: Mapping[str, Any], required: bool = False) -> N
         )
 
 
-def _check_file(path: Path, described: Mapping[str, Any], columns: Sequence[str]) -> None:
+def check_file(path: Path, described: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Raises an InputError where a file of a shard is not there, damaged, or lacks a column."""
     if not path.is_file():
         raise InputError(str(path), "no such file", f"the shard of {described['rows']} rows that {MANIFEST} lists")
     try:

@@ -19,7 +19,8 @@ from decoding.config import DecodeConfig
 from models.errors import InputError
 from models.predictor import MaskPredictor
 
-_WINDOW = 16  # batches whose prompts are sorted by length together
+WINDOW = 16
+"""Batches whose prompts are sorted by length together."""
 SHARD = 4  # batches of a shard: as a row of the first is finished, one of the others takes its place
 
 
@@ -161,7 +162,7 @@ class PromptBatch:
     batch_size: int
 
 
-def plan(lengths: Sequence[int], size: int, window: int = _WINDOW) -> list[list[int]]:
+def plan(lengths: Sequence[int], size: int, window: int = WINDOW) -> list[list[int]]:
     """Cuts prompts into groups of similar length.
 
     Only prompts that stand near each other are sorted together, so that every stretch of the run takes about as long
@@ -195,7 +196,7 @@ def waiting(
         shards: What is written.
     """
     done = {prompt for record in shards.written() for prompt in record["prompts"]}
-    planned = plan(lengths.tolist(), settings.batch_size * SHARD, _WINDOW // SHARD)
+    planned = plan(lengths.tolist(), settings.batch_size * SHARD, WINDOW // SHARD)
     left = ([n for n in index if prompts.hash(n) not in done] for index in planned)
     return [index for index in left if index]
 

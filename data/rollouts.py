@@ -3,24 +3,29 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from data.labels import PASSES, Records, after_eot, history
-from data.manifest import Rollouts, open_rollouts
+from data.manifest import Rollouts, check_file, find_rollouts, open_rollouts
 from data.prompt import Prompt
 from data.tables import fixed, ragged
 from models.errors import InputError
 from models.features import Evidence
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
 
 @dataclass
 class Sequences:
-    """The prompts of a rollout set and their full-step decodes; ``P`` prompts, ``G`` generated positions.
+    """The prompts of a rollout set and their full-step decodes, in memory; ``P`` prompts, ``G`` generated positions.
 
     Attributes:
         prompts: The prompts, in the order of :attr:`data.labels.Records.prompt_ids`.
@@ -39,18 +44,77 @@ class Sequences:
     nfe: dict[str, Tensor]
 
 
-def load_sequences(rollouts: Rollouts | str | Path, limit: int | None = None) -> Sequences:
+def open_on_ranks(folder: Path, trainer: "Trainer | None") -> Rollouts:
+    """Opens a set for every rank of a trainer: the first one verifies all of it for the others.
+
+    Args:
+        folder: The set's folder.
+        trainer: Whose ranks they are; ``None``: this process is alone.
+
+    Raises:
+        InputError: On every rank, as :func:`data.manifest.open_rollouts`.
+    """
+    if trainer is None or trainer.world_size == 1:
+        return open_rollouts(folder)
+    found, problem = None, None
+    if trainer.is_global_zero:
+        try:
+            found = open_rollouts(folder)
+        except InputError as error:
+            problem = (error.field, str(error.found), error.accepted)
+    if (problem := trainer.strategy.broadcast(problem)) is not None:
+        raise InputError(*problem)
+    return found or find_rollouts(folder)
+
+
+class References:
+    """The reference decodes of a set by the hash of the prompt, read from the shards as they are asked for.
+
+    In memory are 12 bytes a prompt, and what is known of each shard's file.
+
+    Args:
+        rollouts: The set; a shard's file is verified when it is read.
+    """
+
+    def __init__(self, rollouts: Rollouts) -> None:
+        self.folder = rollouts.folder
+        self.files = [shard["sequences"] for shard in rollouts.shards]
+        counts = [len(shard["prompts"]) for shard in rollouts.shards]
+        each = (int(prompt, 16) for shard in rollouts.shards for prompt in shard["prompts"])
+        hashes = np.fromiter(each, np.uint64, sum(counts))
+        order = hashes.argsort()
+        self.hashes, self.shards = hashes[order], np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
+
+    def get(self, hashes: Sequence[str]) -> Tensor | None:
+        """The references of the prompts with these hashes, ``(b, G)`` int64; ``None`` unless all of them are there.
+
+        Raises:
+            InputError: A shard's file is damaged or gone.
+        """
+        wanted = np.array([int(prompt, 16) for prompt in hashes], np.uint64)
+        place = self.hashes.searchsorted(wanted)
+        if not np.isin(wanted, self.hashes[place[place < len(self.hashes)]]).all():
+            return None
+        found: dict[str, np.ndarray] = {}
+        for shard in np.unique(self.shards[place]).tolist():
+            path, columns = self.folder / self.files[shard]["file"], ["prompt_hash", "reference"]
+            check_file(path, self.files[shard], columns)
+            table = pq.read_table(path, columns=columns)
+            found |= zip(table["prompt_hash"].to_pylist(), fixed(table, "reference"), strict=True)
+        return torch.from_numpy(np.stack([found[prompt] for prompt in hashes]).astype(np.int64))
+
+
+def load_sequences(rollouts: Rollouts | str | Path) -> Sequences:
     """Reads the prompts and reference sequences of a rollout set.
 
     Args:
         rollouts: An opened set, or the folder of one, which is then verified.
-        limit: Read the first prompts only, this many.
 
     Raises:
         InputError: The set does not verify.
     """
     rollouts = _opened(rollouts)
-    table = _in_order(pa.concat_tables(rollouts.tables("sequences"))).slice(0, limit)
+    table = _in_order(pa.concat_tables(rollouts.tables("sequences")))
     texts = {name: table[name].to_pylist() for name in ("task", "prompt", "response", "answer", "metadata")}
     return Sequences(
         prompts=[Prompt(*row) for row in zip(table["prompt_id"].to_pylist(), *texts.values(), strict=True)],
@@ -62,15 +126,33 @@ def load_sequences(rollouts: Rollouts | str | Path, limit: int | None = None) ->
     )
 
 
+def last_of_first(rollouts: Rollouts, limit: int) -> str:
+    """The hash of the last of the first ``limit`` training prompts, in the order of their hashes.
+
+    Raises:
+        InputError: There are fewer.
+    """
+    hashes = []
+    for table in rollouts.tables("sequences", ["prompt_hash", "split"]):
+        train = table.filter(pc.call_function("equal", [table["split"], "train"]))
+        hashes.append(train["prompt_hash"].to_numpy().astype("S16"))
+    found = np.sort(np.concatenate(hashes))
+    if limit > len(found):
+        raise InputError("limit", limit, f"at most {len(found)}, the training prompts of {rollouts.folder}; or null")
+    return found[limit - 1].decode()
+
+
 def load_records(
-    rollouts: Rollouts | str | Path, passes: Sequence[str] | None = None, limit: int | None = None
-) -> Records:
+    rollouts: Rollouts | str | Path, passes: Sequence[str] | None = None, limit: int | None = None,
+    last: str | None = None,
+) -> Records:  # fmt: skip
     """Reads the steps of a rollout set into dense tensors.
 
     Args:
         rollouts: An opened set, or the folder of one, which is then verified.
         passes: Which of ``PASSES`` to read; all that were recorded by default.
         limit: Read the first prompts only, this many.
+        last: Of the training prompts read only those whose hash is not beyond this one.
 
     Returns:
         Records ordered by prompt, pass and step.
@@ -83,9 +165,12 @@ def load_records(
     for name in passes or ():
         if name not in recorded:
             raise InputError("passes", repr(name), f"{' | '.join(recorded)}, recorded in {rollouts.folder}")
-    prompts = _in_order(
-        pa.concat_tables(rollouts.tables("sequences", ["index", "prompt_id", "split", "first_eot"]))
-    ).slice(0, limit)
+    names = ["index", "prompt_id", "prompt_hash", "split", "first_eot"]
+    prompts = _in_order(pa.concat_tables(rollouts.tables("sequences", names))).slice(0, limit)
+    if last is not None:
+        others = pc.call_function("not_equal", [prompts["split"], "train"])
+        first = pc.call_function("less_equal", [prompts["prompt_hash"], last])
+        prompts = prompts.filter(pc.call_function("or", [others, first]))
     # The narrow columns first: they say where each row of the files goes, so the wide ones are laid down only once.
     keep, keys = _keys(rollouts, prompts, passes or recorded)
     order = np.lexsort((keys["step"], keys["pass"], keys["prompt"]))

@@ -175,18 +175,19 @@ class Decoder:
             warnings.warn(f"{self.strategy.name}: its component never fired ({name} is 0 in every row)", stacklevel=2)
         return self._generation(whole, config, call | {"stop": list(stop)}, trace)
 
-    def check(self, prompts: Sequence[PromptLike], **settings: Any) -> None:
+    def check(self, prompts: Sequence[PromptLike], *, chat_template: bool = True, **settings: Any) -> None:
         """Raises what :meth:`generate` would raise before its first step; what is learned is loaded for it.
 
         Args:
             prompts: As for :meth:`generate`.
+            chat_template: Likewise.
             **settings: Of :class:`decoding.config.DecodeConfig`.
 
         Raises:
             InputError: A setting, a prompt or a component that cannot be used, by name.
         """
         config = DecodeConfig.of(settings)
-        self._encode(prompts, config, True)
+        self._encode(prompts, config, chat_template)
         RULES[config.eot]().prepare(config, self.predictor)
         self.strategy.prepare(self.predictor, config)
 

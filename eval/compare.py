@@ -106,6 +106,7 @@ class Comparison:
         gen_length: Generated positions of runs that do not say.
         block_length: Positions of a block, likewise.
         batch_size: Prompts decoded together, likewise.
+        chat_template: Wrap prompts in the chat template.
         repeats: How often every run is decoded.
         strategies: Ready-made strategies by label, for components that are not exported yet.
         folder: Keeps every finished decode there, so that an interrupted comparison goes on where it stopped.
@@ -117,14 +118,14 @@ class Comparison:
 
     def __init__(
         self, predictor: MaskPredictor, prompts: Sequence[Prompt], runs: Sequence[Run], *, gen_length: int = 128,
-        block_length: int = 32, batch_size: int = 32, repeats: int = 1, strategies: dict[str, Strategy] | None = None,
-        folder: Path | None = None, warm_up: bool = False,
+        block_length: int = 32, batch_size: int = 32, chat_template: bool = True, repeats: int = 1,
+        strategies: dict[str, Strategy] | None = None, folder: Path | None = None, warm_up: bool = False,
     ) -> None:  # fmt: skip
         if repeats < 1:
             raise InputError("repeats", repeats, "a whole number of at least 1")
         usual = {"gen_length": gen_length, "block_length": block_length, "batch_size": batch_size}
         self.runs = [_filled(run, usual) for run in runs]
-        self.predictor, self.prompts, self.repeats = predictor, prompts, repeats
+        self.predictor, self.prompts, self.chat_template, self.repeats = predictor, prompts, chat_template, repeats
         self.reference = self._references()
         labels = [run.label for run in self.runs]
         for label in labels:
@@ -162,7 +163,8 @@ class Comparison:
             warnings.simplefilter("ignore")  # the decode says it
             for number, run in enumerate(self.runs):
                 prompts = self.prompts_of(number) if self.reference[number] == number else self.prompts[:1]
-                self._decoder(number).check([prompt.prompt for prompt in prompts], **_settings(run))
+                texts = [prompt.prompt for prompt in prompts]
+                self._decoder(number).check(texts, chat_template=self.chat_template, **_settings(run))
 
     def _decoder(self, number: int) -> Decoder:
         return Decoder(self.predictors[self.runs[number].dtype], self.strategies[number])
@@ -242,6 +244,7 @@ class Comparison:
         return self._decoder(number).generate(
             [self.prompts[n].prompt for n in chosen],
             batch_size=run.batch_size,
+            chat_template=self.chat_template,
             references=None if references is None else references[list(chosen)],
             finished=lambda index, tokens, nfe: progress(next(done)),
             **_settings(run),
@@ -274,7 +277,7 @@ class Comparison:
         key = [
             asdict(self.runs[number]) | {"label": "", "always": False}, strategy.settings(), strategy.fingerprints(), repeat,
             self.predictor.fingerprint, str(self.predictor.dtype), str(self.predictor.device),
-            [prompt_hash(prompt.prompt) for prompt in self.prompts_of(number)], self.surroundings,
+            [prompt_hash(prompt.prompt) for prompt in self.prompts_of(number)], self.chat_template, self.surroundings,
             None if head is None else fingerprint(Path(head)),
             None if references is None else hashlib.sha256(references.numpy().tobytes()).hexdigest(),
         ]  # fmt: skip

@@ -55,7 +55,7 @@ class Spec:
     module: type[LightningModule]
     data: type[LightningDataModule]
     subcommands: Sequence[str] = ("fit", "validate", "test")
-    settings: Mapping[str, type] = field(default_factory=dict)
+    settings: Mapping[str, type | Mapping[str, Any]] = field(default_factory=dict)
     links: Sequence[tuple[Any, ...]] = ()
     checkpoint: Mapping[str, Any] | None = None
     callbacks: Callable[[Path], list[Callback]] | None = None
@@ -112,7 +112,10 @@ class Command(LightningCLI):
         )
         parser.add_class_arguments(WandbSettings, "wandb")
         for key, group in self.spec.settings.items():
-            parser.add_class_arguments(group, key)
+            if isinstance(group, type):
+                parser.add_class_arguments(group, key)
+            else:
+                parser.add_argument(f"--{key}", **group)
         for link in self.spec.links:
             parser.link_arguments(*link)
 
@@ -199,7 +202,7 @@ def run(
     *,
     subcommands: Sequence[str] = ("fit", "validate", "test"),
     verbs: Mapping[str, Callable[..., object]] | None = None,
-    settings: Mapping[str, type] | None = None,
+    settings: Mapping[str, type | Mapping[str, Any]] | None = None,
     links: Sequence[tuple[Any, ...]] = (),
     checkpoint: Mapping[str, Any] | None = None,
     callbacks: Callable[[Path], list[Callback]] | None = None,
@@ -216,7 +219,8 @@ def run(
         data: Its data; likewise ``--data.*``.
         subcommands: The Trainer's methods offered: fit, validate, test, predict.
         verbs: Further first words, each a typed function run by its signature.
-        settings: Further settings, key to a dataclass; hooks read them by :meth:`Command.setting`.
+        settings: Further settings, key to a dataclass, or to what ``add_argument`` takes; hooks read them by
+            :meth:`Command.setting`.
         links: Arguments of ``link_arguments``: source key, target key and, where needed, a function.
         checkpoint: Settings of Lightning's ``ModelCheckpoint``; ``None`` saves no checkpoints.
         callbacks: Makes the command's own callbacks for a run folder.
@@ -331,5 +335,21 @@ def log_export(
         export = wandb.Artifact(name, type="model", metadata={"rollouts": rollouts, **metrics})
         export.add_dir(str(folder))
         for digest in [] if rollouts is None or run.settings._offline else rollouts.split("+"):
-            run.use_artifact(wandb.Artifact(f"rollouts-{digest}", type="rollouts", metadata={"digest": digest}))
+            run.use_artifact(_rollouts(digest))
         run.log_artifact(export)
+
+
+def log_rollouts(loggers: Sequence[Logger], digest: str) -> None:
+    """Tells W&B which rollouts a run has made: the artifact that :func:`log_export` names as the input of what learns from them.
+
+    Args:
+        loggers: The trainer's.
+        digest: Digest of the set, of which W&B is told nothing else: shards stay where they are.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.log_artifact(_rollouts(digest))
+
+
+def _rollouts(digest: str) -> wandb.Artifact:
+    return wandb.Artifact(f"rollouts-{digest}", type="rollouts", metadata={"digest": digest})

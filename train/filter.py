@@ -3,7 +3,9 @@
 ``fit`` rolls out what is missing, trains, picks the threshold on validation prompts, exports, and prints the comparison.
 """
 
+import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +14,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from data.disk import check_writable
 from data.filter_data import FilterDataModule
-from data.manifest import open_rollouts
+from data.manifest import MANIFEST, Rollouts, check_key, open_rollouts
 from data.prompt import Prompt
 from data.prompts import Split, split_of
 from data.rollout_data import RolloutSettings
@@ -29,18 +33,19 @@ from models.checkpoint import PICTURE, check_replaceable
 from models.errors import InputError
 from models.filter import FilterConfig, save_filter, size
 from models.predictor import MaskPredictor, fingerprint
-from train.callbacks import checkpoints, progress
+from train.callbacks import FiniteLoss, checkpoints, progress
 from train.cards import filter_time, made_from, metadata
 from train.cli import Command, log_export, run
 from train.filter_module import FilterModule
-from train.folder import load_checkpoint, made_by
+from train.folder import WholeFiles, last_checkpoint, load_checkpoint, made_by
 from train.reliability import draw
 from train.rollout_module import roll_out
 
+ROUNDS = "How often the filter is trained anew on states of its own decodes, labelled by what full_step makes of them."
 FIGURES = ("exact_match", "valid", "sequence_agreement", "token_agreement", "nfe_mean", "tokens_per_forward")
 FIRST = (
     "rollout.base", "rollout.sources", "rollout.limit", "rollout.folder", "rollout.gen_length", "rollout.block_length",
-    "rollout.batch_size", "pipeline.rounds", "pipeline.out", "trainer.devices",
+    "rollout.batch_size", "rounds", "pipeline.out", "trainer.devices",
 )  # fmt: skip
 
 
@@ -54,7 +59,6 @@ class Pipeline:
         test_prompts: Test prompts on which the picked threshold is reported; null for all of the sources.
         pick_from: Candidate thresholds.
         baselines: Confidence thresholds of the training-free decode, of which the best is picked by the same rule.
-        rounds: How often the filter is trained anew on states of its own decodes, labelled by what full_step makes of them.
         loss: Right answers, as a share from 0 to 1, that a decode may lose against full_step to count as equally good; one
             standard error of the loss is added to it.
     """
@@ -64,7 +68,6 @@ class Pipeline:
     test_prompts: Count | None
     pick_from: list[Share]
     baselines: list[Share]
-    rounds: Rounds
     loss: Part
 
     def __post_init__(self) -> None:
@@ -78,40 +81,54 @@ def prepare(command: Command) -> None:
     """Before ``fit``: the rollouts that are missing, on the trainer's devices, and those of every round's filter."""
     pipeline: Pipeline = command.setting("pipeline")
     rollouts: RolloutSettings = command.setting("rollout")
-    if pipeline.rounds and "filter" in rollouts.passes:
-        raise InputError(
-            "rollout.passes", ", ".join(rollouts.passes), "no filter with pipeline.rounds, which make their own"
-        )
+    rounds: int = command.setting("rounds")
+    if rounds and "filter" in rollouts.passes:
+        raise InputError("rollout.passes", ", ".join(rollouts.passes), "no filter with rounds, which make their own")
     data: FilterDataModule = command.datamodule
-    if pipeline.rounds and "filter" not in (data.passes or ["filter"]):
-        raise InputError(
-            "data.passes", ", ".join(data.passes or []), "null, or filter among them, with pipeline.rounds"
-        )
+    if rounds and "filter" not in (data.passes or ["filter"]):
+        raise InputError("data.passes", ", ".join(data.passes or []), "null, or filter among them, with rounds")
     check_replaceable(pipeline.out.absolute(), "filter")
     roll_out(command)
-    for number in range(1, pipeline.rounds + 1):
-        learner = command.folder / "rounds" / str(number)
-        learn(command, learner)
+    for number in range(1, rounds + 1):
+        learner, loggers = command.folder / "rounds" / str(number), of_round(command, number)
+        learn(command, learner, loggers)
         own = replace(
             rollouts, folder=rollouts.folder / f"filter-{fingerprint(learner)}-{command.model.config.threshold:g}",
             passes=["filter"], filter=learner, references=rollouts.folder,
         )  # fmt: skip
-        roll_out(command, own)
+        roll_out(command, own, loggers)
         data.rollouts.append(own.folder)
+    if rounds:  # as if they had been there
+        seed_everything(command.settings["seed_everything"], verbose=False)
 
 
-def learn(command: Command, out: Path) -> None:
+def of_round(command: Command, number: int) -> list[Logger]:
+    """The command's loggers as a round has them: the same run of W&B, and metrics whose names begin with ``round 1-``."""
+    found: list[Logger] = []
+    for logger in command.trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            found.append(WandbLogger(experiment=logger.experiment, prefix=f"round {number}"))
+        if isinstance(logger, CSVLogger):
+            found.append(CSVLogger(command.folder, name="csv", prefix=f"round {number}"))
+    return found
+
+
+def learn(command: Command, out: Path, loggers: list[Logger]) -> None:
     """Trains and exports the filter of a round, from what is rolled out so far; one that is there already is kept.
+
+    A training that was interrupted continues where it was.
 
     Args:
         command: The command, whose model, data and trainer settings it takes.
         out: Folder of the export.
+        loggers: Where its metrics go.
     """
     given: FilterDataModule = command.datamodule
     data = FilterDataModule(
-        list(given.rollouts), given.batch_size, given.passes, given.tail_weight, given.seed, given.memory
+        list(given.rollouts), given.batch_size, given.passes, given.tail_weight, given.seed, given.memory, given.limit
     )
-    digest = "+".join(open_rollouts(folder).digest for folder in data.rollouts)
+    data.sets = given.sets
+    digest = "+".join(one.digest for one in given.open(command.trainer))
     settings = command.settings
     made_of = {"rollouts": digest, **{name: settings[name] for name in ("model", "data", "seed_everything")}}
     record = out / "README.md"
@@ -121,18 +138,24 @@ def learn(command: Command, out: Path) -> None:
     trainer, rollouts = command.trainer, command.setting("rollout")
     seed_everything(settings["seed_everything"], verbose=False)
     module = FilterModule(**settings["model"])
-    best = checkpoints(out.with_name(f"{out.name}-checkpoints"), monitor="validation/loss")
-    rounds = Trainer(
+    # What is made of something else has another folder: it is not what this one continues from.
+    folder = out.with_name(f"{out.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
+    best, begun = checkpoints(folder / "checkpoints", monitor="validation/loss"), last_checkpoint(folder)
+    if begun is not None:
+        rank_zero_only(print)(f"continuing {begun}", file=sys.stderr)
+    learning = Trainer(
         accelerator=settings["trainer"]["accelerator"], devices=trainer.num_devices, num_nodes=trainer.num_nodes,
-        max_epochs=trainer.max_epochs, max_steps=trainer.max_steps, logger=False, enable_model_summary=False,
-        callbacks=[best, progress(), *callbacks(out)],
+        max_epochs=trainer.max_epochs, max_steps=trainer.max_steps, logger=loggers, enable_model_summary=False,
+        callbacks=[best, FiniteLoss(), progress(), *callbacks(out)], plugins=[WholeFiles()],
     )  # fmt: skip
-    rounds.fit(module, data)
-    module.load_state_dict(load_checkpoint(Path(best.best_model_path))["state_dict"])
+    learning.fit(module, data, ckpt_path=begun, weights_only=True)
     if trainer.is_global_zero:
-        predictor = MaskPredictor.from_pretrained(rollouts.base)
-        save_filter(out, module.net, describe(module.config, predictor, rollouts.folder, {}), text)
-    rounds.strategy.barrier("round")
+        module.load_state_dict(load_checkpoint(Path(best.best_model_path))["state_dict"])
+        outline = MaskPredictor.outline(rollouts.base)
+        save_filter(out, module.net, describe(module.config, outline, data.open(None)[0], {}), text)
+        for unfinished in out.parent.glob(f"{out.name}-*"):
+            shutil.rmtree(unfinished)
+    learning.strategy.barrier("round")
 
 
 def finish(command: Command) -> None:
@@ -147,8 +170,8 @@ def finish(command: Command) -> None:
     curves = module.reliability
     if not trainer.is_global_zero:  # every rank has to take part up to here
         return
-    predictor = MaskPredictor.from_pretrained(rollouts.base)
-    config = describe(module.config, predictor, rollouts.folder, metrics)
+    predictor = MaskPredictor.from_pretrained(rollouts.base, dtype=rollouts.dtype)
+    config = describe(module.config, predictor, command.datamodule.open(None)[0], metrics)
     module.net.to(predictor.device).eval()
     config, split, rows, calibration = pick_threshold(
         predictor, module, config, pipeline, rollouts, command.folder / "decodes"
@@ -167,13 +190,16 @@ def finish(command: Command) -> None:
     log_export(trainer.loggers, "filter", pipeline.out, picked, rows, ["label", *FIGURES], command.datamodule.digest)
 
 
-def describe(config: FilterConfig, predictor: MaskPredictor, rollouts: Path, metrics: dict[str, float]) -> FilterConfig:
-    """The filter's configuration completed by what it was trained on.
+def describe(
+    config: FilterConfig, predictor: MaskPredictor, rollouts: Rollouts, metrics: dict[str, float]
+) -> FilterConfig:
+    """The filter's configuration completed by what it was trained on; of the predictor the weights are not needed.
 
     Raises:
         InputError: The rollouts are not of this base model.
     """
-    settings = open_rollouts(rollouts, fingerprint=predictor.fingerprint).manifest["settings"]
+    check_key(rollouts.folder / MANIFEST, rollouts.manifest, predictor.fingerprint)
+    settings = rollouts.manifest["settings"]
     return replace(
         config, gen_length=settings["gen_length"], eot_rule=settings["eot"], vocab_size=predictor.vocab_size,
         mask_id=predictor.ids.mask, base_fingerprint=predictor.fingerprint, base_family=predictor.family,
@@ -187,9 +213,9 @@ def pick_threshold(
 ) -> tuple[FilterConfig, str, list[dict[str, Any]], Calibration]:  # fmt: skip
     """Picks the cheapest threshold that loses no more than is accepted, on validation prompts, and measures it on test.
 
-    The training-free threshold that it is compared with is picked by the same rule. Where the sources have no test
-    prompt, the figures are those of validation. Finished decodes are kept in the folder ``decodes``, for when this is
-    interrupted.
+    Prompts are encoded and decoded as the rollouts were. The training-free threshold that it is compared with is picked by
+    the same rule. Where the sources have no test prompt, the figures are those of validation. Finished decodes are kept in
+    the folder ``decodes``, for when this is interrupted.
 
     Returns:
         The configuration with the threshold and its figures, the split that these are of, the rows of the comparison, and what
@@ -204,15 +230,16 @@ def pick_threshold(
         }
         return compare(
             predictor, prompts, runs, gen_length=config.gen_length, block_length=config.block_length,
-            batch_size=rollouts.batch_size, strategies=ready, folder=decodes,
+            batch_size=rollouts.batch_size, chat_template=rollouts.chat_template, strategies=ready, folder=decodes,
             progress=lambda label: print(f"decoding {len(prompts)} {split} prompts: {label}", file=sys.stderr),
         )  # fmt: skip
 
-    plain = [Run("threshold", {"threshold": threshold}) for threshold in sorted(pipeline.baselines)]
-    learned = [Run("learn2pd", {"threshold": threshold}) for threshold in sorted(pipeline.pick_from)]
+    decoding: Any = {"eot": rollouts.eot, "steps": rollouts.steps}
+    plain = [Run("threshold", {"threshold": value}, **decoding) for value in sorted(pipeline.baselines)]
+    learned = [Run("learn2pd", {"threshold": value}, **decoding) for value in sorted(pipeline.pick_from)]
     split: Split = "validation"
     prompts = rollouts.encode(rollouts.prompts(split, pipeline.pick_prompts), predictor)[0]
-    rows = decode(split, prompts, [Run("full_step"), *plain, *learned])
+    rows = decode(split, prompts, [Run("full_step", **decoding), *plain, *learned])
     picked = [pick(part, pipeline.loss) for part in (rows[1 : len(plain) + 1], rows[len(plain) + 1 :])]
     threshold = picked[1]["settings"]["threshold"]
     safest_first = rows[: len(plain) : -1]
@@ -225,7 +252,7 @@ def pick_threshold(
         split = "test"
         tests = rollouts.encode(rollouts.prompts(split, pipeline.test_prompts), predictor)[0]
         chosen = [run for run in (*plain, *learned) if run.label in (picked[0]["label"], picked[1]["label"])]
-        rows = decode(split, tests, [Run("full_step"), *chosen, Run("oracle")])
+        rows = decode(split, tests, [Run("full_step", **decoding), *chosen, Run("oracle", **decoding)])
         picked = rows[1:3]
     figures = {f"decode/{name}": picked[1][name] for name in FIGURES}
     figures |= {"decode/prompts": picked[1]["prompts"], "decode/threshold_nfe_mean": picked[0]["nfe_mean"]}
@@ -244,9 +271,10 @@ def card(
         f"Says which guesses of the mask predictor `{config.base_fingerprint}` are already final (arXiv 2509.25188).",
         f"Trained on rollouts of gen_length {config.gen_length}, block_length {config.block_length}, EoT rule "
         f"`{config.eot_rule}`, passes {', '.join(settings['data']['passes'] or settings['rollout']['passes'])}, "
-        f"{settings['pipeline']['rounds']} rounds of states of its own; "
+        f"{settings['rounds']} rounds of states of its own; "
         f"prompts: {', '.join(source['path'] for source in settings['rollout']['sources'])}, "
-        f"limit {settings['rollout']['limit']}; digest of the rollouts {rollouts}.",
+        f"limit {settings['rollout']['limit']}; training prompts used: {settings['data']['limit'] or 'all'}; "
+        f"digest of the rollouts {rollouts}.",
         "",
         f"Threshold {config.threshold:g}: on validation prompts the one of fewest forwards that loses at most "
         f"{100 * settings['pipeline']['loss']:g} point against full_step, one standard error added, or, where none does, the one "
@@ -287,8 +315,8 @@ def export(checkpoint: Path, rollouts: Path, base: str, out: Path, threshold: Sh
         module = FilterModule(**settings)
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"])
-    predictor = MaskPredictor.from_pretrained(base)
-    config = replace(describe(module.config, predictor, rollouts, {}), threshold=threshold)
+    config = describe(module.config, MaskPredictor.outline(base), open_rollouts(rollouts), {})
+    config = replace(config, threshold=threshold)
     title = metadata("filter", made_from(base, rollouts)) + f"# Learn2PD filter ({config.architecture})"
     save_filter(out, module.net, config, f"{title}\n\nExported from `{checkpoint.name}`.\n")
     print(f"exported {out}")
@@ -305,7 +333,11 @@ if __name__ == "__main__":
         FilterModule,
         FilterDataModule,
         verbs={"export": export},
-        settings={"rollout": RolloutSettings, "pipeline": Pipeline},
+        settings={
+            "rollout": RolloutSettings,
+            "pipeline": Pipeline,
+            "rounds": {"type": Rounds, "default": 0, "help": ROUNDS},
+        },
         links=[
             ("rollout.folder", "data.rollouts"),
             ("rollout.block_length", "model.block_length"),

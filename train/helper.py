@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from data.disk import check_writable
 from data.helper_data import HelperDataModule
-from data.manifest import open_rollouts
+from data.manifest import MANIFEST, Rollouts, check_key, open_rollouts
 from data.rollout_data import RolloutSettings
 from data.typed import Count, Length, Share, check_fields
 from decoding.risk import Calibration
@@ -74,8 +74,8 @@ def finish(command: Command) -> None:
     metrics = dict(trainer.validate(module, command.datamodule, verbose=False)[0])
     if not trainer.is_global_zero:  # every rank has to take part up to here
         return
-    predictor = MaskPredictor.from_pretrained(rollouts.base)
-    config = describe(module, predictor, rollouts.folder, metrics)
+    predictor = MaskPredictor.from_pretrained(rollouts.base, dtype=rollouts.dtype)
+    config = describe(module, predictor, Rollouts(rollouts.folder, command.datamodule.manifest), metrics)
     module.to(predictor.device)
     rows, calibration = measure(predictor, Helper(module.net, config), pipeline, rollouts, command.folder / "decodes")
     for row in rows[1:]:
@@ -96,14 +96,15 @@ def finish(command: Command) -> None:
 
 
 def describe(
-    module: HelperModule, predictor: MaskPredictor, rollouts: Path, metrics: Mapping[str, float]
+    module: HelperModule, predictor: MaskPredictor, rollouts: Rollouts, metrics: Mapping[str, float]
 ) -> HelperConfig:
     """The helper's description: what it was trained on, and for what.
 
     Raises:
         InputError: The rollouts are not of this base model.
     """
-    settings = open_rollouts(rollouts, fingerprint=predictor.fingerprint).manifest["settings"]
+    check_key(rollouts.folder / MANIFEST, rollouts.manifest, predictor.fingerprint)
+    settings = rollouts.manifest["settings"]
     source = module.pretrained
     if source is not None and Path(source).is_dir():
         source = str(Path(source).resolve())  # wherever the export is loaded from
@@ -118,7 +119,9 @@ def describe(
 def measure(
     predictor: MaskPredictor, helper: Helper, pipeline: Pipeline, rollouts: RolloutSettings, decodes: Path
 ) -> tuple[list[dict[str, Any]], Calibration | None]:
-    """Decodes validation prompts full-step and with APD at every mixture weight; what is finished is kept in ``decodes``.
+    """Decodes validation prompts full-step and with APD at every mixture weight, encoded and decoded as the rollouts were.
+
+    What is finished is kept in ``decodes``.
 
     Returns:
         The rows of the comparison, full_step first, and what they vouch for; nothing where there are no mixture weights.
@@ -126,16 +129,17 @@ def measure(
     if not pipeline.mixture_weights:
         return [], None
     prompts = rollouts.encode(rollouts.prompts("validation", pipeline.measure_prompts), predictor)[0]
-    runs, ready = [Run("full_step")], dict[str, Strategy]()
+    decoding: Any = {"eot": rollouts.eot, "steps": rollouts.steps}
+    runs, ready = [Run("full_step", **decoding)], dict[str, Strategy]()
     for weight in sorted(pipeline.mixture_weights):
-        runs.append(Run("apd", {"mixture_weight": weight}))
+        runs.append(Run("apd", {"mixture_weight": weight}, **decoding))
         ready[runs[-1].label] = make_strategy(
             "apd", network=helper, mixture_weight=weight, kv_window=pipeline.kv_window,
             max_lookahead=pipeline.max_lookahead,
         )  # fmt: skip
     rows = compare(
         predictor, prompts, runs, gen_length=rollouts.gen_length, block_length=rollouts.block_length,
-        batch_size=rollouts.batch_size, strategies=ready, folder=decodes,
+        batch_size=rollouts.batch_size, chat_template=rollouts.chat_template, strategies=ready, folder=decodes,
         progress=lambda label: print(f"decoding {len(prompts)} validation prompts: {label}", file=sys.stderr),
     )  # fmt: skip
     # The larger the weight, the more drafts are accepted: cheaper, and further from the helper's own text.
@@ -221,7 +225,7 @@ def export(checkpoint: Path, rollouts: Path, out: Path, base: str | None = None,
         module.build(predictor)
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"], strict=module.strict_loading)
-    config = describe(module, predictor, rollouts, {})
+    config = describe(module, predictor, open_rollouts(rollouts), {})
     net = module.net
     if merge:
         net, config = net.merge_and_unload(), replace(config, adapter=False)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from data.labels import Completions, collect, regions
-from data.manifest import open_rollouts
+from data.manifest import find_rollouts
 from data.prompts import prompt_hash, tokenizer_hash
 from data.rollout_data import PromptBatch, RolloutSettings
-from data.rollouts import load_sequences
+from data.rollouts import References
 from data.shards import RolloutBatch, RolloutKey
 from decoding.loop import decode
 from decoding.output import DecodeOutput
@@ -35,13 +35,11 @@ class Roller:
             for name in settings.passes
         }
         self.key = self._key()
-        self.known: dict[str, Tensor] = {}
+        self.references: References | None = None
         if settings.references is not None:
             names = (*settings.decoding.settings(), "chat_template", "dtype", "eot_id")
             same = {name: self.key.settings[name] for name in names}
-            earlier = load_sequences(open_rollouts(settings.references, self.key.fingerprint, same))
-            hashes = [prompt_hash(prompt.prompt) for prompt in earlier.prompts]
-            self.known = dict(zip(hashes, earlier.references, strict=True))
+            self.references = References(find_rollouts(settings.references, self.key.fingerprint, same))
 
     def _key(self) -> RolloutKey:
         """What makes rollouts reusable."""
@@ -61,7 +59,9 @@ class Roller:
 
     def roll(self, batch: PromptBatch) -> RolloutBatch:
         """The references of a batch, and the trace of each of the passes."""
-        full, references = None, self._known(batch)
+        full, references = None, None
+        if self.references is not None:
+            references = self.references.get([prompt_hash(prompt.prompt) for prompt in batch.prompts])
         if references is None or "full_step" in self.strategies:
             full = self._decode(batch, make_strategy("full_step"), None)
             references = full.sequences
@@ -74,12 +74,6 @@ class Roller:
         nfe, traces = {name: run.nfe for name, run in runs.items()}, {name: run.trace for name, run in runs.items()}
         completions = {name: self._complete(batch, run) for name, run in runs.items() if name == "filter"}
         return RolloutBatch(batch.index, batch.prompts, batch.tokens, references, nfe, traces, completions)
-
-    def _known(self, batch: PromptBatch) -> Tensor | None:
-        """References ``(b, G)`` that were decoded before; ``None`` unless all of the batch were."""
-        known = [self.known.get(prompt_hash(prompt.prompt)) for prompt in batch.prompts]
-        found = [reference for reference in known if reference is not None]
-        return torch.stack(found) if len(found) == len(known) else None
 
     def _complete(self, batch: PromptBatch, run: DecodeOutput) -> Completions:
         """Decodes the active block of some states of a recorded decode to its end, full-step: labels speak of no other.

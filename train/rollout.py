@@ -15,7 +15,7 @@ from decoding.config import DecodeConfig
 from decoding.memory_plan import MOST_ROWS, plan_memory
 from decoding.strategies import make_strategy
 from models.predictor import checkpoint_folder
-from train.cli import Command, run
+from train.cli import Command, log_rollouts, run
 from train.rollout_module import RolloutModule, RolloutWriter
 from train.rollout_module import run as run_rollout
 from train.rollout_ray import rollout_by_ray
@@ -27,6 +27,8 @@ def _report(command: Command) -> None:
         return
     numbers = ", ".join(f"{name.removeprefix('rollout/')} {value:.4g}" for name, value in module.summary().items())
     print(f"{module.folder}: {numbers}")
+    if module.rollouts.manifest["complete"]:
+        log_rollouts(module.trainer.loggers, module.rollouts.digest)
 
 
 def plan(

@@ -3,11 +3,13 @@
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.loggers import Logger
 
 from data.manifest import read_manifest
 from data.rollout_data import PromptBatch, RolloutData, RolloutSettings
@@ -140,16 +142,22 @@ def run(settings: RolloutSettings, **devices: Any) -> RolloutModule:
     return module
 
 
-def roll_out(command: Command, settings: RolloutSettings | None = None) -> None:
+def roll_out(
+    command: Command, settings: RolloutSettings | None = None, loggers: Sequence[Logger] | None = None
+) -> None:
     """Before ``fit``: the rollouts that are missing, on the devices that the command has.
 
     Args:
         command: The command.
         settings: What is rolled out; the command's own settings by default.
+        loggers: Where the figures of it go; the command's own by default.
     """
     trainer = command.trainer
     accelerator = command.settings["trainer"]["accelerator"]
-    rollout(
+    found = run(
         settings or command.setting("rollout"), accelerator=accelerator, devices=trainer.num_devices,
         num_nodes=trainer.num_nodes,
-    )  # fmt: skip
+    ).summary()  # fmt: skip
+    for logger in trainer.loggers if loggers is None else loggers:
+        logger.log_metrics(found)
+        logger.save()

@@ -77,6 +77,8 @@ def _adopt_slurm() -> bool:
 def own_device(asked: str | None) -> str | None:
     """The device of this process: the one asked for, or with several processes on GPUs, its own.
 
+    That is the GPU of its number on the machine, or the only one that it sees, as with ``srun --gpus-per-task=1``.
+
     Raises:
         InputError: No such device.
     """
@@ -88,7 +90,7 @@ def own_device(asked: str | None) -> str | None:
         raise InputError("device", repr(asked), "cpu | cuda | cuda:<n>, where there is such a GPU")
     several = dist.is_initialized() and dist.get_world_size() > 1
     if several and torch.cuda.is_available() and asked != "cpu":
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0') if torch.cuda.device_count() > 1 else 0}"
     return asked
 
 

@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +16,11 @@ from lightning import Trainer
 
 from data.examples import StoredExamples, by_shard
 from data.filter_data import FilterBatch, FilterDataModule
-from data.manifest import Rollouts, open_rollouts
+from data.manifest import Rollouts, find_rollouts, open_rollouts, sha256
+from data.prompt import prompt_hash, split_of
 from data.prompts import PromptSource
 from data.rollout_data import RolloutSettings
+from data.rollouts import References, load_records, load_sequences, open_on_ranks
 from models.errors import InputError
 from train.filter_module import FilterModule
 from train.rollout_module import rollout
@@ -63,6 +68,95 @@ def test_records_in_files_are_those_in_memory(rollouts: Rollouts) -> None:
     first = next(by_shard(rollouts, None))
     number = [n for n, p in enumerate(first.prompt.tolist()) if first.splits[p] == "train"]
     assert torch.equal(stored["train"].take(torch.arange(len(number))).evidence.token, first.evidence.token[number])
+
+
+def test_a_limit_takes_the_first_training_prompts_by_hash_of_one_set(rollouts: Rollouts, tmp_path: Path) -> None:
+    # A learning curve: few prompts are among many, and what they are validated on stays.
+    texts = {prompt.prompt for prompt in load_sequences(rollouts).prompts}
+    first = sorted((text for text in texts if split_of(text) == "train"), key=prompt_hash)
+    whole, few, many = (parts(rollouts.folder, limit=limit) for limit in (None, 8, 16))
+    counts = [len(part["train"]) for part in (few, many, whole)]
+    assert counts == sorted(set(counts))
+    seen = [{row.tobytes() for row in part["train"].evidence.confidence.numpy()} for part in (few, many, whole)]
+    assert seen[0] < seen[1] < seen[2]
+    assert rows(few["validation"]) == rows(whole["validation"])
+    ids = {prompt.prompt: prompt.id for prompt in load_sequences(rollouts).prompts}
+    records = load_records(rollouts, last=prompt_hash(first[7]))
+    kept = {name for name, split in zip(records.prompt_ids, records.splits, strict=True) if split == "train"}
+    assert kept == {ids[text] for text in first[:8]}
+    shutil.copytree(rollouts.folder, tmp_path / "set")
+    assert len(parts(tmp_path / "set", limit=8, memory=0)["train"]) == counts[0]
+    parts(rollouts.folder, limit=len(first))
+    with pytest.raises(InputError, match=f"limit: found 1000; accepted: at most {len(first)}, the training prompts"):
+        parts(rollouts.folder, limit=1000)
+
+
+def test_references_are_read_as_they_are_asked_for(rollouts: Rollouts, tmp_path: Path) -> None:
+    sequences, references = load_sequences(rollouts), References(rollouts)
+    hashes = [prompt_hash(prompt.prompt) for prompt in sequences.prompts]
+    chosen = [50, 3, 17, 4]  # of several shards
+    found = references.get([hashes[n] for n in chosen])
+    assert found is not None
+    assert torch.equal(found, sequences.references[chosen])
+    assert references.get([*hashes[:2], prompt_hash("Who?")]) is None
+    assert references.get(["f" * 16]) is None
+    shutil.copytree(rollouts.folder, tmp_path / "set", ignore=shutil.ignore_patterns("records"))
+    damaged = References(find_rollouts(tmp_path / "set"))
+    for file in (tmp_path / "set").glob("sequences-*"):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match=r"sequences-.*parquet"):
+        damaged.get(hashes[:1])
+
+
+def test_references_of_a_large_set_are_not_in_memory(rollouts: Rollouts) -> None:
+    used = []
+    for times in (10, 110):
+        shards = [
+            shard | {"prompts": [f"{n * 1000 + number * 10**6:016x}" for n in range(len(shard["prompts"]))]}
+            for number, shard in enumerate(rollouts.shards * times)
+        ]
+        many = Rollouts(rollouts.folder, rollouts.manifest | {"shards": shards})
+        tracemalloc.start()
+        kept = References(many)
+        used.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(kept.hashes) == 60 * times
+    assert used[1] - used[0] < 14 * 60 * 100 + 8 * 100 * len(rollouts.shards)
+
+
+class Rank:
+    """A rank of two, as a trainer tells of it; what the first one broadcasts arrives at the other."""
+
+    said: Any = None
+
+    def __init__(self, number: int) -> None:
+        self.world_size, self.is_global_zero = 2, number == 0
+        self.strategy = SimpleNamespace(broadcast=self.broadcast)
+
+    def broadcast(self, value: Any) -> Any:
+        if self.is_global_zero:
+            Rank.said = value
+        return Rank.said
+
+
+def test_one_rank_verifies_a_set_for_all_and_all_refuse_it(rollouts: Rollouts, tmp_path: Path, monkeypatch) -> None:
+    hashed = []
+    monkeypatch.setattr("data.manifest.sha256", lambda path: hashed.append(path) or sha256(path))
+    files = 2 * len(rollouts.shards)
+    assert open_on_ranks(rollouts.folder, Rank(0)).digest == rollouts.digest  # type: ignore[arg-type]
+    assert len(hashed) == files
+    assert open_on_ranks(rollouts.folder, Rank(1)).digest == rollouts.digest  # type: ignore[arg-type]
+    assert len(hashed) == files
+    module = FilterDataModule(rollouts.folder)
+    for _ in range(2):
+        module.open(None)
+    module.setup("fit")
+    assert len(hashed) == 2 * files  # once, however often it is asked for
+    shutil.copytree(rollouts.folder, tmp_path / "set", ignore=shutil.ignore_patterns("records"))
+    next((tmp_path / "set").glob("steps-*")).write_bytes(b"?")
+    for rank in (0, 1):  # one that went on would wait for the first for ever
+        with pytest.raises(InputError, match=r"steps-.*corrupt or truncated"):
+            open_on_ranks(tmp_path / "set", Rank(rank))  # type: ignore[arg-type]
 
 
 def test_files_are_written_once_and_again_where_one_is_damaged(rollouts: Rollouts) -> None:
@@ -159,5 +253,5 @@ def test_a_set_larger_than_its_memory_is_read_in_bounded_memory(tiny_checkpoint:
     (few, small), (many, large) = peaks
     assert many * 32 * 48 > 800 << 20
     assert large < 350
-    assert large - small < (many - few) * 64 / 2**20 + 30  # what grows are the indices of the order
+    assert large - small < 30 < (many - few) * 64 / 2**20  # 64 bytes a record would be more
     assert open_rollouts(tmp_path / "set").manifest["counts"]["steps"]

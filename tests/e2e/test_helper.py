@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from data.prompts import split_of
 from decoding import Decoder
@@ -92,6 +94,21 @@ def test_fit_leaves_everything_a_user_needs(fitted, tiny_checkpoint):
     card = (folder / "exports/helper/README.md").read_text()
     assert "| apd 0.5 |" in card
     assert "| validation/perplexity |" in card
+
+
+def test_it_is_measured_on_decodes_like_the_rollouts(fitted, tiny_checkpoint, tmp_path, monkeypatch):
+    # Of a base without a chat template fit failed after all its training.
+    shutil.copytree(tiny_checkpoint, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    given = {"chat_template": False, "eot": "off", "steps": 8, "dtype": "bfloat16"}
+    more = [word for name, value in given.items() for word in (f"--rollout.{name}", str(value).lower())]
+    monkeypatch.chdir(tmp_path)
+    assert run("fit", *fitted[1], "--rollout.base", "base", *more, "--trainer.max_epochs", 1) == 0
+    decodes = list(Path("runs/helper/decodes").iterdir())
+    assert len(decodes) == 3
+    for file in decodes:
+        with safe_open(file, "pt") as stored:
+            settings = json.loads(stored.metadata()["generation"])["settings"]
+        assert settings.items() >= given.items(), file
 
 
 def test_the_export_decodes(fitted, tiny_checkpoint):

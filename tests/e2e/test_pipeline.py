@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from data.labels import PASSES
 from data.manifest import open_rollouts
@@ -93,6 +94,23 @@ def test_prompts_without_answers_are_judged_by_their_text(tiny_checkpoint, tmp_p
     assert json.loads((tmp_path / "exports/filter/risk.json").read_text())["loss"] == "text"
 
 
+def test_the_threshold_is_picked_on_decodes_like_the_rollouts(fitted, tiny_checkpoint, tmp_path):
+    # Of a base without a chat template fit failed after all its training; else it picked on other prompts and references.
+    shutil.copytree(tiny_checkpoint, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    given = {"chat_template": False, "eot": "off", "steps": 8, "dtype": "bfloat16"}
+    more = [word for name, value in given.items() for word in (f"--rollout.{name}", str(value).lower())]
+    more += ["--rollout.base", tmp_path / "base", "--trainer.max_epochs", 1]
+    done = run(*fitted[1], *more, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    decodes = list((tmp_path / "runs/filter/decodes").iterdir())
+    assert len(decodes) == 8  # full_step, threshold and two of learn2pd; of the test prompts one, and the oracle
+    for file in decodes:
+        with safe_open(file, "pt") as stored:
+            settings = json.loads(stored.metadata()["generation"])["settings"]
+        assert settings.items() >= given.items(), file
+    assert json.loads((tmp_path / "exports/filter/risk.json").read_text())["decoding"]["eot"] == "off"
+
+
 def test_the_export_decodes(fitted, tiny_checkpoint):
     folder, _ = fitted
     decoder = Decoder.from_pretrained(tiny_checkpoint, "learn2pd", filter=folder / "exports/filter", threshold=0.3)
@@ -143,7 +161,7 @@ def test_rounds_train_on_the_filters_own_states_and_are_kept(fitted, tmp_path):
     folder, words = fitted
     shards = tmp_path / "shards"
     shutil.copytree(folder / "runs/rollout/shards", shards)
-    words = [*words, "--rollout.folder", shards, "--pipeline.rounds", 1, "--trainer.max_epochs", 1]
+    words = [*words, "--rollout.folder", shards, "--rounds", 1, "--trainer.max_epochs", 1]
     done = run(*words, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (own,) = shards.glob("filter-*")
@@ -154,6 +172,12 @@ def test_rounds_train_on_the_filters_own_states_and_are_kept(fitted, tmp_path):
     references = [load_sequences(one).references for one in (shards, own)]
     assert torch.equal(*references)  # taken from the first set
     assert second.passes.unique().tolist() == [PASSES.index("filter")]
+    told = {
+        name
+        for file in tmp_path.glob("runs/filter/csv/*/metrics.csv")
+        for name in file.read_text().split("\n")[0].split(",")
+    }
+    assert {"rollout/prompts", "round 1-rollout/nfe_filter", "round 1-validation/loss", "validation/loss"} <= told
     digests = "+".join(open_rollouts(one).digest for one in (shards, own))
     assert digests in (tmp_path / "exports/filter/README.md").read_text()
     # Once more: neither the round's filter nor its rollouts are made again.
@@ -171,7 +195,7 @@ def test_rounds_train_on_the_filters_own_states_and_are_kept(fitted, tmp_path):
 @pytest.mark.slow  # starts the command, with two processes
 def test_on_two_devices_rounds_find_each_others_filter(fitted, tmp_path):
     _, words = fitted
-    more = ["--pipeline.rounds", 1, "--trainer.devices", 2, "--data.batch_size", 16, "--trainer.max_epochs", 1]
+    more = ["--rounds", 1, "--trainer.devices", 2, "--data.batch_size", 16, "--trainer.max_epochs", 1]
     done = run(*words, *more, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("exported exports/filter") == 1
@@ -185,8 +209,8 @@ def test_the_command_refuses_what_does_not_fit(fitted):
         (["--rollout.gen_length", 32], "gen_length"),
         (["--rollout.base", "nowhere"], "base checkpoint: found 'nowhere'"),
         (["--model.chanels", 8], "channels"),
-        (["--pipeline.rounds", -1], "pipeline.rounds: found -1; accepted: a whole number from 0 to 100"),
-        (["--pipeline.rounds", 1, "--data.passes", "[oracle]"], "data.passes: found oracle; accepted: null, or filter"),
+        (["--rounds", -1], "rounds: found -1; accepted: a whole number from 0 to 100"),
+        (["--rounds", 1, "--data.passes", "[oracle]"], "data.passes: found oracle; accepted: null, or filter"),
         (["--rollout.block_length", 7], "block_length: found 7; accepted: a divisor of gen_length 16"),
     ):
         done = run(*words, *arguments, folder=folder)

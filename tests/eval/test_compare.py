@@ -185,6 +185,16 @@ def test_another_machine_code_or_chat_template_is_decoded_anew(predictor, tmp_pa
     assert decoded() == 0
 
 
+def test_prompts_are_decoded_as_they_are_where_there_is_no_chat_template(tiny_checkpoint, tmp_path):
+    predictor = MaskPredictor.from_pretrained(tiny_checkpoint)
+    settings = {"folder": tmp_path, "chat_template": False, **LENGTHS}
+    finish(Comparison(predictor, PROMPTS, RUNS, **settings | {"chat_template": True}))
+    predictor.tokenizer.chat_template = None
+    assert len(finish(Comparison(predictor, PROMPTS, RUNS, **settings))) == 3
+    with pytest.raises(InputError, match="chat_template: found a tokenizer without one"):
+        Comparison(predictor, PROMPTS, RUNS, **LENGTHS)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_decode_is_named(predictor, tmp_path, damage):
     # A flipped bit would be another token, and nobody would know.

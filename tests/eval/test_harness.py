@@ -659,10 +659,23 @@ def test_without_several_tasks_of_srun_a_process_is_alone(job, monkeypatch):
     assert processes.join() == (0, 1)
 
 
+@pytest.mark.parametrize(("seen", "device"), [(1, "cuda:0"), (4, "cuda:3")])
+def test_a_task_of_srun_takes_the_one_gpu_that_it_sees(seen, device, monkeypatch):
+    # With --gpus-per-task=1 each task sees one, whatever its number: there was no cuda:3.
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 4)
+    assert processes.own_device(None) == device
+    assert processes.own_device("cpu") == "cpu"
+
+
 @pytest.mark.slow
 def test_tasks_of_srun_find_each_other_and_their_device(tmp_path):
     code = (
         "import torch; from eval.lm import processes; torch.cuda.is_available = lambda: True; "
+        "torch.cuda.device_count = lambda: 2; "
         "rank, size = processes.join(); print(rank, size, processes.own_device(None), processes.gather(rank))"
     )
     job = {

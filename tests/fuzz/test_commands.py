@@ -255,7 +255,7 @@ COMMANDS = [
     ("train/helper.py fit", "--rollout.folder e/x --pipeline.out e", "e/x, in pipeline.out e, which is replaced"),
     ("train/filter.py fit", f"--run {FILTER}", "an exported model, with config.json in it; accepted: a folder of its own"),
     ("train/filter.py fit", f"--run {FILTER}/x", "filter-llada-tiny, an exported model; accepted: a folder beside it"),
-    ("train/filter.py fit", "--pipeline.rounds 99999999", "pipeline.rounds: found 99999999; accepted: a whole number from 0"),
+    ("train/filter.py fit", "--rounds 99999999", "rounds: found 99999999; accepted: a whole number from 0"),
     ("train/base.py fit", "--data.tasks [nope]", "data.tasks: found nope; accepted: a mapping with at least one setting"),
     ("train/base.py fit", "--data.gym [nope]", "data.gym: found ['nope']; accepted: null | a mapping"),
     ("train/base.py fit", "--data.tasks nope", "data.tasks: found nope; accepted: list"),

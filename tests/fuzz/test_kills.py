@@ -38,6 +38,10 @@ COMMANDS = {
         "train/filter.py", "fit", *FIT, "--pipeline.pick_from", "[0.5, 0.9]", "--pipeline.baselines", "[0.9]",
         "--model.channels", "4", "--model.layers", "1",
     ],
+    "rounds": [
+        "train/filter.py", "fit", *FIT, "--rounds", "2", "--rollout.states", "2", "--pipeline.pick_from", "[0.9]",
+        "--pipeline.baselines", "[0.9]", "--model.channels", "4", "--model.layers", "1",
+    ],
     "helper": [
         "train/helper.py", "fit", *FIT, "--pipeline.measure_prompts", "3", "--pipeline.mixture_weights", "[0.5, 1]",
         "--model.d_model", "32", "--model.n_heads", "4", "--model.n_kv_heads", "4",
@@ -81,7 +85,13 @@ WRITERS = {
     "report": ["eval/report.py", "render", "--result", "runs/bench/bench.json"],
 }  # fmt: skip
 """Commands that write a result once, at their end."""
-RESULT = {"rollout": "set", "filter": "exports/filter", "helper": "exports/helper", "bench": "runs/bench"}
+RESULT = {
+    "rollout": "set",
+    "filter": "exports/filter",
+    "rounds": "exports/filter",
+    "helper": "exports/helper",
+    "bench": "runs/bench",
+}
 RESULT |= {"trace": "runs/trace", "risk": "runs/risk", "card": "base", "harness": "runs/harness", "eot": "exports/eot"}
 RESULT |= {"report": "runs/bench"}
 FINISHED = ("**/shard-*.json", "**/decodes/*.safetensors")
@@ -274,7 +284,9 @@ def test_two_at_once_share_the_work_or_one_is_refused(command: str, place: Calla
     finish(command, undisturbed)
     both = [run(command, folder) for _ in range(2)]
     ended = [end() for end in both]
-    refused = 1 if command in ("filter", "helper") else 0  # a run folder belongs to one fit; the others divide the work
+    refused = (
+        1 if command in ("filter", "rounds", "helper") else 0
+    )  # a run folder belongs to one fit; the others divide the work
     assert sorted(status for status, _ in ended) == [0] * (2 - refused) + [2] * refused, ended
     assert all("in use by process" in said for status, said in ended if status)
     assert contents(folder / RESULT[command]) == contents(undisturbed / RESULT[command])

@@ -20,7 +20,7 @@ from eval.command import wandb_mode
 from eval.tracking import WandbSettings, evaluation_run
 from models.errors import InputError
 from train.callbacks import FiniteLoss, ProgressLines
-from train.cli import Command, log_export, run
+from train.cli import Command, log_export, log_rollouts, run
 from train.folder import load_checkpoint
 
 
@@ -157,7 +157,7 @@ def test_help_tells_of_ten_settings_first_and_of_all(
         runpy.run_path(str(script), run_name="__main__")
     told = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
     first = ["base", "sources", "limit", "folder", "gen_length", "block_length", "batch_size"]
-    first = [f"--rollout.{name}" for name in first] + ["--pipeline.rounds", "--pipeline.out", "--trainer.devices"]
+    first = [f"--rollout.{name}" for name in first] + ["--rounds", "--pipeline.out", "--trainer.devices"]
     assert [name.strip(",") for name in told[: len(first)]] == first
     assert len(told) == len(set(told))
     assert {"--run", "--model.channels", "--rollout.passes", "--pipeline.loss", "--wandb.project"} <= set(told)
@@ -306,6 +306,9 @@ def test_an_export_of_any_name_and_several_rollouts_is_told_to_wandb(tmp_path: P
     log_export([logger], "filter", folder, {}, [], [], "abc+def")
     assert [found.name for found in used] == ["rollouts-abc", "rollouts-def"]
     assert [found.name for found in logged] == ["filter-mein-filter--gr--er-"]
+    # The run that made them says so of the same: W&B knows a version by its content.
+    log_rollouts([logger], "abc")
+    assert (logged[-1].name, logged[-1].type, logged[-1].digest) == ("rollouts-abc", "rollouts", used[0].digest)
 
 
 def test_an_evaluation_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

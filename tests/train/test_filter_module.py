@@ -2,6 +2,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lightning import Trainer
@@ -10,6 +11,7 @@ from torchmetrics import Metric
 from data.examples import examples
 from data.filter_data import Batches, FilterBatch, FilterDataModule
 from data.labels import PASSES, Records
+from data.order import Shuffle
 from models.errors import InputError
 from models.features import Evidence
 from models.predictor import token_embeddings
@@ -203,8 +205,8 @@ def test_records_come_from_the_rollout_folder(monkeypatch):
         manifest = {"settings": settings, "counts": {"steps": {"full_step": 200, "oracle": 200}}}
         return SimpleNamespace(folder=folder, digest="abc", manifest=manifest)
 
-    monkeypatch.setattr("data.rollouts.load_records", lambda *given: asked.append(given) or records(400))
-    monkeypatch.setattr("data.filter_data.open_rollouts", opened)
+    monkeypatch.setattr("data.rollouts.load_records", lambda *given, **_: asked.append(given) or records(400))
+    monkeypatch.setattr("data.rollouts.open_rollouts", opened)
     module = FilterDataModule(Path("rollouts"), passes=["oracle"])
     module.setup("fit")
     module.setup("validate")  # a second stage reads nothing again
@@ -221,8 +223,8 @@ def numbered(rows: int) -> FilterBatch:
 
 @pytest.mark.parametrize(("rows", "ranks", "size"), [(10, 1, 4), (10, 1, None), (11, 2, 3), (5, 4, 2), (11, 3, None)])
 def test_an_epoch_holds_every_record_and_ranks_take_as_many_steps(rows, ranks, size):
-    def order(epoch: int) -> torch.Tensor:
-        return torch.randperm(rows, generator=torch.Generator().manual_seed(epoch))
+    def order(epoch: int) -> Shuffle:
+        return Shuffle(rows, epoch)
 
     train = [Batches(numbered(rows), size, rank, ranks, order, lambda: 3) for rank in range(ranks)]
     seen = [[batch.final.flatten().tolist() for batch in rank] for rank in train]
@@ -243,9 +245,29 @@ def test_the_order_changes_with_the_epoch_and_repeats_with_the_seed():
     module, again, other = (data(records(400), seed=seed) for seed in (1, 1, 2))
     for one in (module, again, other):
         one.setup("fit")
-    assert torch.equal(module._order(0), again._order(0))
-    assert not torch.equal(module._order(0), module._order(1))
-    assert not torch.equal(module._order(0), other._order(0))
+    places = np.arange(320)
+    assert np.array_equal(module._order(0)(places), again._order(0)(places))
+    assert not np.array_equal(module._order(0)(places), module._order(1)(places))
+    assert not np.array_equal(module._order(0)(places), other._order(0)(places))
+
+
+def test_an_epoch_of_more_records_than_memory_has_indices_for_begins_at_once():
+    # A permutation of them all took 16 bytes a record, on each rank.
+    class Endless:
+        device = None
+
+        def __len__(self) -> int:
+            return 10**12
+
+        def take(self, rows: torch.Tensor) -> torch.Tensor:
+            return rows
+
+    batches = iter(Batches(Endless(), 4, 1, 2, lambda epoch: Shuffle(10**12, epoch)))  # type: ignore[arg-type]
+    drawn = torch.cat([next(batches) for _ in range(3)])
+    assert len(drawn.unique()) == 12
+    assert drawn.max() > 10**11
+    scored = iter(Batches(Endless(), 4, 1, 2))  # type: ignore[arg-type]
+    assert next(scored).tolist() == [1, 3, 5, 7]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from data.helper_data import HelperDataModule, TextBatch, Texts
+from data.manifest import Rollouts
 from models.causal_lm import scratch_model
 from models.errors import InputError
 from models.helper import Helper
@@ -41,7 +43,13 @@ def texts(predictor: MaskPredictor) -> Texts:
         response = torch.randint(30, 200, (3 + number % 5,), generator=generator)
         ids.append(torch.cat([prompt, response, torch.tensor([predictor.ids.eot])]))
         prompts.append(len(prompt))
-    return Texts(ids, prompts)
+    length = np.array(list(map(len, ids)))
+    return Texts(torch.cat(ids).numpy(), length.cumsum() - length, length, np.array(prompts))
+
+
+def each(texts: Texts) -> list[tuple[Tensor, int]]:
+    """Token ids of each text, and how many are the prompt's."""
+    return [(texts[row], int(start)) for row, start in enumerate(texts.prompt)]
 
 
 @pytest.fixture
@@ -82,10 +90,10 @@ def test_the_response_up_to_its_first_eot_is_scored_and_nothing_else(module, pre
     ours.build(predictor)
     batch = batch_of(texts)
     logits, tokens = ours.logits(batch)
-    responses = [ids[start:] for ids, start in zip(texts.ids, texts.prompts, strict=True)]
+    responses = [ids[start:] for ids, start in each(texts)]
     assert torch.equal(tokens, torch.cat(responses))
     by_hand = []
-    for ids, start in zip(texts.ids, texts.prompts, strict=True):  # alone, without padding
+    for ids, start in each(texts):  # alone, without padding
         said = ours.net(input_ids=ids[None]).logits[0]
         by_hand.append(F.cross_entropy(said[start - 1 : -1], ids[start:], reduction="none"))
     torch.testing.assert_close(ours.loss(logits, tokens), torch.cat(by_hand).mean())
@@ -94,17 +102,15 @@ def test_the_response_up_to_its_first_eot_is_scored_and_nothing_else(module, pre
     assert torch.equal(ours.logits(batch)[0], logits)
 
 
-def test_an_overfitted_helper_says_its_references(module, data, texts, predictor, monkeypatch):
+def test_an_overfitted_helper_says_its_references(module, data, texts, predictor):
     ours, run = module(learning_rate=1e-2, weight_decay=0.0, warmup_steps=5), trainer(60)
     run.fit(ours, datamodule=data())
     metrics = {name: value.item() for name, value in run.callback_metrics.items()}
     assert metrics["validation/agreement"] == 1.0
     assert 1 <= metrics["validation/perplexity"] < 1.2
     # And it does so by itself, with the cache it is decoded with.
-    manifest = SimpleNamespace(manifest=data().manifest)
-    monkeypatch.setattr("train.helper.open_rollouts", lambda *_, **__: manifest)
-    helper = Helper(ours.net, describe(ours, predictor, Path("rollouts"), {}))
-    for ids, start in zip(texts.ids, texts.prompts, strict=True):
+    helper = Helper(ours.net, describe(ours, predictor, Rollouts(Path("rollouts"), data().manifest), {}))
+    for ids, start in each(texts):
         said, cache = ids[:start].tolist(), helper.allocate_cache(1, len(ids))
         done = 0
         while len(said) < len(ids):
