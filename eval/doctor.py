@@ -19,7 +19,7 @@ from decoding.config import CacheRule, DecodeConfig
 from decoding.decoder import Decoder
 from decoding.generate import BUNDLED
 from decoding.memory_plan import plan_memory
-from decoding.strategies import APD, Strategy, make_strategy
+from decoding.strategies import Strategy, make_strategy
 from decoding.text import encode
 from eval.command import command
 from models.errors import InputError, first_line
@@ -107,7 +107,7 @@ def main(
     with _checked("attention mask") as found:
         found.append(_padding(predictor, chat_template))
     for option, rule in rules.items():
-        settings = DecodeConfig(gen_length, block_length) if isinstance(rule, APD) else config
+        settings = rule.taken(config)
         if option:
             with _checked(option) as found:
                 rule.prepare(predictor, settings)
@@ -201,9 +201,7 @@ def _fits(
     Raises:
         InputError: It does not fit.
     """
-    if isinstance(rule, APD):
-        return "apd: not counted, its forwards depend on what the helper says"
-    plan = plan_memory(folder, config, rule, dtype=dtype, batch_size=rows, prompt_length=length)
+    plan = plan_memory(folder, rule.taken(config), rule, dtype=dtype, batch_size=rows, prompt_length=length)
     free = free_memory(device)
     if free is not None and plan.peak > free:
         fewer = "another device, dtype, batch_size, prompt_length or gen_length"

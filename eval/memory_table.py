@@ -14,8 +14,8 @@ from eval.command import command
 
 BATCHES, LENGTHS = (1, 16, 64), (256, 1024)
 CACHES: tuple[CacheRule, ...] = ("none", "prefix", "dual")
-KEEPING = "klass"
-"""The strategy that keeps most beside keys: the table ends with its longest decodes."""
+USUAL, KEEPING = "threshold", "klass"
+"""Strategies: the usual one, and the one that keeps most beside keys, with whose longest decodes the table ends."""
 
 
 def main(
@@ -23,7 +23,6 @@ def main(
     out: Path = Path("eval/results/memory.json"),
     dtype: str = "bfloat16",
     prompt_length: int = 256,
-    strategy: str = "threshold",
 ) -> None:
     """Counts decodes of a model over batch sizes, lengths and caches; nothing is decoded and no weights are needed.
 
@@ -32,22 +31,18 @@ def main(
         out: JSON file to write.
         dtype: Dtype of the weights.
         prompt_length: Tokens of each prompt.
-        strategy: Strategy of the decodes, but for the last rows.
 
     Raises:
         InputError: What :func:`decoding.memory_plan.plan_memory` refuses, or a file that cannot be written.
     """
     check_writable("out", out, folder=False)
-    settings: dict[str, Any] = {"config_file": str(config_file), "dtype": dtype, "prompt_length": prompt_length}
-    cases = [(strategy, *case) for case in itertools.product(BATCHES, LENGTHS, CACHES)]
-    cases += [(KEEPING, *case) for case in itertools.product(BATCHES, LENGTHS[-1:], CACHES)]
-    rows = [
-        counted(**settings, strategy=name, batch_size=batch, gen_length=length, cache=cache)
-        for name, batch, length, cache in cases
-    ]
+    cases = [*itertools.product([USUAL], BATCHES, LENGTHS, CACHES)]
+    cases += itertools.product([KEEPING], BATCHES, LENGTHS[-1:], CACHES)
+    rows = [counted(str(config_file), dtype, prompt_length, *case) for case in cases]
     usual = _config(LENGTHS[0], "none")
-    known = {"block_length": usual.block_length, "eot": usual.eot, "torch": str(versions()["torch"])}
-    write_aside(out, json.dumps({"memory": settings | known | {"rows": rows}}, indent=1) + "\n")
+    known = {"config_file": str(config_file), "dtype": dtype, "prompt_length": prompt_length}
+    known |= {"block_length": usual.block_length, "eot": usual.eot, "torch": str(versions()["torch"])}
+    write_aside(out, json.dumps({"memory": known | {"rows": rows}}, indent=1) + "\n")
     print(f"wrote {out}")
 
 

@@ -43,11 +43,8 @@ def test_a_healthy_base_with_its_filter_and_helper(capsys):
         "versions", "device", "base", "dtype", "components", "memory", "weights", "special tokens", "tokenizer fence",
         "attention mask", "decode, threshold", "filter", "decode, learn2pd", "helper", "decode, apd",
     ]  # fmt: skip
-    planned = [
-        line.split()[-1] for line in printed.splitlines() if " learn2pd: free " in line or " threshold: free " in line
-    ]
-    assert len(planned) == 2
-    assert "apd: not counted" in printed
+    planned = [line[27:].split(":")[0] for line in printed.splitlines() if ": free " in line]
+    assert planned == ["threshold", "learn2pd", "apd"]
     assert "#### 13" in printed  # the second prompt's answer
     assert "note   " in printed  # the filter was trained with gen_length 128
     assert printed.endswith("all is well\n")
@@ -85,7 +82,7 @@ def test_too_little_memory_for_the_batch(folder, monkeypatch, capsys):
     found_wrong(capsys, "memory", "memory: found 0.00 GiB free on cpu; accepted: threshold, peak .* GiB", folder)
 
 
-def test_too_little_memory_for_the_filter_alone(folder, monkeypatch, capsys):
+def test_too_little_memory_for_the_filter_alone(monkeypatch, capsys):
     # A filter reads more of the logits than a threshold does: the plan of one does not speak for the other.
     def planned(*words, **settings):
         plan = plan_memory(*words, **settings)
@@ -93,7 +90,7 @@ def test_too_little_memory_for_the_filter_alone(folder, monkeypatch, capsys):
 
     monkeypatch.setattr(doctor, "plan_memory", planned)
     message = "memory: found .* free on cpu; accepted: learn2pd, peak .* GiB"
-    found_wrong(capsys, "memory", message, folder, filter=str(BUNDLED / "filter-llada-tiny"))
+    found_wrong(capsys, "memory", message, BUNDLED / "llada-tiny", filter=str(BUNDLED / "filter-llada-tiny"))
 
 
 def test_a_component_that_cannot_be_read(folder, tmp_path, capsys):
@@ -162,5 +159,13 @@ def test_padding_that_is_attended_to(folder, monkeypatch, capsys):
     found_wrong(capsys, "attention mask", "attention_mask: found a padded row", folder)
 
 
-def test_a_filter_for_another_base(folder, capsys):
-    found_wrong(capsys, "filter", "filter", folder, filter=str(BUNDLED / "filter-llada-tiny"))
+def test_a_filter_for_another_vocabulary(folder, capsys):
+    message = "filter: vocab_size: found 992; accepted: .*, that of the model"
+    found_wrong(capsys, "memory", message, folder, filter=str(BUNDLED / "filter-llada-tiny"))
+
+
+def test_a_filter_for_another_base(tmp_path, capsys):
+    filter = Path(shutil.copytree(BUNDLED / "filter-llada-tiny", tmp_path / "filter"))
+    config = json.loads((filter / "config.json").read_text())
+    (filter / "config.json").write_text(json.dumps(config | {"base_fingerprint": "another"}))
+    found_wrong(capsys, "filter", "base_fingerprint: found 'another'", BUNDLED / "llada-tiny", filter=str(filter))
