@@ -179,10 +179,19 @@ def _beside(result: dict[str, Any]) -> list[str]:
     return [*table(rows, _QUALITY | _ENDS), "", f"{rows[0]['prompts']} prompts."] if rows else ["Not measured."]
 
 
+def _saved(row: Row) -> str:
+    """What a full_step decode saves, of what it would if it decoded the tokens of its text and nothing else."""
+    if row["settings"]["strategy"] != "full_step":
+        return "–"
+    region, text = row["settings"]["gen_length"], row["tokens"] / row["prompts"]
+    return percent((region - row["nfe_mean"]) / (region - text))
+
+
 _EOT = {
     "decode": lambda row: f"{row['label']}{' (commit)' * (row['settings']['eot'] == 'commit')}",
     **{name: _QUALITY[name] for name in ("exact match", "difference (95 %)", "valid", "NFE")},
-    "cut": ALL["cut"],
+    **{name: ALL[name] for name in ("empty", "cut")},
+    "of an oracle's saving": _saved,
 }
 
 
@@ -191,16 +200,10 @@ def _eot(result: dict[str, Any]) -> list[str]:
     lines = []
     for rows, what in ((_tried(result), "validation prompts"), (result["rows"], "test prompts")):
         (full, *_) = rows
-        region, text = full["settings"]["gen_length"], full["tokens"] / full["prompts"]
-
-        def share(row: Row, most: float = region - text, region: int = region) -> str:
-            own = row["settings"]["strategy"] == "full_step"
-            return percent((region - row["nfe_mean"]) / most) if own else "–"
-
         lines += [
-            *table(rows, _EOT | {"of an oracle's saving": share}),
+            *table(rows, _EOT),
             "",
-            f"{full['prompts']} {what}; texts of {text:.1f} tokens.",
+            f"{full['prompts']} {what}; texts of {full['tokens'] / full['prompts']:.1f} tokens.",
             "",
         ]
     return lines[:-1]
