@@ -1,5 +1,6 @@
 """Rules for where the text ends, behind one registry."""
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -124,6 +125,11 @@ class Learned(EotRule):
         )  # fmt: skip
         self.head.to(predictor.device)
         self.length = config.gen_length
+        if described.gen_length != self.length:
+            warnings.warn(
+                f"eot_head: trained at gen_length {described.gen_length}, used at {self.length}: its risk holds for the first",
+                stacklevel=2,
+            )
 
     def begin(self, state: "BatchState") -> None:
         zero = torch.zeros(self.length, device=state.device)

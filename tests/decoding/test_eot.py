@@ -179,6 +179,11 @@ def test_a_head_is_asked_for_and_must_be_of_the_base(table, random_base, head):
     file.write_text(file.read_text().replace('"base_fingerprint": "', '"base_fingerprint": "another'))
     with pytest.raises(InputError, match="eot: base_.*, that of the loaded model"):
         decode(random_base, [[1]], DecodeConfig(32, 8, **settings), make_strategy("full_step"))
+    settings = head(random_base)
+    with pytest.warns(
+        UserWarning, match="eot_head: trained at gen_length 32, used at 16: its risk holds for the first"
+    ):
+        decode(random_base, [[1]], DecodeConfig(16, 8, **settings), make_strategy("full_step"))
     for risk in (0, 1, True, "x"):
         with pytest.raises(InputError, match="eot_risk: found"):
             DecodeConfig(32, 8, **settings, eot_risk=risk)
