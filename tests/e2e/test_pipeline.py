@@ -103,7 +103,7 @@ def test_the_threshold_is_picked_on_decodes_like_the_rollouts(fitted, tiny_check
     shutil.copytree(tiny_checkpoint, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template.jinja"))
     given = {"chat_template": False, "eot": "off", "steps": 8, "dtype": "bfloat16"}
     more = [word for name, value in given.items() for word in (f"--rollout.{name}", str(value).lower())]
-    more += ["--rollout.base", tmp_path / "base", "--trainer.max_epochs", 1]
+    more += ["--rollout.base", tmp_path / "base", "--trainer.max_epochs", 1, "--pipeline.eot_out", "null"]
     done = run(*fitted[1], *more, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     decodes = list((tmp_path / "runs/filter/decodes").iterdir())
