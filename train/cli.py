@@ -173,13 +173,17 @@ class Command(LightningCLI):
         """Whatever will be written can be: it would be found out after hours otherwise."""
         flat = flatten(self.settings)
         check_writable("run", self.folder)
-        rollouts, out = flat.get("rollout.folder"), flat.get("pipeline.out") if subcommand == "fit" else None
+        rollouts, names = (
+            flat.get("rollout.folder"),
+            ("pipeline.out", "pipeline.eot_out") if subcommand == "fit" else (),
+        )
+        exports = {name: flat[name] for name in names if flat.get(name) is not None}
         if rollouts is not None:
             check_folder("rollout.folder", rollouts)
             rollouts = found if isinstance(found := place(rollouts), Path) else None
-        if out is not None:
-            check_writable("pipeline.out", Path(out))
-        check_apart(self.folder, rollouts, out)
+        for name, out in exports.items():
+            check_writable(name, Path(out))
+        check_apart(self.folder, rollouts, exports)
 
     def loggers(self) -> list[Logger]:
         """Those of :func:`loggers`, unless the settings name others, or none."""

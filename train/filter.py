@@ -95,7 +95,6 @@ def prepare(command: Command) -> None:
     if pipeline.eot_out is not None:
         if not rollouts.eot_evidence:
             raise InputError("rollout.eot_evidence", False, "true, with pipeline.eot_out")
-        check_writable("pipeline.eot_out", pipeline.eot_out)
         check_replaceable(pipeline.eot_out.absolute(), "eot")
     roll_out(command)
     for number in range(1, rounds + 1):

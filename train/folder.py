@@ -24,7 +24,7 @@ _OTHERS = {"config.json": "an exported model", "manifest.json": "a rollout set"}
 """Files that tell a folder of something else from a run's, and what it is."""
 
 
-def check_apart(run: Path, rollouts: str | Path | None, out: str | None) -> None:
+def check_apart(run: Path, rollouts: str | Path | None, exports: Mapping[str, str]) -> None:
     """Raises an InputError where one of a command's folders would lie in another one's way.
 
     An export replaces its folder, whatever is in it; and a set is what its manifest says.
@@ -32,21 +32,26 @@ def check_apart(run: Path, rollouts: str | Path | None, out: str | None) -> None
     Args:
         run: The run folder.
         rollouts: Folder of the rollouts, where the command has them.
-        out: Folder of the export, likewise.
+        exports: Folders of what it exports, by the settings that name them.
     """
     for name, kind in _OTHERS.items():
         if (run / name).is_file():
             raise InputError("run", f"{run}, {kind}, with {name} in it", "a folder of its own")
     own = run.absolute().resolve()
-    shards, export = (None if path is None else Path(path).absolute().resolve() for path in (rollouts, out))
+    shards = None if rollouts is None else Path(rollouts).absolute().resolve()
     if shards is not None and own == shards:
         raise InputError("run", f"{run}, the folder of the rollouts", "a folder of its own")
-    if export is not None:
+    others: dict[str, Path | None] = {"run": own, "rollout.folder": shards}
+    for setting, out in exports.items():
+        export = Path(out).absolute().resolve()
         if shards is not None and (export == shards or shards in export.parents):
-            raise InputError("pipeline.out", f"{out}, in rollout.folder {rollouts}", "a folder beside it")
-        for name, folder in (("run", own), ("rollout.folder", shards)):
+            raise InputError(setting, f"{out}, in rollout.folder {rollouts}", "a folder beside it")
+        for name, folder in others.items():
             if folder is not None and (folder == export or export in folder.parents):
-                raise InputError(name, f"{folder}, in pipeline.out {out}, which is replaced", "a folder beside it")
+                raise InputError(name, f"{folder}, in {setting} {out}, which is replaced", "a folder beside it")
+            if folder is not None and name in exports and folder in export.parents:
+                raise InputError(setting, f"{out}, in {name} {folder}, which is replaced", "a folder beside it")
+        others[setting] = export
     for place in own.parents:
         if (place / "config.json").is_file() and any(place.glob("model*.safetensors*")):
             raise InputError("run", f"{run}, in {place}, an exported model", "a folder beside it")

@@ -335,9 +335,19 @@ def test_modes_of_wandb(mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_a_set_is_no_run_folder(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").touch()
     with pytest.raises(InputError, match="run: found .*, a rollout set, with manifest.json in it"):
-        check_apart(tmp_path, None, None)
+        check_apart(tmp_path, None, {})
     (tmp_path / "config.json").touch()  # anybody's
-    check_apart(tmp_path / "run", str(tmp_path / "run/shards"), str(tmp_path / "run/export"))
+    check_apart(tmp_path / "run", str(tmp_path / "run/shards"), {"pipeline.out": str(tmp_path / "run/export")})
+
+
+@pytest.mark.parametrize("other", ["export", "export/eot", "."])
+def test_an_export_does_not_lie_where_another_is_replaced(tmp_path: Path, other: str) -> None:
+    outs = {"pipeline.out": str(tmp_path / "export"), "pipeline.eot_out": str(tmp_path / other)}
+    with pytest.raises(
+        InputError, match=r"pipeline\.(eot_)?out: found .*, which is replaced; accepted: a folder beside"
+    ):
+        check_apart(tmp_path.parent / "run", None, outs)
+    check_apart(tmp_path.parent / "run", None, outs | {"pipeline.eot_out": str(tmp_path / "eot")})
 
 
 def test_an_accelerator_that_is_not_installed_is_named() -> None:
