@@ -65,7 +65,7 @@ def load_eot_states(rollouts: Rollouts | str | Path) -> EotStates:
         rollouts: An opened set, or the folder of one, which is then verified.
 
     Raises:
-        InputError: The set does not verify, or holds no EoT evidence.
+        InputError: The set does not verify, holds no EoT evidence, or has no pass that follows the reference.
     """
     rollouts = rollouts if isinstance(rollouts, Rollouts) else open_rollouts(rollouts)
     settings = rollouts.manifest["settings"]
@@ -89,6 +89,8 @@ def load_eot_states(rollouts: Rollouts | str | Path) -> EotStates:
             first = torch.full((count,), int(sequences.first_eot[place]))
             decode = torch.full((count,), len(parts))
             parts.append(EotStates(*states, first, decode, np.repeat(sequences.splits[place], count)))
+    if not parts:
+        raise InputError(f"{rollouts.folder}: passes", settings["passes"], "full_step or oracle among them")
     said = EotSaid(*(torch.cat(values) for values in zip(*(part.said for part in parts), strict=True)))
     masked, end, first_eot, decode = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("masked", "end", "first_eot", "decode")

@@ -36,8 +36,8 @@ def _tell(folder: Folder, numbers: Mapping[str, float], loggers: Sequence[Logger
     """Prints what a run has done, and tells the loggers of a set that it has finished."""
     print(f"{folder}:", ", ".join(f"{name.removeprefix('rollout/')} {value:.4g}" for name, value in numbers.items()))
     manifest = read_manifest(folder)
-    if manifest["complete"]:
-        log_rollouts(loggers, manifest["digest"])
+    if manifest["complete"] and (digest := manifest.get("digest")):  # older sets have none
+        log_rollouts(loggers, digest)
 
 
 def _instead(settings: Mapping[str, Any]) -> Callable[[Command], None] | None:

@@ -110,6 +110,12 @@ def test_a_head_is_trained_exported_and_used(base, made, tmp_path, capsys, rule)
     assert out.nfe <= decoder.generate(["What is 1 + 1?"], **settings).nfe
 
 
+def test_a_set_without_a_decode_that_follows_its_reference_is_refused(made, monkeypatch):
+    monkeypatch.setattr("data.eot_data._decodes", lambda *rows: [])
+    with pytest.raises(InputError, match=r"passes: found .*; accepted: full_step or oracle among them"):
+        load_eot_states(made / "commit")
+
+
 def test_rollouts_that_cannot_teach_it_are_refused(base, made, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         command(main, args=["--rollouts", str(made / "plain"), "--base", str(base), "--out", str(tmp_path / "head")])
