@@ -314,3 +314,16 @@ def head(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return {"eot": "learned", "eot_head": tmp_path / "head"}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Writes so many prompts of differing lengths, without answers, to a file."""
+
+    def write(count: int) -> Path:
+        file = tmp_path_factory.mktemp("prompts") / "sums.jsonl"
+        rows = [{"prompt": f"What is {n} plus {'1' * (n % 5 + 1)}?"} for n in range(count)]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        return file
+
+    return write

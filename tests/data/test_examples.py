@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,12 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def rollouts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Rollouts:
+def rollouts(tiny_checkpoint: Path, sums: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> Rollouts:
     """A set of several shards, with prompts of every split."""
-    folder = tmp_path_factory.mktemp("rollouts")
-    rows = [{"prompt": f"What is {n} plus {'1' * (n % 5 + 1)}?"} for n in range(60)]
-    (folder / "sums.json").write_text(json.dumps(rows))
-    sources = [PromptSource(str(folder / "sums.json"))]
+    folder, sources = tmp_path_factory.mktemp("rollouts"), [PromptSource(str(sums(60)))]
     settings = RolloutSettings(
         str(tiny_checkpoint), folder / "set", sources, batch_size=4, gen_length=16, block_length=8
     )

@@ -1,6 +1,6 @@
 """The rounds of a filter: continued where they were interrupted, and told of in the run that they belong to."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +19,8 @@ from train.rollout_module import rollout
 
 
 @pytest.fixture(scope="module")
-def rollouts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Rollouts:
-    folder = tmp_path_factory.mktemp("rollouts")
-    rows = [{"prompt": f"What is {n} plus {'1' * (n % 5 + 1)}?"} for n in range(60)]
-    (folder / "sums.json").write_text(json.dumps(rows))
-    sources = [PromptSource(str(folder / "sums.json"))]
+def rollouts(tiny_checkpoint: Path, sums: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> Rollouts:
+    folder, sources = tmp_path_factory.mktemp("rollouts"), [PromptSource(str(sums(60)))]
     settings = RolloutSettings(
         str(tiny_checkpoint), folder / "set", sources, batch_size=16, gen_length=16, block_length=8
     )

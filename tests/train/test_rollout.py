@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -56,11 +57,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "sums.jsonl"
-    rows = [{"prompt": f"What is {n} plus {'1' * (n % 5 + 1)}?"} for n in range(40)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+def file(sums: Callable[[int], Path]) -> Path:
+    return sums(40)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -55,11 +55,8 @@ def url(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "sums.jsonl"
-    rows = [{"prompt": f"What is {n} plus {'1' * (n % 5 + 1)}?"} for n in range(40)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+def file(sums: Callable[[int], Path]) -> Path:
+    return sums(40)
 
 
 def roll(base: Path, folder: str | Path, file: Path, **more):
