@@ -19,7 +19,7 @@ from models.errors import InputError
 from models.features import Evidence
 
 BYTES = 48
-"""What a position takes in memory with every field there is."""
+"""What a position takes in memory with every field there is but hidden states."""
 _SAMPLE = 65_536  # rows that stand for all where something is looked at once
 _INDEX = "index.json"
 
@@ -131,7 +131,7 @@ class StoredExamples:
 
     Args:
         file: The file.
-        row: NumPy's type of a row: a field of ``K`` values for each of a :class:`FilterBatch`, and ``pass``.
+        row: NumPy's type of a row: a field of ``K`` values or vectors for each of a :class:`FilterBatch`, and ``pass``.
         count: Records of each pass.
         device: Where batches go.
     """
@@ -206,9 +206,9 @@ def store(folder: Path, parts: Iterable[Records], passes: Sequence[str], tail_we
 def _table(batch: FilterBatch, which: Tensor) -> np.ndarray:
     rest = {name: getattr(batch, name) for name in ("final", "tail", "example", "weight")}
     fields = {name: value.numpy() for name, value in (batch.evidence.present() | rest).items()}
-    length = batch.final.shape[1]
     types = [
-        (name, np.dtype("<i4") if value.dtype == np.int64 else value.dtype, (length,)) for name, value in fields.items()
+        (name, np.dtype("<i4") if value.dtype == np.int64 else value.dtype, value.shape[1:])
+        for name, value in fields.items()
     ]
     table = np.empty(len(batch), np.dtype([*types, ("pass", np.dtype("u1"))]))
     for name, value in fields.items():
@@ -239,9 +239,12 @@ def _tuples(description: Any) -> Any:
     return [(name, kind, *(tuple(shape) for shape in rest)) for name, kind, *rest in description]
 
 
-def by_shard(rollouts: Rollouts, passes: Sequence[str] | None, last: str | None = None) -> Iterator[Records]:
+def by_shard(
+    rollouts: Rollouts, passes: Sequence[str] | None, last: str | None = None, hidden: bool = False
+) -> Iterator[Records]:
     """The records of a set as :func:`data.rollouts.load_records` reads them, one shard at a time: no decode is in two."""
     from data.rollouts import load_records
 
     for shard in rollouts.shards:
-        yield load_records(Rollouts(rollouts.folder, rollouts.manifest | {"shards": [shard]}), passes, last=last)
+        one = Rollouts(rollouts.folder, rollouts.manifest | {"shards": [shard]})
+        yield load_records(one, passes, last=last, hidden=hidden)

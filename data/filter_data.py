@@ -76,6 +76,7 @@ class FilterDataModule(LightningDataModule):
             ``records`` beside the shards, and read batch by batch; batches are drawn from all records either way.
         limit: Training prompts whose records are used, the first ones in the order of their hashes; null for all. One set of
             rollouts serves a learning curve: the prompts of a lower limit are among those of a higher one.
+        hidden: Width at which the filter reads hidden states; 0: they are not loaded.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class FilterDataModule(LightningDataModule):
         seed: Whole = 0,
         memory: Whole = 8192,
         limit: Count | None = None,
+        hidden: Whole = 0,
     ) -> None:
         super().__init__()
         checked(Whole, memory, "memory")
@@ -100,7 +102,7 @@ class FilterDataModule(LightningDataModule):
                 raise InputError("passes", name, ", ".join(PASSES))
         self.rollouts = [place(folder) for folder in (rollouts if isinstance(rollouts, list) else [rollouts])]
         self.batch_size, self.passes, self.tail_weight = batch_size, passes, tail_weight
-        self.seed, self.memory, self.limit = seed, memory, limit
+        self.seed, self.memory, self.limit, self.hidden = seed, memory, limit, bool(hidden)
         self.sets: dict[str | Path, Rollouts] = {}
         self.records: Records | None = None
         self.parts: dict[str, FilterBatch | StoredExamples] = {}
@@ -152,9 +154,15 @@ class FilterDataModule(LightningDataModule):
         passes = {one.folder: self._passes(one.manifest["settings"]["passes"]) for one in sets}
         holding = [one for one in sets if passes[one.folder]] or sets[:1]
         self.digest = "+".join(one.digest for one in sets)
-        rows = sum(one.manifest["counts"]["steps"].get(name, 0) for one in holding for name in passes[one.folder])
-        if rows * sets[0].manifest["settings"]["block_length"] * BYTES <= self.memory << 20:
-            records = [load_records(one, passes[one.folder] or self.passes, last=last) for one in holding]
+        size = 0
+        for one in holding:
+            rows = sum(one.manifest["counts"]["steps"].get(name, 0) for name in passes[one.folder])
+            each = BYTES + 2 * one.hidden_size if self.hidden else BYTES
+            size += rows * one.manifest["settings"]["block_length"] * each
+        if size <= self.memory << 20:
+            records = [
+                load_records(one, passes[one.folder] or self.passes, last=last, hidden=self.hidden) for one in holding
+            ]
             return self._split(Records.cat(records), device)
         return self._stored([(one, passes[one.folder]) for one in holding], last, device)
 
@@ -166,10 +174,10 @@ class FilterDataModule(LightningDataModule):
             raise InputError(
                 "batch_size", None, f"a number, for records of more than {self.memory} MiB; or more memory"
             )
-        key = json.dumps([self.digest, [passes for _, passes in sets], self.tail_weight, last])
+        key = json.dumps([self.digest, [passes for _, passes in sets], self.tail_weight, last, self.hidden])
         folder = sets[0][0].folder / "records" / hashlib.sha256(key.encode()).hexdigest()[:16]
         if not (self.trainer and self.trainer.global_rank) and open_stored(folder, device) is None:
-            parts = (part for one, passes in sets for part in by_shard(one, passes, last))
+            parts = (part for one, passes in sets for part in by_shard(one, passes, last, self.hidden))
             store(folder, parts, self.passes or PASSES, self.tail_weight)
         if self.trainer:
             self.trainer.strategy.barrier("records")

@@ -32,9 +32,9 @@ _KEY = b"dlm_accel.key"
 """Where the metadata of a shard's files keeps the key of its set, as JSON: they belong to it with a manifest or without."""
 _AT_ONCE = 8  # files that are fetched side by side
 _OLDER = {"states": "pass"}  # schema version 1: name of a column to the one it has now
-_OPTIONAL = ("end", "text", "open", "eot_log_odds", "eot_top")
+_OPTIONAL = ("end", "text", "hidden", "open", "eot_log_odds", "eot_top")
 """Columns that a set may lack: ``end`` before schema version 3, when labels came from the references; ``text`` before filters
-read it; EoT evidence anyway."""
+read it; hidden states and EoT evidence anyway."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,14 @@ class Rollouts:
     def digest(self) -> str:
         """16 hex digits that change with every prompt, label and setting in the set, and with nothing else."""
         return digest(self.manifest, self.shards)
+
+    @property
+    def hidden_size(self) -> int:
+        """Dimensions of the hidden states that were recorded, 0 where none were."""
+        if not self.manifest["settings"].get("hidden_states"):
+            return 0
+        schema = pq.read_schema(self.folder / self.shards[0]["steps"]["file"])
+        return schema.field("hidden").type.value_type.byte_width // 2
 
     def tables(self, kind: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The ``"steps"`` or ``"sequences"`` tables, in the order of the shards."""

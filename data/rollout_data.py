@@ -47,6 +47,8 @@ class RolloutSettings:
         references: Folder of a finished set of the same model and settings, whose references are taken; what it lacks is decoded.
         states: States of a prompt's filter pass whose block full_step completes, which gives their labels; the others have none.
         eot_evidence: Also record what every step says of EoT, at every position that is left: the head then reads all of them.
+        hidden_states: Also record the predictor's last hidden state of every guess in fp16, for a filter that reads them
+            (``model.hidden``): a set then takes many times as much disk.
         chat_template: Wrap prompts in the chat template.
         too_long: What is done with prompts that leave no room for ``gen_length`` in the model: ``refuse`` ends the command before
             anything is decoded, ``skip`` leaves them out and lists them in the manifest.
@@ -75,6 +77,7 @@ class RolloutSettings:
     references: Folder | None = None
     states: Count = 4
     eot_evidence: bool = False
+    hidden_states: bool = False
     chat_template: bool = True
     too_long: Literal["refuse", "skip"] = "refuse"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

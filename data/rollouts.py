@@ -15,7 +15,7 @@ from torch import Tensor
 from data.labels import PASSES, Records, after_eot, history
 from data.manifest import Rollouts, check_file, find_rollouts, open_rollouts
 from data.prompt import Prompt
-from data.tables import fixed, ragged
+from data.tables import fixed, ragged, ragged_bytes
 from models.errors import InputError
 from models.features import Evidence
 
@@ -144,7 +144,7 @@ def last_of_first(rollouts: Rollouts, limit: int) -> str:
 
 def load_records(
     rollouts: Rollouts | str | Path, passes: Sequence[str] | None = None, limit: int | None = None,
-    last: str | None = None,
+    last: str | None = None, hidden: bool = False,
 ) -> Records:  # fmt: skip
     """Reads the steps of a rollout set into dense tensors.
 
@@ -153,6 +153,7 @@ def load_records(
         passes: Which of ``PASSES`` to read; all that were recorded by default.
         limit: Read the first prompts only, this many.
         last: Of the training prompts read only those whose hash is not beyond this one.
+        hidden: Read the hidden states, too, where there are some.
 
     Returns:
         Records ordered by prompt, pass and step.
@@ -177,7 +178,7 @@ def load_records(
     prompt, which, block, step = (torch.from_numpy(keys[name][order]) for name in ("prompt", "pass", "block", "step"))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    wide = _wide(rollouts, keep, place)
+    wide = _wide(rollouts, keep, place, hidden)
     stable, previous = history(wide["masked"], wide["token"], wide["confidence"], prompt * len(PASSES) + which, block)
     end = torch.from_numpy(keys["end"][order])
     final, tail = wide.pop("final"), after_eot(end, block, wide["masked"].shape[1])
@@ -223,26 +224,31 @@ def _index_in(column: pa.ChunkedArray, values: pa.Array) -> np.ndarray:
     return found.fill_null(-1).to_numpy().astype(np.int64)
 
 
-def _wide(rollouts: Rollouts, keep: Sequence[np.ndarray], place: np.ndarray) -> dict[str, Tensor]:
-    """The per-position columns, ``(R, K)`` each; kept row ``n`` of the files goes to row ``place[n]``."""
+def _wide(rollouts: Rollouts, keep: Sequence[np.ndarray], place: np.ndarray, hidden: bool) -> dict[str, Tensor]:
+    """The per-position columns, ``(R, K)`` each, and ``hidden``; kept row ``n`` of the files goes to row ``place[n]``."""
     names = ("masked", "token", "confidence", "margin", "entropy", "final", "text")
     length = int(rollouts.manifest["settings"]["block_length"])
     types = {"confidence": torch.float32, "margin": torch.float32, "entropy": torch.float32}
     types |= {"token": torch.int64, "text": torch.int64}
     wide = {name: torch.empty(len(place), length, dtype=types.get(name, torch.bool)) for name in names}
-    start = 0
-    for table, kept in zip(rollouts.tables("steps", names), keep, strict=True):
+    start, asked = 0, ["end", "hidden"] if hidden else []
+    for table, kept in zip(rollouts.tables("steps", [*names, *asked]), keep, strict=True):
         rows = torch.from_numpy(place[start : start + int(kept.sum())])
         start += len(rows)
         masked = fixed(table, "masked")
         if "text" not in table.column_names:
             wide.pop("text", None)
-        for name in wide if len(rows) else ():
+        for name in wide.keys() - {"hidden"} if len(rows) else ():
             if name in ("margin", "entropy", "text"):
                 values = ragged(table, name, ~masked if name == "text" else masked)
             else:
                 values = fixed(table, name)
             wide[name][rows] = torch.from_numpy(values[kept]).to(wide[name].dtype)
+        if "hidden" in table.column_names and len(rows):
+            vectors = ragged_bytes(table, "hidden", masked & (table["end"].to_numpy() >= 0)[:, None])
+            if "hidden" not in wide:
+                wide["hidden"] = torch.empty(len(place), length, vectors.shape[-1], dtype=torch.float16)
+            wide["hidden"][rows] = torch.from_numpy(vectors[kept])
     if "text" in wide:
         wide["text"] = torch.where(wide["masked"], wide["token"], wide["text"])
     return wide

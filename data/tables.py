@@ -20,6 +20,7 @@ STEP_COLUMNS = (
     "text",  # one value for each False in masked: the token that is decoded there
     "final",  # K values each
     "end",  # the first EoT of what the labels come from, the reference or the state's completion; -1 where there are none
+    "hidden",  # of sets rolled out with ``hidden_states``: D fp16 values, as bytes, for each True in masked, if labelled
     # Of sets rolled out with ``eot_evidence``:
     "open",  # G values: True where the generated region was not decoded yet
     "eot_log_odds", "eot_top",  # one value for each True in open
@@ -64,7 +65,7 @@ class RolloutBatch:
 
 
 def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
-    """One row a forward, with ``STEP_COLUMNS``, those of EoT evidence where the traces have it; by pass, prompt and step."""
+    """One row a forward, with ``STEP_COLUMNS``, the optional ones where the traces have them; by pass, prompt and step."""
     ids = np.array([prompt.id for prompt in batch.prompts], dtype=object)
     splits = np.array(batch.splits, dtype=object)
     tables = []
@@ -87,6 +88,8 @@ def steps_table(batch: RolloutBatch, eot_id: int) -> pa.Table:
             "final": _fixed(final),
             "end": pa.array(end.numpy().astype(np.int16)),
         }
+        if evidence.hidden is not None:
+            columns["hidden"] = _ragged_bytes(evidence.hidden, evidence.masked & (end >= 0)[:, None])
         if steps.eot_log_odds is not None and steps.eot_top is not None:
             still_open = (steps.eot_log_odds != 0) | steps.eot_top  # the trace has zeros where a position is decoded
             columns |= {
@@ -139,7 +142,28 @@ def _fixed(values: Tensor) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.contiguous().numpy().ravel()), values.shape[1])
 
 
+def ragged_bytes(table: pa.Table, name: str, where: np.ndarray) -> np.ndarray:
+    """A column with fp16 vectors for each True in ``where`` ``(R, N)`` bool, ``(R, N, D)`` with zeros elsewhere."""
+    values = table[name].combine_chunks().flatten()
+    size, start = values.type.byte_width // 2, values.offset
+    found = np.frombuffer(values.buffers()[1], np.float16).reshape(-1, size)[start : start + len(values)]
+    laid = np.zeros((*where.shape, size), np.float16)
+    laid[where] = found
+    return laid
+
+
+def _ragged_bytes(values: Tensor, where: Tensor) -> pa.Array:
+    """The vectors of ``(R, N, D)`` float16 at ``where`` ``(R, N)`` bool, as a column of lists of ``2 D`` bytes each."""
+    found = values[where].contiguous()
+    width = pa.binary(2 * values.shape[2])
+    vectors = pa.FixedSizeBinaryArray.from_buffers(width, len(found), [None, pa.py_buffer(found.numpy())])
+    return pa.ListArray.from_arrays(pa.array(_offsets(where)), vectors)
+
+
 def _ragged(values: Tensor, where: Tensor) -> pa.Array:
     """The values of ``(R, N)`` at ``where`` ``(R, N)`` bool, as a column of lists of differing length."""
-    offsets = torch.nn.functional.pad(where.sum(1).cumsum(0), (1, 0)).int()
-    return pa.ListArray.from_arrays(pa.array(offsets.numpy()), pa.array(values[where].numpy()))
+    return pa.ListArray.from_arrays(pa.array(_offsets(where)), pa.array(values[where].numpy()))
+
+
+def _offsets(where: Tensor) -> np.ndarray:
+    return torch.nn.functional.pad(where.sum(1).cumsum(0), (1, 0)).int().numpy()

@@ -30,6 +30,7 @@ class BlockRun(Run):
         state, predictor = self.state, request.predictor
         self.strategy, self.policy = strategy, CACHES[request.config.cache]
         self.needs = strategy.needs | (EVIDENCE if request.record else frozenset())
+        self.needs |= {"hidden"} if request.record_hidden else set()
         self.all_positions = strategy.all_positions or request.record
         self.reads_region = request.record_eot or self.rule.reads_region
         self.history = History(state) if "history" in self.needs else None

@@ -44,7 +44,8 @@ def decode_steps(
         strategy: Chooses the commits.
         output: Receives sequences, counts and trace.
         references: Reference decodes, for strategies that need them.
-        **options: Its further fields: ``record``, ``record_eot``, ``seeds``, ``batch_size``, ``stop``, ``finished``.
+        **options: Its further fields: ``record``, ``record_eot``, ``record_hidden``, ``seeds``, ``batch_size``,
+            ``stop``, ``finished``.
 
     Raises:
         InputError: An empty prompt, one that leaves no room for ``gen_length``, or a strategy that does not fit.

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def plan_memory(
     prompt_length: int = 256,
     record: bool = False,
     record_eot: bool = False,
+    record_hidden: bool = False,
 ) -> MemoryPlan:
     """Counts the peak of a real decode step, in the loop itself, on tensors that have shapes and no contents.
 
@@ -77,6 +78,7 @@ def plan_memory(
         prompt_length: Tokens of each prompt.
         record: Count what rollouts record.
         record_eot: Likewise.
+        record_hidden: Likewise.
 
     Raises:
         InputError: No description of a model that can be read, an unknown dtype, or a strategy that does not fit the model or
@@ -92,8 +94,8 @@ def plan_memory(
         model = AutoModel.from_config(known, dtype=getattr(torch, dtype))
         predictor = _predictor(model, longest)
         outlined = strategy.outlined(predictor, config)
-        request = _request(predictor, config, outlined, batch_size, prompt_length, record, record_eot)
-        return _measure(request)
+        request = _request(predictor, config, outlined, batch_size, prompt_length)
+        return _measure(replace(request, record=record, record_eot=record_eot, record_hidden=record_hidden))
 
 
 def _predictor(model: nn.Module, longest: int) -> MaskPredictor:
@@ -103,18 +105,14 @@ def _predictor(model: nn.Module, longest: int) -> MaskPredictor:
     return MaskPredictor(model, ids, config.vocab_size, longest)
 
 
-def _request(
-    predictor: MaskPredictor, config: DecodeConfig, strategy: Strategy, rows: int, length: int, record: bool, eot: bool
-) -> Request:
+def _request(predictor: MaskPredictor, config: DecodeConfig, strategy: Strategy, rows: int, length: int) -> Request:
     if length + config.gen_length > predictor.max_length:
         raise InputError(
             "prompt_length and gen_length", length + config.gen_length, f"at most the model's {predictor.max_length} tokens"
         )  # fmt: skip
     references = torch.zeros(rows, config.gen_length, dtype=torch.long) if strategy.name == "oracle" else None
     output = empty_output(rows, config)
-    return Request(
-        predictor, [[4] * length] * rows, config, strategy, output, references, record=record, record_eot=eot
-    )
+    return Request(predictor, [[4] * length] * rows, config, strategy, output, references)
 
 
 def _measure(request: Request) -> MemoryPlan:

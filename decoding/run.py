@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,7 @@ class Request:
         regions: ``(B, gen_length)`` int64, what each row begins from: MASK where it is to be decoded; all MASK by default.
         record: Keep a :class:`~decoding.output.StepTrace` of every step, with evidence on all positions of the block.
         record_eot: Also record the EoT evidence over the whole generated region.
+        record_hidden: Also record the hidden states of the block's masked positions, in fp16.
         seeds: Noise seed of each row; its place among the prompts by default.
         batch_size: Rows decoded together; all by default.
         stop: Called with a row's index and its decoded tokens, from the first generated one on, each time a block of it is
@@ -55,6 +56,7 @@ class Request:
     regions: Tensor | None = None
     record: bool = False
     record_eot: bool = False
+    record_hidden: bool = False
     seeds: Sequence[int] | None = None
     batch_size: int | None = None
     stop: Callable[[int, list[int]], bool] | None = None
@@ -256,6 +258,10 @@ class Run(ABC):
     def _trace(self, evidence: Evidence, transfer: Tensor, tokens: Tensor) -> StepTrace:
         state, slots = self.state, self.scheduler.slots
         eot = self.eot if self.request.record_eot else {}
+        most = torch.finfo(torch.float16).max
+        wanted = self.request.record_hidden and evidence.hidden is not None
+        hidden: Any = evidence.hidden.clamp(-most, most).half() if wanted else None
+        evidence = replace(evidence, hidden=hidden)
         return StepTrace(
             rows=self.rows,
             block=torch.tensor([slot.block for slot in slots]),

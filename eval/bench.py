@@ -40,6 +40,7 @@ def main(
     margin: Part = MARGIN,
     pick_on: Count | None = 256,
     report: Literal["all", "picked"] = "all",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     out: Path = Path("runs/bench"),
     wandb: WandbSettings = USUAL,
 ) -> None:
@@ -63,6 +64,7 @@ def main(
             picked; null picks on the prompts that are reported, and says so.
         report: ``picked`` decodes on the reported prompts only what the headline needs: the references, the settings picked on
             the others, and runs that are ``always`` reported, which are not picked from.
+        dtype: Weights' dtype of runs that do not say; null for the checkpoint's on a GPU and float32 on a CPU.
         out: Folder of the results.
         wandb: Where W&B files the run.
 
@@ -72,7 +74,7 @@ def main(
     settings = {
         "base": base, "runs": [asdict(run) for run in runs], "prompts": [asdict(source) for source in prompts],
         "split": split, "limit": limit, "gen_length": gen_length, "block_length": block_length, "batch_size": batch_size,
-        "repeats": repeats, "margin": margin, "pick_on": pick_on, "report": report,
+        "repeats": repeats, "margin": margin, "pick_on": pick_on, "report": report, "dtype": dtype,
     }  # fmt: skip
     for name in ("runs", "prompts"):
         if not settings[name]:
@@ -83,7 +85,7 @@ def main(
     if pick_on is None and report == "picked":
         raise InputError("report", report, "all where no prompts to pick on are decoded (pick_on: null)")
     mode = wandb_mode()
-    predictor = MaskPredictor.from_pretrained(base)
+    predictor = MaskPredictor.from_pretrained(base, dtype=dtype)
     chosen = answered(load_prompts(prompts, split=split, limit=limit))
 
     def rows_of(prompts: list[Prompt], runs: list[Run], repeats: int, what: str) -> list[dict[str, Any]]:

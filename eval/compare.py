@@ -224,8 +224,9 @@ class Comparison:
             row["seconds_all"] = [self.results[number, n].seconds for n in range(self.repeats)]
             row["times"] = [self.extras[number, n]["time"] for n in range(self.repeats)]
             row["memory"] = self.extras[number, 0].get("memory")
-            if "helper" in row:
-                row["helper"]["parameters"] = self.extras[number, 0]["parameters"]
+            for learned in ("helper", "component"):
+                if learned in row and (parameters := self.extras[number, 0]["parameters"]):
+                    row[learned]["parameters"] = parameters
             rows.append(row)
         for row in rows:
             without = _forwards_without_eot(row, rows)

@@ -9,6 +9,8 @@ from typing import Any
 from data.provenance import write_aside
 from eval import helper_sizes, recorded
 from eval.command import command
+from eval.headline import MARGIN
+from eval.headline import pick as cheapest
 from eval.recorded import read_tables
 from eval.report import ALL, Row, difference, filter_share, markdown, percent, table, times
 from eval.result_file import read
@@ -252,6 +254,26 @@ def _whole(result: dict[str, Any]) -> list[str]:
     return table(result["rows"], _QUALITY | {"prompts": ALL["prompts"]})
 
 
+def _filters(result: dict[str, Any]) -> list[str]:
+    """Filters beside each other, each at the threshold picked for it; a label is a filter's name and a threshold."""
+    full, *tried = result["rows"]
+    rows = {row["label"]: row for row in tried}
+    own: dict[str, list[Row]] = {}
+    for row in _tried(result):
+        if row["settings"].get("filter"):
+            own.setdefault(row["label"].rsplit(" ", 1)[0], []).append(row)
+    picked = [rows[cheapest(each, MARGIN)["label"]] for each in own.values()]
+    names = dict(zip([row["label"] for row in picked], own, strict=True))
+    columns: dict[str, Any] = {
+        "filter": lambda row: names.get(row["label"], row["label"]),
+        "parameters": lambda row: f"{row['component']['parameters']:,}" if "component" in row else "–",
+        "threshold": lambda row: f"{row['settings']['threshold']:g}" if "threshold" in row["settings"] else "–",
+    } | {name: _QUALITY[name] for name in ("exact match", "difference (95 %)", "valid", "NFE")}
+    others = [row for row in tried if not row["settings"].get("filter")]
+    count = f"{full['prompts']} test prompts; thresholds picked on {_tried(result)[0]['prompts']} validation prompts."
+    return [*table([full, *others, *picked], columns), "", count]
+
+
 _DREAM = {name: _APD[name] for name in ("decode", "exact match", "difference (95 %)", "same text")}
 _DREAM |= {name: helper_sizes.COLUMNS[name] for name in ("acceptance", "NFE", "tokens/forward")}
 
@@ -293,6 +315,7 @@ TABLES = {
     "eot": ("eot/bench.json", "docs/decoders.md", _eot),
     "risk": ("risk/bench.json", "docs/decoders.md", _risk),
     "budget": ("budget/bench.json", "docs/decoders.md", _budget),
+    "filters": ("filters/bench.json", "docs/decoders.md", _filters),
     "cost": ("cost/bench.json", "docs/decoders.md", _costs),
     "long": ("cost/bench.json", "docs/decoders.md", _long),
     "apd": ("bench.json", "docs/apd.md", _apd),

@@ -41,6 +41,8 @@ class _Settings(TypedDict):
     dtype: Text
     temperature: NotNegative
     mixture_weight: NotRequired[NotNegative]
+    threshold: NotRequired[Share]
+    filter: NotRequired[Text | None]
 
 
 class _Helper(TypedDict):
@@ -53,6 +55,7 @@ class _Helper(TypedDict):
 class _Component(TypedDict):
     per_forward: NotNegative
     share_of_forward: NotRequired[NotNegative]
+    parameters: NotRequired[Count]
 
 
 class _Memory(TypedDict):

@@ -10,7 +10,7 @@ from torch import Tensor
 from models.constants import constant
 
 EVIDENCE = frozenset({"margin", "entropy", "history", "text"})
-"""What can be asked for beyond token and confidence and is worth keeping: all that records hold."""
+"""What can be asked for beyond token and confidence and is always kept in records."""
 
 
 @dataclass

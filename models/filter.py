@@ -33,6 +33,9 @@ class FilterConfig:
         layers: Number of convolutions (``conv`` only).
         embedding: Width of the embedding through which the network reads the block's tokens, decoded ones and guesses
             (``conv`` only); 0 for one that reads no token.
+        hidden: Width of the projection through which it reads the predictor's last hidden states (``conv`` only); 0 for one that
+            reads logits alone.
+        hidden_size: Width of these, the base model's; 0 where they are not read.
         needs_all_positions: The network reads confidences of decoded positions too, as the published one does, so the
             decoder has to compute them. False where the training records held masked positions only.
         threshold: A guess is committed where its probability of being final is above this.
@@ -55,6 +58,8 @@ class FilterConfig:
     kernel: int = 5
     layers: int = 2
     embedding: int = 0
+    hidden: int = 0
+    hidden_size: int = 0
     needs_all_positions: bool = False
     threshold: float = 0.9
     gen_length: int = 0
@@ -71,7 +76,8 @@ class FilterConfig:
     @property
     def needs(self) -> frozenset[str]:
         """What the network reads beyond token and confidence, as a strategy asks for it."""
-        return needs_of(self.features) | (frozenset({"text"}) if self.embedding else frozenset())
+        beside = {"text": self.embedding, "hidden": self.hidden}
+        return needs_of(self.features) | {name for name, width in beside.items() if width}
 
     @property
     def logits_only(self) -> bool:
@@ -121,10 +127,11 @@ class ConvFilter(Filter):
 
     The input columns are standardised with the buffers ``mean`` and ``std``. Both sides of the block are padded with
     zeros, which after the standardisation is the average column and so differs from a decoded position. Beside the columns
-    it may read the tokens themselves, since what is doubtful about a number is not what is doubtful about a word.
+    it may read the tokens themselves, since what is doubtful about a number is not what is doubtful about a word, and the
+    predictor's hidden states, normalised to a mean square of 1.
 
     Attributes:
-        dropout: Share of the embedding that is left out in training.
+        dropout: Share of the embedding and of the projected hidden states that is left out in training.
     """
 
     mean: Tensor
@@ -137,7 +144,8 @@ class ConvFilter(Filter):
         self.register_buffer("mean", torch.zeros(len(self.features)))
         self.register_buffer("std", torch.ones(len(self.features)))
         self.embedding = nn.Embedding(config.vocab_size, config.embedding) if config.embedding else None
-        sizes = [len(self.features) + config.embedding] + [config.channels] * config.layers
+        self.project = nn.Linear(config.hidden_size, config.hidden, bias=False) if config.hidden else None
+        sizes = [len(self.features) + config.embedding + config.hidden] + [config.channels] * config.layers
         # Two-dimensional with a height of 1: oneDNN then takes the columns as they lie in memory, channels last, and a
         # training step on the CPU takes about half of what Conv1d needs (torch 2.13).
         self.convs = nn.ModuleList(
@@ -149,14 +157,19 @@ class ConvFilter(Filter):
     def forward(self, evidence: Evidence) -> Tensor:
         """Logits ``(B, K)`` float32 for any K."""
         columns = (feature_columns(evidence, self.features) - self.mean) / self.std
+        beside = []
         if self.embedding is not None:
-            words = self.embedding(evidence.text)
-            words = F.dropout(words, self.dropout) if self.training else words
-            columns = torch.cat((columns, words), dim=-1)
-        hidden = columns.transpose(1, 2)[:, :, None]  # (B, F, 1, K)
+            beside.append(self.embedding(evidence.text))
+        if self.project is not None:
+            states = evidence.hidden.float()  # zero where nothing is masked, and still so after this
+            beside.append(self.project(F.rms_norm(states, states.shape[-1:])))
+        if beside:
+            words = torch.cat(beside, dim=-1)
+            columns = torch.cat((columns, F.dropout(words, self.dropout, self.training)), dim=-1)
+        value = columns.transpose(1, 2)[:, :, None]  # (B, F, 1, K)
         for conv in self.convs:
-            hidden = conv(hidden).relu()
-        return self.head(hidden)[:, 0, 0]
+            value = conv(value).relu()
+        return self.head(value)[:, 0, 0]
 
     @torch.no_grad()
     def fit_normalisation(self, evidence: Evidence) -> None:
@@ -169,13 +182,15 @@ class ConvFilter(Filter):
 
 
 def size(net: Filter) -> str:
-    """How many parameters a filter has, in words: in all, and without the embedding of tokens where it has one."""
+    """How many parameters a filter has, in words: in all, and without what reads tokens or hidden states where it does."""
     counts = {name: weights.numel() for name, weights in net.named_parameters()}
     words = f"{sum(counts.values()):,} parameters"
-    own = sum(count for name, count in counts.items() if not name.startswith("embedding."))
-    return words if own == sum(counts.values()) else f"{words}, {own:,} without the embedding of tokens"
+    own = sum(count for name, count in counts.items() if not name.startswith(tuple(_READERS)))
+    names = [_READERS[name] for name in _READERS if any(each.startswith(name) for each in counts)]
+    return f"{words}, {own:,} without {' and '.join(names)}" if names else words
 
 
+_READERS = {"embedding.": "the embedding of tokens", "project.": "the projection of hidden states"}
 _NETWORKS: dict[str, type[BlockMLP] | type[ConvFilter]] = {"block_mlp": BlockMLP, "conv": ConvFilter}
 
 
@@ -190,6 +205,8 @@ _NETWORK_RULES: dict[str, Rule] = {
     "kernel": Rule("an odd whole number from 1 to 4095", lambda v: whole(1, 4095).accepts(v) and v % 2 == 1),
     "layers": whole(1, 256),
     "embedding": whole(0),
+    "hidden": whole(0),
+    "hidden_size": whole(0),
     "needs_all_positions": FLAG,
 }  # fmt: skip
 _EXPORT_RULES = _NETWORK_RULES | {
@@ -220,13 +237,20 @@ def _check(values: dict[str, Any], rules: dict[str, Rule], where: str) -> None:
         raise InputError(f"{where}: needs_all_positions", True, "false; conv reads masked positions only")
     if values["architecture"] == "block_mlp" and values["embedding"]:
         raise InputError(f"{where}: embedding", values["embedding"], "0; block_mlp reads confidences only")
+    if values["architecture"] == "block_mlp" and values["hidden"]:
+        raise InputError(f"{where}: hidden", values["hidden"], "0; block_mlp reads confidences only")
+    if bool(values["hidden"]) != bool(values["hidden_size"]):
+        accepted = "the width of the base model's hidden states for a filter that reads them, else 0"
+        raise InputError(f"{where}: hidden_size", values["hidden_size"], accepted)
     if values["embedding"] and not COUNT.accepts(values["vocab_size"]):
         raise InputError(
             f"{where}: vocab_size", values["vocab_size"], "the base model's, for a filter that reads tokens"
         )
     if values["architecture"] == "conv":
-        inputs, width = len(values["features"]) + values["embedding"], values["channels"]
-        weights = (inputs + width * values["layers"]) * width * values["kernel"]
+        inputs, width = len(values["features"]) + values["embedding"] + values["hidden"], values["channels"]
+        weights = (
+            values["hidden"] * values["hidden_size"] + (inputs + width * values["layers"]) * width * values["kernel"]
+        )
         weights += values["vocab_size"] * values["embedding"] if values["embedding"] else 0
     else:
         weights = 2 * values["block_length"] ** 2
@@ -284,7 +308,7 @@ def load_filter(folder: str | Path) -> tuple[BlockMLP | ConvFilter, FilterConfig
         KIND,
         SCHEMA_VERSION,
         [*(f.name for f in fields(FilterConfig)), "logits_only"],
-        older={"embedding": 0, "base_family": "llada", "logits_only": None},
+        older={"embedding": 0, "hidden": 0, "hidden_size": 0, "base_family": "llada", "logits_only": None},
     )
     said = values.pop("logits_only")
     _check(values, _EXPORT_RULES, str(folder / CONFIG))

@@ -221,6 +221,12 @@ class MaskPredictor:
             predictor.compile()
         return predictor
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states, ``D``."""
+        model: Any = self.model
+        return model.get_input_embeddings().embedding_dim
+
     @classmethod
     def outline(cls, path: str | Path, *, dtype: torch.dtype | None = None) -> "MaskPredictor":
         """A checkpoint without its weights, on the device ``meta``: it knows all but what to predict.

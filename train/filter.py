@@ -133,8 +133,9 @@ def learn(command: Command, out: Path, loggers: list[Logger]) -> None:
     """
     given: FilterDataModule = command.datamodule
     data = FilterDataModule(
-        list(given.rollouts), given.batch_size, given.passes, given.tail_weight, given.seed, given.memory, given.limit
-    )
+        list(given.rollouts), given.batch_size, given.passes, given.tail_weight, given.seed, given.memory, given.limit,
+        int(given.hidden),
+    )  # fmt: skip
     data.sets = given.sets
     digest = "+".join(one.digest for one in given.open(command.trainer))
     settings = command.settings
@@ -357,6 +358,7 @@ if __name__ == "__main__":
             ("rollout.folder", "data.rollouts"),
             ("rollout.block_length", "model.block_length"),
             ("rollout.base", "model.base"),
+            ("model.hidden", "data.hidden"),
         ],
         checkpoint={"monitor": "validation/loss"},
         callbacks=callbacks,

@@ -20,7 +20,7 @@ from data.typed import Count, Length, NotNegative, Part, Positive, Share, Whole
 from models.errors import InputError
 from models.features import FEATURES
 from models.filter import ConvFilter, FilterConfig, build_filter
-from models.predictor import token_embeddings
+from models.predictor import MaskPredictor, token_embeddings
 from train.callbacks import check_finite
 from train.reliability import Reliability
 
@@ -45,8 +45,10 @@ class FilterModule(LightningModule):
         layers: Number of convolutions.
         embedding: Width of the embedding through which ``conv`` reads the block's tokens; 0: it reads none. It begins as the
             principal components of the base's own embeddings, so that tokens the rollouts lack lie near their likes.
-        dropout: Share of that embedding left out at each step; without it a few hundred prompts are learned by heart.
-        base: Folder or hub id of the base model, for ``embedding``.
+        hidden: Width of the projection through which ``conv`` reads the predictor's hidden states, of rollouts with
+            ``hidden_states``; 0: it reads none, and runs in engines that keep theirs.
+        dropout: Share of embedding and projection left out at each step; without it a few hundred prompts are learned by heart.
+        base: Folder or hub id of the base model, for ``embedding`` and ``hidden``.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay.
         schedule: ``cosine`` falls to zero over the whole run, ``constant`` stays.
@@ -62,6 +64,7 @@ class FilterModule(LightningModule):
         kernel: Count = 5,
         layers: Count = 2,
         embedding: Whole = 0,
+        hidden: Whole = 0,
         dropout: Part = 0.3,
         base: str | None = None,
         learning_rate: Positive = 3e-3,
@@ -74,29 +77,30 @@ class FilterModule(LightningModule):
         names = ["confidence"] if architecture == "block_mlp" else list(FEATURES)
         if architecture == "block_mlp" and features not in (None, names):
             raise InputError("features", features, "null or [confidence] for block_mlp, which reads nothing else")
+        if not 0 <= dropout < 1:
+            raise InputError("dropout", dropout, "a share from 0 to 1")
+        if (embedding or hidden) and base is None:
+            raise InputError("base", None, "the base model, for a filter that reads tokens or hidden states")
         self.config = FilterConfig(
             architecture=architecture, features=tuple(names if features is None else features),
             block_length=block_length, channels=channels, kernel=kernel, layers=layers, embedding=embedding,
-            threshold=threshold,
+            hidden=hidden, hidden_size=MaskPredictor.outline(base).hidden_size if hidden and base else 0, threshold=threshold,
         )  # fmt: skip
-        self.net = self._with_tokens(base, dropout) if embedding else build_filter(self.config)
+        self.net = self._with_tokens(base) if embedding and base else build_filter(self.config)
+        if isinstance(self.net, ConvFilter):
+            self.net.dropout = dropout
         self.learning_rate, self.weight_decay, self.schedule = learning_rate, weight_decay, schedule
         self.meters = nn.ModuleDict({stage: _meters(stage, threshold) for stage in ("validation", "test")})
 
-    def _with_tokens(self, base: str | None, dropout: float) -> ConvFilter:
+    def _with_tokens(self, base: str) -> ConvFilter:
         """The network of a configuration that reads tokens, which also learns how many there are."""
-        if base is None:
-            raise InputError("base", None, "the base model, for a filter that reads tokens")
         known, width = token_embeddings(base), self.config.embedding
         if not 0 < width <= min(known.shape):
             raise InputError("embedding", width, f"a whole number from 0 to {min(known.shape)}, the base's own width")
-        if not 0 <= dropout < 1:
-            raise InputError("dropout", dropout, "a share from 0 to 1")
         self.config = replace(self.config, vocab_size=len(known))
         net = build_filter(self.config)
         assert isinstance(net, ConvFilter)
         assert net.embedding is not None
-        net.dropout = dropout
         net.embedding.weight.data.copy_(principal_components(known, width))
         return net
 
@@ -115,6 +119,11 @@ class FilterModule(LightningModule):
             raise InputError("block_length", self.config.block_length, f"{length}, that of the rollouts")
         if self.config.embedding and evidence.text is None:
             raise InputError("embedding", self.config.embedding, "0 with rollouts that lack the text; roll out again")
+        width = 0 if evidence.hidden is None else evidence.hidden.shape[-1]
+        if self.config.hidden and self.config.hidden_size != width:
+            found = "rollouts without hidden states" if not width else f"rollouts with hidden states of {width}"
+            accepted = f"such of {self.config.hidden_size}; roll out with rollout.hidden_states true, or hidden 0"
+            raise InputError("hidden", found, accepted)
         if self.config.architecture == "block_mlp":
             # At decode time it must see decoded positions as it does here: their confidence, or zero.
             self._read_all_positions(bool((evidence.confidence[~evidence.masked] > 0).any()))

@@ -51,6 +51,7 @@ class Roller:
             "filter_threshold": self.strategies["filter"].settings()["threshold"] if given.filter else None,
             "states": given.states if given.filter else None,
             "eot_evidence": given.eot_evidence or None,
+            "hidden_states": given.hidden_states or None,
             "chat_template": given.chat_template,
             "dtype": str(self.predictor.dtype).removeprefix("torch."),
             "eot_id": self.predictor.ids.eot,
@@ -98,5 +99,5 @@ class Roller:
     def _decode(self, batch: PromptBatch, strategy: Strategy, references: Tensor | None) -> DecodeOutput:
         return decode(
             self.predictor, batch.tokens, self.settings.decoding, strategy, references, record=True,
-            record_eot=self.settings.eot_evidence, batch_size=batch.batch_size,
+            record_eot=self.settings.eot_evidence, record_hidden=self.settings.hidden_states, batch_size=batch.batch_size,
         )  # fmt: skip

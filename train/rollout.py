@@ -67,6 +67,7 @@ def plan(
     prompt_length: int = 256,
     dtype: str = "bfloat16",
     eot_evidence: bool = False,
+    hidden_states: bool = False,
 ) -> None:
     """Prints what rollouts of a model take in memory, and decodes nothing.
 
@@ -78,12 +79,13 @@ def plan(
         prompt_length: Tokens of each prompt.
         dtype: Dtype of the weights.
         eot_evidence: With what every step says of EoT.
+        hidden_states: With the hidden states of every step.
     """
     config = DecodeConfig(gen_length, block_length)
     print(
         plan_memory(
             base, config, make_strategy("full_step"), dtype=dtype, batch_size=batch_size, prompt_length=prompt_length,
-            record=True, record_eot=eot_evidence,
+            record=True, record_eot=eot_evidence, record_hidden=hidden_states,
         )
     )  # fmt: skip
 
@@ -110,7 +112,7 @@ def estimate(rollout: RolloutSettings, accelerator: str = "auto") -> None:
     memory = plan_memory(
         checkpoint_folder(rollout.base), rollout.decoding, make_strategy("full_step"), batch_size=rows,
         prompt_length=longest, dtype=str(predictor.dtype).removeprefix("torch."), record=True,
-        record_eot=rollout.eot_evidence,
+        record_eot=rollout.eot_evidence, record_hidden=rollout.hidden_states,
     )  # fmt: skip
     print(f"  memory of {rows} prompts of {longest} tokens, the first shard's longest: {memory}")
     share = len(prompts) / numbers["rollout/prompts"]

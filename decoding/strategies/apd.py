@@ -103,10 +103,6 @@ class APD(Strategy):
             raise InputError("regions", "given", "none with apd, which decodes from the first position on")
         return ApdRun(request, self)
 
-    @property
-    def parameters(self) -> int:
-        return sum(weights.numel() for network in self.networks for weights in network.parameters())
-
     def settings(self) -> dict[str, Any]:
         return {
             "strategy": self.name, "mixture_weight": self.mixture_weight, "kv_window": self.kv_window,

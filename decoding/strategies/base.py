@@ -60,8 +60,8 @@ class Strategy(ABC):
 
     @property
     def parameters(self) -> int:
-        """Weights of its learned component, once a decode has loaded it; 0 without one that is reported."""
-        return 0
+        """Weights of its learned component, once it is there; 0 without one."""
+        return sum(weights.numel() for network in self.networks for weights in network.parameters())
 
     @property
     def beyond_block(self) -> str:

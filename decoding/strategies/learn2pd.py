@@ -54,6 +54,8 @@ class FilterStrategy(BlockStrategy):
     def outlined(self, predictor: MaskPredictor, config: DecodeConfig) -> Strategy:
         if self.config is not None and self.config.vocab_size != predictor.vocab_size:
             raise InputError("filter: vocab_size", self.config.vocab_size, f"{predictor.vocab_size}, that of the model")
+        if self.config is not None and self.config.hidden_size not in (0, predictor.hidden_size):
+            raise InputError("filter: hidden_size", self.config.hidden_size, f"{predictor.hidden_size}, the model's")
         return self
 
     @property

@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-from data.examples import StoredExamples, by_shard
+from data.examples import BYTES, StoredExamples, by_shard
 from data.filter_data import FilterBatch, FilterDataModule
 from data.manifest import Rollouts, find_rollouts, open_rollouts, sha256
 from data.prompt import prompt_hash, split_of
@@ -39,6 +39,18 @@ def rollouts(tiny_checkpoint: Path, sums: Callable[[int], Path], tmp_path_factor
     return rollout(settings, accelerator="cpu")
 
 
+@pytest.fixture(scope="module")
+def with_hidden(
+    tiny_checkpoint: Path, sums: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Rollouts:
+    """The same with hidden states."""
+    folder, sources = tmp_path_factory.mktemp("rollouts"), [PromptSource(str(sums(60)))]
+    settings = RolloutSettings(
+        str(tiny_checkpoint), folder / "set", sources, batch_size=4, gen_length=16, block_length=8, hidden_states=True
+    )
+    return rollout(settings, accelerator="cpu")
+
+
 def parts(folder: Path, **settings: Any) -> dict[str, Any]:
     module = FilterDataModule(folder, **settings)
     module.setup("fit")
@@ -49,7 +61,10 @@ def rows(part: FilterBatch) -> list[bytes]:
     """Every record as bytes, in an order of their own."""
     rest = (part.final, part.tail, part.example, part.weight)
     return sorted(
-        torch.cat([t.double() for t in (*part.evidence.present().values(), *rest)], 1).numpy().view("V8").tolist()
+        torch.cat([t.double().flatten(1) for t in (*part.evidence.present().values(), *rest)], 1)
+        .numpy()
+        .view("V8")
+        .tolist()
     )
 
 
@@ -66,6 +81,20 @@ def test_records_in_files_are_those_in_memory(rollouts: Rollouts) -> None:
     first = next(by_shard(rollouts, None))
     number = [n for n, p in enumerate(first.prompt.tolist()) if first.splits[p] == "train"]
     assert torch.equal(stored["train"].take(torch.arange(len(number))).evidence.token, first.evidence.token[number])
+
+
+def test_hidden_states_in_files_are_those_in_memory(with_hidden: Rollouts) -> None:
+    held, stored = (parts(with_hidden.folder, hidden=4, memory=size)["train"] for size in (64, 0))
+    found = stored.take(torch.arange(len(held))).evidence.hidden
+    assert found.shape == held.evidence.hidden.shape == (len(held), 8, with_hidden.hidden_size)
+    assert found.dtype == held.evidence.hidden.dtype == torch.float16
+    assert rows(stored.sample()) == rows(held)
+    # They count: what would fit without them is laid down in files.
+    assert parts(with_hidden.folder)["train"].evidence.hidden is None
+    count = sum(with_hidden.manifest["counts"]["steps"].values())
+    assert count * 8 * BYTES < 1 << 20 < count * 8 * (BYTES + 2 * with_hidden.hidden_size)
+    kinds = [type(parts(with_hidden.folder, memory=1, hidden=width)["train"]) for width in (0, 4)]
+    assert kinds == [FilterBatch, StoredExamples]
 
 
 def test_a_limit_takes_the_first_training_prompts_by_hash_of_one_set(rollouts: Rollouts, tmp_path: Path) -> None:

@@ -279,10 +279,31 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
     )
     known = [ROWS[0], ROWS[3], ROWS[2]]
     write(judged | {"picked_on": {"hashes": ["h"] * PROMPTS, "rows": known}}, tmp_path / "risk", 0.01)
+    filters = [
+        row("learn2pd", f"{name} {threshold}", lost, nfe, 450, filter=name, threshold=threshold)
+        | {"component": {"per_forward": 1.0, "parameters": size}}
+        for name, size, threshold, lost, nfe in (
+            ("small", 2112, 0.9, 40, 2.0), ("small", 2112, 0.98, 2, 4.0),
+            ("large", 50_000, 0.9, 1, 2.5), ("large", 50_000, 0.98, 0, 3.0),
+        )
+    ]  # fmt: skip
+    filters = [ROWS[0], ROWS[2], *filters]
+    write(result(filters) | {"picked_on": {"hashes": ["h"] * PROMPTS, "rows": filters}}, tmp_path / "filters", 0.01)
     (tmp_path / "docs").mkdir()
     pages = {
         "README.md": ["front"],
-        "docs/decoders.md": ["headline", "sweep", "beside", "cost", "long", "fresh", "eot", "risk", "budget"],
+        "docs/decoders.md": [
+            "headline",
+            "sweep",
+            "beside",
+            "cost",
+            "long",
+            "fresh",
+            "eot",
+            "risk",
+            "budget",
+            "filters",
+        ],
         "docs/apd.md": ["apd"],
     }
     for page, names in pages.items():
@@ -299,6 +320,11 @@ def test_pages_take_their_figures_from_results(tmp_path, capsys):
     assert "| learn2pd | 1000 | 32 | fp32 | 99.9 % | 90.0 % | 2.5 | 450 | 25.0 % | 3.1 % |" in found["docs/decoders.md"]
     assert "| full_step | 1000 | 32 | fp32 | 100.0 % | 90.0 % | 20.0 | 100 | 25.0 % | – |" in found["docs/decoders.md"]
     assert "Picked on 1000 validation prompts: learn2pd budget 0.1." in found["docs/decoders.md"]
+    chosen = found["docs/decoders.md"].split("<!-- filters -->")[1].split("<!--")[0].splitlines()
+    assert [line.split(" | ")[:4] for line in chosen[3:7]] == [
+        ["| full_step", "–", "–", "100.0 %"], ["| threshold 0.9", "–", "–", "99.4 %"],
+        ["| small", "2,112", "0.98", "99.8 %"], ["| large", "50,000", "0.9", "99.9 %"],
+    ]  # fmt: skip
     sweep, beside = (found["docs/decoders.md"].split(f"<!-- {name} -->")[1] for name in ("sweep", "beside"))
     assert "| threshold 0.5 | 96.0 % | -4.0" in sweep
     assert [line for line in beside.split("<!--")[0].splitlines() if line.startswith("| full_step")]

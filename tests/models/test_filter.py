@@ -20,6 +20,7 @@ from models.filter import (
 BASE = {"vocab_size": 1024, "mask_id": 5, "gen_length": 128}
 CONV = FilterConfig(**BASE, base_fingerprint="abc", base_family="llada", metrics={"auroc": 0.9})
 TEXT = replace(CONV, embedding=4)
+STATES = replace(CONV, hidden=4, hidden_size=24)
 MLP = replace(CONV, architecture="block_mlp", features=("confidence",))
 OFFICIAL = {"linear1.weight": (32, 32), "linear1.bias": (32,), "linear2.weight": (32, 32), "linear2.bias": (32,)}
 
@@ -205,6 +206,28 @@ def test_a_filter_that_reads_tokens_tells_them_apart():
     assert (TEXT.needs - CONV.needs, CONV.needs) == ({"text"}, {"margin", "entropy", "history"})
 
 
+def test_a_filter_that_reads_hidden_states_runs_in_the_own_loop_alone(tmp_path: Path):
+    torch.manual_seed(0)
+    some, net = evidence(8, 16), build_filter(STATES)
+    some.hidden = torch.randn(8, 16, 24).half()
+    changed = replace(some, hidden=some.hidden.clone())
+    changed.hidden[:, 3] += 1
+    assert not torch.equal(net(some)[:, 2:5], net(changed)[:, 2:5])
+    assert torch.equal(net(some)[:, 12:], net(changed)[:, 12:])
+    assert torch.allclose(net(some), net(replace(some, hidden=4 * some.hidden)), atol=1e-4)  # their size says nothing
+    save_filter(tmp_path, net, STATES, "card")
+    again, config = load_filter(tmp_path)
+    assert torch.equal(again(some), net.eval()(some))
+    assert (config, config.logits_only, config.needs - CONV.needs) == (STATES, False, {"hidden"})
+    card = (tmp_path / "README.md").read_text()
+    assert "without the projection of hidden states. Reads hidden states, which other engines keep" in card
+    for bad in ({"hidden": 4}, {"hidden_size": 24}, {"hidden": 4, "hidden_size": 1 << 30}):
+        with pytest.raises(InputError, match="hidden_size|sizes"):
+            build_filter(replace(CONV, **bad))
+    with pytest.raises(InputError, match="hidden"):
+        build_filter(replace(MLP, hidden=4, hidden_size=24))
+
+
 def test_a_card_says_how_many_parameters_a_filter_has(tmp_path: Path):
     words = 4 * CONV.vocab_size
     without = sum(weights.numel() for weights in build_filter(CONV).parameters()) + 4 * CONV.channels * CONV.kernel
@@ -218,7 +241,7 @@ def test_an_older_export_reads_no_tokens_and_need_not_say_where_it_runs(tmp_path
     net = build_filter(CONV)
     save_filter(tmp_path, net, CONV, "card")
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["embedding"], config["logits_only"]
+    del config["embedding"], config["hidden"], config["hidden_size"], config["logits_only"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_filter(tmp_path)[1] == CONV
 

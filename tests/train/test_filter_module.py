@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -294,6 +294,8 @@ def test_a_split_without_records_is_refused():
         ({"kernel": 2}, "filter: kernel"),
         ({"architecture": "block_mlp", "features": ["entropy"]}, "features"),
         ({"embedding": 4}, "base"),
+        ({"hidden": 4}, "base"),
+        ({"hidden": 4, "base": "models/bundled/llada-tiny", "architecture": "block_mlp"}, "filter: hidden"),
         ({"embedding": 4, "base": "models/bundled/llada-tiny", "dropout": 1.0}, "dropout"),
         ({"embedding": 1000, "base": "models/bundled/llada-tiny"}, "embedding"),
         ({"embedding": 4, "base": "models/bundled/llada-tiny", "architecture": "block_mlp"}, "filter: embedding"),
@@ -316,6 +318,28 @@ def test_what_the_token_tells_is_learned(tmp_path):
     assert metrics["validation/auroc"] > 0.99
     assert blind["validation/auroc"] < 0.6
     assert module.config.vocab_size == len(module.net.embedding.weight) == len(token_embeddings(base))
+
+
+def test_what_the_hidden_state_tells_is_learned():
+    # Confidence says nothing; one direction of the hidden states all of it.
+    given, base = records(), "models/bundled/llada-tiny"
+    states = torch.randn(*given.final.shape, 192, generator=torch.Generator().manual_seed(1))
+    given.final = states[..., 5] > 0
+    given.evidence.hidden = (states * given.evidence.masked[..., None]).half()
+    blind = fit(given, epochs=2)[1]
+    module, metrics = fit(given, hidden=8, base=base)
+    assert metrics["validation/auroc"] > 0.95
+    assert blind["validation/auroc"] < 0.6
+    assert module.config.hidden_size == 192
+    module.config = replace(module.config, hidden_size=32)
+    with pytest.raises(InputError, match=r"hidden: found rollouts with hidden states of 192; accepted: such of 32"):
+        trainer().fit(module, datamodule=data(given))
+
+
+def test_rollouts_without_hidden_states_serve_no_filter_that_reads_them():
+    module = FilterModule(block_length=16, hidden=4, base="models/bundled/llada-tiny")
+    with pytest.raises(InputError, match=r"hidden: found rollouts without.*roll out with rollout.hidden_states true"):
+        trainer().fit(module, datamodule=data(records(400)))
 
 
 def test_rollouts_without_text_serve_no_filter_that_reads_it():

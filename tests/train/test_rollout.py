@@ -337,6 +337,23 @@ def test_what_steps_say_of_eot_is_kept_where_it_is_asked_for(base: Path, sources
         roll(base, tmp_path / "False", sources=sources, limit=4, eot_evidence=True, **SETTINGS)
 
 
+def test_hidden_states_are_kept_where_they_are_asked_for(base: Path, sources, tmp_path: Path) -> None:
+    sets = [
+        roll(base, tmp_path / str(asked), sources=sources, limit=4, hidden_states=asked, **SETTINGS)
+        for asked in (False, True)
+    ]
+    assert [found.hidden_size for found in sets] == [0, 32]
+    one, other = (load_records(found, hidden=True).evidence for found in sets)
+    assert one.hidden is load_records(sets[1]).evidence.hidden is None
+    assert other.hidden.dtype == torch.float16
+    predictor = MaskPredictor.from_pretrained(base, device="cpu")
+    logits = predictor.logits(other.hidden[other.masked].float()).clone()
+    logits[:, predictor.ids.mask] = -torch.inf
+    assert (logits.argmax(1) == other.token[other.masked]).float().mean() > 0.99  # up to what fp16 rounds
+    assert not other.hidden[~other.masked].any()
+    assert torch.equal(one.confidence, other.confidence)
+
+
 def test_the_batch_a_prompt_is_decoded_in_does_not_change_its_labels(base: Path, sources, tmp_path: Path) -> None:
     one, many = (
         load_sequences(roll(base, tmp_path / str(size), sources=sources, limit=6, batch_size=size, **SETTINGS))
