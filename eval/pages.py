@@ -255,23 +255,32 @@ def _whole(result: dict[str, Any]) -> list[str]:
 
 
 def _filters(result: dict[str, Any]) -> list[str]:
-    """Filters beside each other, each at the threshold picked for it; a label is a filter's name and a threshold."""
-    full, *tried = result["rows"]
-    rows = {row["label"]: row for row in tried}
-    own: dict[str, list[Row]] = {}
+    """Filters side by side: all at the first one's threshold, and each at the one picked for it.
+
+    A label is a filter's name and a threshold.
+    """
+    (full, *others), own = [row for row in result["rows"] if not row["settings"].get("filter")], dict[str, list[Row]]()
     for row in _tried(result):
         if row["settings"].get("filter"):
             own.setdefault(row["label"].rsplit(" ", 1)[0], []).append(row)
-    picked = [rows[cheapest(each, MARGIN)["label"]] for each in own.values()]
-    names = dict(zip([row["label"] for row in picked], own, strict=True))
-    columns: dict[str, Any] = {
-        "filter": lambda row: names.get(row["label"], row["label"]),
-        "parameters": lambda row: f"{row['component']['parameters']:,}" if "component" in row else "–",
-        "threshold": lambda row: f"{row['settings']['threshold']:g}" if "threshold" in row["settings"] else "–",
-    } | {name: _QUALITY[name] for name in ("exact match", "difference (95 %)", "valid", "NFE")}
-    others = [row for row in tried if not row["settings"].get("filter")]
-    count = f"{full['prompts']} test prompts; thresholds picked on {_tried(result)[0]['prompts']} validation prompts."
-    return [*table([full, *others, *picked], columns), "", count]
+    picks = {name: cheapest(rows, MARGIN)["settings"]["threshold"] for name, rows in own.items()}
+    at = next(iter(picks.values()))
+    columns = ["filter", "parameters", f"exact match at {at:g}", "difference (95 %)", "valid", "NFE"]
+    lines = table([], dict.fromkeys([*columns, "picked", "difference (95 %) ", "NFE "]))
+    rows = {row["label"]: row for row in result["rows"]}
+
+    def cells(row: Row) -> list[str]:
+        return [_QUALITY[name](row) for name in ("difference (95 %)", "valid", "NFE")]
+
+    for row in (full, *others):
+        lines.append(f"| {' | '.join([row['label'], '–', percent(row['exact_match']), *cells(row), *'–––'])} |")
+    for name, pick in picks.items():
+        row, best = rows[f"{name} {at:g}"], cells(rows[f"{name} {pick:g}"])
+        first = [name, f"{row['component']['parameters']:,}", percent(row["exact_match"]), *cells(row)]
+        lines.append(f"| {' | '.join([*first, f'{pick:g}', best[0], best[2]])} |")
+    where = f"{full['settings']['dtype']}, {result['environment']['device']}"
+    count = f"{full['prompts']} test prompts; thresholds picked on {_tried(result)[0]['prompts']} validation prompts; {where}."
+    return [*lines, "", count]
 
 
 _DREAM = {name: _APD[name] for name in ("decode", "exact match", "difference (95 %)", "same text")}

@@ -62,6 +62,13 @@ def test_one_wait_a_step_of_apd(on_gpu, random_helper, prompts, window):
     waits_once(on_gpu, prompts, DecodeConfig(32, 32), strategy, batch_size=4)
 
 
+def waits_inside(predictor):
+    """Waits of a forward: grouped_mm has the host read where each expert's rows end, twice a layer, unless it is in bf16."""
+    config = predictor.model.config
+    moe = predictor.family == "llada_moe" and predictor.dtype is not torch.bfloat16
+    return 2 * config.num_hidden_layers if moe else 0
+
+
 def waits_once(predictor, prompts, config, strategy, **options):
     output = empty_output(5, config)
     steps = decode_steps(predictor, prompts, config, strategy, output, **options)
@@ -72,7 +79,7 @@ def waits_once(predictor, prompts, config, strategy, **options):
             with warnings.catch_warnings(record=True) as waits:
                 warnings.simplefilter("always")
                 next(steps)
-            assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) <= 1
+            assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) <= 1 + waits_inside(predictor)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
