@@ -91,6 +91,8 @@ def prepare(command: Command) -> None:
     data: FilterDataModule = command.datamodule
     if rounds and "filter" not in (data.passes or ["filter"]):
         raise InputError("data.passes", ", ".join(data.passes or []), "null, or filter among them, with rounds")
+    if command.model.config.hidden and not rollouts.hidden_states:
+        raise InputError("rollout.hidden_states", False, "true, with model.hidden")
     check_replaceable(pipeline.out.absolute(), "filter")
     if pipeline.eot_out is not None:
         if not rollouts.eot_evidence:

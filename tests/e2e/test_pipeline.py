@@ -200,11 +200,14 @@ def test_rounds_train_on_the_filters_own_states_and_are_kept(fitted, tmp_path):
 def test_on_two_devices_rounds_find_each_others_filter(fitted, tmp_path):
     _, words = fitted
     more = ["--rounds", 1, "--trainer.devices", 2, "--data.batch_size", 16, "--trainer.max_epochs", 1]
+    more += ["--rollout.hidden_states", "true", "--model.hidden", 4]
     done = run(*words, *more, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("exported exports/filter") == 1
     (own,) = (tmp_path / "runs/rollout/shards").glob("filter-*")
     assert open_rollouts(own).manifest["counts"]["prompts"] == 24
+    assert open_rollouts(own).hidden_size == 32
+    assert '"logits_only": false' in (tmp_path / "exports/filter/config.json").read_text()
 
 
 def test_an_eot_head_needs_its_evidence(fitted):
@@ -219,6 +222,7 @@ def test_the_command_refuses_what_does_not_fit(fitted):
     folder, words = fitted
     for arguments, message in (
         (["--rollout.gen_length", 32], "gen_length"),
+        (["--model.hidden", 4], "rollout.hidden_states: found False; accepted: true, with model.hidden"),
         (["--rollout.base", "nowhere"], "base checkpoint: found 'nowhere'"),
         (["--model.chanels", 8], "channels"),
         (["--rounds", -1], "rounds: found -1; accepted: a whole number from 0 to 100"),
