@@ -259,25 +259,29 @@ def _filters(result: dict[str, Any]) -> list[str]:
 
     A label is a filter's name and a threshold.
     """
-    (full, *others), own = [row for row in result["rows"] if not row["settings"].get("filter")], dict[str, list[Row]]()
+    rows, own = {row["label"]: row for row in result["rows"]}, dict[str, list[Row]]()
     for row in _tried(result):
-        if row["settings"].get("filter"):
+        if row["label"] in rows and "threshold" in row["settings"] and "parameters" in row.get("component", {}):
             own.setdefault(row["label"].rsplit(" ", 1)[0], []).append(row)
-    picks = {name: cheapest(rows, MARGIN)["settings"]["threshold"] for name, rows in own.items()}
-    at = next(iter(picks.values()))
+    picks = {name: cheapest(tried, MARGIN) for name, tried in own.items()}
+    at = next((pick["settings"]["threshold"] for pick in picks.values()), None)
+    shared = {name: row["label"] for name, tried in own.items() for row in tried if row["settings"]["threshold"] == at}
+    if at is None or len(shared) < len(own):
+        return ["Not measured."]
     columns = ["filter", "parameters", f"exact match at {at:g}", "difference (95 %)", "valid", "NFE"]
     lines = table([], dict.fromkeys([*columns, "picked", "difference (95 %) ", "NFE "]))
-    rows = {row["label"]: row for row in result["rows"]}
 
     def cells(row: Row) -> list[str]:
-        return [_QUALITY[name](row) for name in ("difference (95 %)", "valid", "NFE")]
+        return [_QUALITY[name](row) for name in ("exact match", "difference (95 %)", "valid", "NFE")]
 
-    for row in (full, *others):
-        lines.append(f"| {' | '.join([row['label'], '–', percent(row['exact_match']), *cells(row), *'–––'])} |")
+    plain = [row for row in result["rows"] if "component" not in row]
+    lines += [f"| {' | '.join([row['label'], '–', *cells(row), *'–––'])} |" for row in plain]
     for name, pick in picks.items():
-        row, best = rows[f"{name} {at:g}"], cells(rows[f"{name} {pick:g}"])
-        first = [name, f"{row['component']['parameters']:,}", percent(row["exact_match"]), *cells(row)]
-        lines.append(f"| {' | '.join([*first, f'{pick:g}', best[0], best[2]])} |")
+        row, best = rows[shared[name]], cells(rows[pick["label"]])
+        limit = pick["settings"]["threshold"]
+        first = [name, f"{row['component']['parameters']:,}", *cells(row)]
+        lines.append(f"| {' | '.join([*first, f'{limit:g}', best[1], best[3]])} |")
+    full = result["rows"][0]
     where = f"{full['settings']['dtype']}, {result['environment']['device']}"
     count = f"{full['prompts']} test prompts; thresholds picked on {_tried(result)[0]['prompts']} validation prompts; {where}."
     return [*lines, "", count]
