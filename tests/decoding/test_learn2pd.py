@@ -1,5 +1,7 @@
 """The whole way of a filter: records, fit, export, load, decode."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,36 @@ def test_a_filter_that_knows_one_decode_by_heart_repeats_it_in_the_oracles_forwa
     assert torch.equal(learned.sequences, full.sequences)
     assert learned.nfe.tolist() == [12]
     assert learned.counts["filter_commits"].tolist() == [20]
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_filter_sees_the_hidden_states_in_a_decode_that_rollouts_record(random_base, prompts, cache):
+    config = FilterConfig(
+        block_length=8, gen_length=32, threshold=0.5, vocab_size=64, mask_id=MASK, base_fingerprint="unsaved",
+        base_family=random_base.family, hidden=8, hidden_size=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = build_filter(config).eval()
+    for weights in net.parameters():
+        weights.data *= 3  # of two minds
+    strategy = make_strategy("learn2pd", network=net, config=config)
+    settings = DecodeConfig(32, 8, eot="off", cache=cache)
+    out = decode(random_base, prompts, settings, strategy, record=True, record_hidden=True, batch_size=2)
+    alone = decode(random_base, prompts, settings, strategy, batch_size=2)
+    assert torch.equal(alone.sequences, out.sequences)
+    decided, took = 0, set()
+    for step in out.trace:
+        blind = replace(step.evidence, hidden=torch.zeros_like(step.evidence.hidden))
+        with torch.no_grad():
+            seen, unseen = (net.probability(evidence) for evidence in (step.evidence, blind))
+        sure = step.evidence.masked & ((seen - 0.5).abs() > 0.01)  # not decided by what fp16 rounds
+        best = step.evidence.confidence.where(step.evidence.masked, -1).argmax(1, keepdim=True)
+        sure &= ~torch.zeros_like(sure).scatter_(1, best, True)  # committed whatever the filter says
+        assert torch.equal((seen > 0.5)[sure], step.transfer[sure])
+        decided += int(((seen > 0.5) != (unseen > 0.5))[sure].sum())
+        took |= set(step.transfer[sure].tolist())
+    assert took == {False, True}
+    assert decided  # without them it would have chosen otherwise
 
 
 def official_decode(predictor, net, prompt, gen_length, threshold):
