@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModel
 
 from decoding.config import DecodeConfig
 from decoding.output import empty_output
 from decoding.run import Request, Run
 from decoding.strategies import Strategy
 from models.errors import InputError
-from models.families import described
-from models.predictor import MaskPredictor, TokenIds
+from models.predictor import MaskPredictor
 from models.rules import DTYPES, LENGTH, check, one_of, whole
 
 MOST_ROWS = 1024
@@ -84,25 +82,13 @@ def plan_memory(
         InputError: No description of a model that can be read, an unknown dtype, or a strategy that does not fit the model or
             the settings.
     """
-    path = Path(config_file)
-    path = path / "config.json" if path.is_dir() else path
     given = {"dtype": dtype, "batch_size": batch_size, "prompt_length": prompt_length}
     check(given, {"dtype": one_of(DTYPES), "batch_size": whole(1, MOST_ROWS), "prompt_length": LENGTH})
-    _, family, known = described(path)
-    longest = getattr(known, family.max_length)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        model = AutoModel.from_config(known, dtype=getattr(torch, dtype))
-        predictor = _predictor(model, longest)
+        predictor = MaskPredictor.fresh(config_file, dtype)
         outlined = strategy.outlined(predictor, config)
         request = _request(predictor, config, outlined, batch_size, prompt_length)
         return _measure(replace(request, record=record, record_eot=record_eot, record_hidden=record_hidden))
-
-
-def _predictor(model: nn.Module, longest: int) -> MaskPredictor:
-    config: Any = model.config
-    # Which ids they are makes no difference to a shape.
-    ids = TokenIds(mask=0, eot=1, end_of_turn=2, pad=1, bos=3)
-    return MaskPredictor(model, ids, config.vocab_size, longest)
 
 
 def _request(predictor: MaskPredictor, config: DecodeConfig, strategy: Strategy, rows: int, length: int) -> Request:

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from transformers import AutoModel
 
 from data.disk import check_writable
 from data.provenance import environment, now, write_aside
@@ -16,9 +15,8 @@ from decoding.loop import decode
 from decoding.strategies import STRATEGIES, Strategy, make_strategy
 from eval.command import command
 from models.errors import InputError
-from models.families import described
 from models.filter import FilterConfig, build_filter
-from models.predictor import MaskPredictor, TokenIds, usable_device
+from models.predictor import MaskPredictor, usable_device
 from models.rules import check, list_of, one_of
 
 BESIDE = ("oracle", "apd")
@@ -62,7 +60,9 @@ def main(
     """
     check({"strategies": strategies}, {"strategies": list_of(one_of([n for n in STRATEGIES if n not in BESIDE]), "")})
     check_writable("out", out, folder=False)
-    predictor = random_predictor(config_file, dtype, usable_device(device))
+    torch.manual_seed(0)
+    with usable_device(device):
+        predictor = MaskPredictor.fresh(config_file, dtype)
     room = predictor.max_length - gen_length
     if prompt_length > room:
         raise InputError(
@@ -87,17 +87,6 @@ def main(
     print(f"wrote {out}")
 
 
-def random_predictor(config_file: Path, dtype: str, device: torch.device) -> MaskPredictor:
-    """A predictor of a model's sizes whose weights were drawn on the device itself."""
-    path = config_file / "config.json" if config_file.is_dir() else config_file
-    _, family, known = described(path)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModel.from_config(known, dtype=getattr(torch, dtype))
-    ids = TokenIds(mask=known.vocab_size - 1, eot=1, end_of_turn=2, pad=1, bos=3)
-    return MaskPredictor(model, ids, known.vocab_size, getattr(known, family.max_length))
-
-
 def timed(
     predictor: MaskPredictor, name: str, config: DecodeConfig, rows: int, length: int, repeats: int
 ) -> tuple[list[str], int]:
@@ -111,7 +100,7 @@ def timed(
         length: Tokens of each.
         repeats: How often.
     """
-    prompts = torch.randint(4, predictor.vocab_size - 1, (rows, length), generator=torch.Generator().manual_seed(1))
+    prompts = torch.randint(4, predictor.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
     strategy, found = strategy_of(predictor, name, config), []
     for _ in range(repeats + 1):
         out = decode(predictor, prompts.tolist(), config, strategy)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from models.checkpoint import check_files, check_finite, check_regular
@@ -246,6 +246,25 @@ class MaskPredictor:
         ids = _token_ids(folder, raw, family, tokenizer)
         config: Any = model.config
         return cls(model, ids, config.vocab_size, getattr(config, family.max_length), fingerprint(folder), tokenizer)
+
+    @classmethod
+    def fresh(cls, config_file: str | Path, dtype: str) -> "MaskPredictor":
+        """A predictor of a model's sizes with weights that nothing has trained, on PyTorch's default device, without a tokenizer.
+
+        Its special tokens are the first ids, 0 to 3.
+
+        Args:
+            config_file: ``config.json`` of a mask predictor, or its folder.
+            dtype: Name of the weights' dtype.
+
+        Raises:
+            InputError: No description of a model that can be read.
+        """
+        path = Path(config_file)
+        _, family, known = described(path / "config.json" if path.is_dir() else path)
+        model = AutoModel.from_config(known, dtype=getattr(torch, dtype))
+        ids = TokenIds(mask=0, eot=1, end_of_turn=2, pad=1, bos=3)
+        return cls(model, ids, model.config.vocab_size, getattr(known, family.max_length))
 
     def _probe(self, name: str) -> None:
         """Refuses a model whose logits do not change when a position is masked out (old public code did that)."""
