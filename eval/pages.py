@@ -255,36 +255,21 @@ def _whole(result: dict[str, Any]) -> list[str]:
 
 
 def _filters(result: dict[str, Any]) -> list[str]:
-    """Filters side by side: all at the first one's threshold, and each at the one picked for it.
-
-    A label is a filter's name and a threshold.
-    """
-    rows, own = {row["label"]: row for row in result["rows"]}, dict[str, list[Row]]()
+    """Filters side by side at several thresholds, and the threshold picked for each."""
+    columns = {"decode": ALL["decode"], "parameters": _parameters} | _QUALITY
+    own: dict[str, list[Row]] = {}
     for row in _tried(result):
-        if row["label"] in rows and "threshold" in row["settings"] and "parameters" in row.get("component", {}):
-            own.setdefault(row["label"].rsplit(" ", 1)[0], []).append(row)
-    picks = {name: cheapest(tried, MARGIN) for name, tried in own.items()}
-    at = next((pick["settings"]["threshold"] for pick in picks.values()), None)
-    shared = {name: row["label"] for name, tried in own.items() for row in tried if row["settings"]["threshold"] == at}
-    if at is None or len(shared) < len(own):
-        return ["Not measured."]
-    columns = ["filter", "parameters", f"exact match at {at:g}", "difference (95 %)", "valid", "NFE"]
-    lines = table([], dict.fromkeys([*columns, "picked", "difference (95 %) ", "NFE "]))
+        if folder := row["settings"].get("filter"):
+            own.setdefault(folder, []).append(row)
+    picked = ", ".join(cheapest(rows, MARGIN)["label"] for rows in own.values()) or "none"
+    full, count = result["rows"][0], _tried(result)[0]["prompts"]
+    where = f"{full['prompts']} test prompts, {full['settings']['dtype']}, {result['environment']['device']}."
+    return [*table(result["rows"], columns), "", f"{where} Picked on {count} validation prompts: {picked}."]
 
-    def cells(row: Row) -> list[str]:
-        return [_QUALITY[name](row) for name in ("exact match", "difference (95 %)", "valid", "NFE")]
 
-    plain = [row for row in result["rows"] if "component" not in row]
-    lines += [f"| {' | '.join([row['label'], '–', *cells(row), *'–––'])} |" for row in plain]
-    for name, pick in picks.items():
-        row, best = rows[shared[name]], cells(rows[pick["label"]])
-        limit = pick["settings"]["threshold"]
-        first = [name, f"{row['component']['parameters']:,}", *cells(row)]
-        lines.append(f"| {' | '.join([*first, f'{limit:g}', best[1], best[3]])} |")
-    full = result["rows"][0]
-    where = f"{full['settings']['dtype']}, {result['environment']['device']}"
-    count = f"{full['prompts']} test prompts; thresholds picked on {_tried(result)[0]['prompts']} validation prompts; {where}."
-    return [*lines, "", count]
+def _parameters(row: Row) -> str:
+    found = row.get("component", {}).get("parameters")
+    return "–" if found is None else f"{found:,}"
 
 
 _DREAM = {name: _APD[name] for name in ("decode", "exact match", "difference (95 %)", "same text")}

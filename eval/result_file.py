@@ -41,7 +41,6 @@ class _Settings(TypedDict):
     dtype: Text
     temperature: NotNegative
     mixture_weight: NotRequired[NotNegative]
-    threshold: NotRequired[Share]
     filter: NotRequired[Text | None]
 
 
